@@ -1,0 +1,243 @@
+"""Checkpoints: our format (config.json + sharded safetensors) and the hub.
+
+A checkpoint is a directory. ``config.json`` holds the TokenizerConfig; the weights are in
+``model.safetensors``, or in ``model-0000i-of-0000n.safetensors`` with ``model.safetensors.index.json``.
+Directories are written beside their destination and renamed into place, so that a reader sees the old
+checkpoint or the new one, never a mixture.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from msdd_fast.authors import read_authors_file, translate_authors
+from msdd_fast.config import TokenizerConfig
+from msdd_fast.errors import CheckpointError, ConfigError, InputError, MsddFastError
+from msdd_fast.models.tokenizer import Tokenizer
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+ASSETS = Path(__file__).parent / "assets"
+_OUR_FILES = re.compile(r"config\.json|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
+
+
+def bundled_names() -> list[str]:
+    """Names of the checkpoints shipped with the package."""
+    return sorted(p.parent.name for p in ASSETS.glob(f"*/{CONFIG_FILE}"))
+
+
+def load_pretrained(name_or_path: str | os.PathLike[str]) -> Tokenizer:
+    """See ``Tokenizer.from_pretrained``."""
+    directory = resolve_directory(name_or_path)
+    config = load_config(directory)
+    # Parameters are not initialised twice: build without storage, then take the file's tensors.
+    with torch.device("meta"):
+        tokenizer = Tokenizer(config)
+    load_state(tokenizer, read_weights(directory), str(directory))
+    return tokenizer.eval()
+
+
+def resolve_directory(name_or_path: str | os.PathLike[str]) -> Path:
+    """Directory of a bundled name, a local directory or a hub id."""
+    path = Path(name_or_path)
+    if path.is_dir():
+        return path
+    name = str(name_or_path)
+    if name in bundled_names():
+        return ASSETS / name
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not path.exists():
+        return _download_from_hub(name)
+    raise CheckpointError(
+        f"no checkpoint {name!r}: expected a directory, a hub id 'owner/name' or a bundled name "
+        f"({', '.join(bundled_names()) or 'none bundled'})"
+    )
+
+
+def _download_from_hub(repo: str) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as e:
+        raise CheckpointError(
+            f"no directory {repo!r}; to load it from the Hugging Face hub: pip install 'msdd-fast[hub]'"
+        ) from e
+    try:
+        return Path(snapshot_download(repo, allow_patterns=["*.json", "*.safetensors"]))
+    except Exception as e:  # the hub raises many types: network, authentication, missing repository
+        raise CheckpointError(f"could not fetch {repo!r} from the Hugging Face hub: {e}") from e
+
+
+def load_config(directory: Path) -> TokenizerConfig:
+    """Read and validate config.json of a checkpoint directory."""
+    path = directory / CONFIG_FILE
+    try:
+        data = json.loads(path.read_text())
+    except FileNotFoundError as e:
+        raise CheckpointError(f"{directory} is not a checkpoint: it has no {CONFIG_FILE}") from e
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise CheckpointError(f"{path} is not valid JSON: {e}") from e
+    try:
+        return TokenizerConfig.from_dict(data)
+    except ConfigError as e:
+        raise CheckpointError(f"{path}: {e}") from e
+
+
+def read_weights(directory: Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint directory, as stored."""
+    index = directory / INDEX_FILE
+    if index.exists():
+        try:
+            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as e:
+            raise CheckpointError(f"{index} is not a safetensors index: {e}") from e
+    else:
+        files = [WEIGHTS_FILE]
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        if Path(file).name != file:
+            raise CheckpointError(f"{index}: shard names must be plain file names, got {file!r}")
+        tensors.update(read_safetensors(directory / file))
+    return tensors
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of one safetensors file. Raises CheckpointError if it is missing or damaged."""
+    try:
+        with safe_open(path, framework="pt") as f:
+            return {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 (not a dict)
+    except FileNotFoundError as e:
+        raise CheckpointError(f"{path} is missing") from e
+    except (SafetensorError, OSError, ValueError) as e:
+        raise CheckpointError(f"{path} is damaged or not a safetensors file: {e}") from e
+
+
+def load_state(tokenizer: Tokenizer, tensors: dict[str, Tensor], source: str) -> None:
+    """Put ``tensors`` into the model as float32. Raises CheckpointError that names what does not match."""
+    expected = tokenizer.state_dict()
+    problems = [f"missing {n} {tuple(expected[n].shape)}" for n in sorted(set(expected) - set(tensors))]
+    problems += [f"unexpected {n} {tuple(tensors[n].shape)}" for n in sorted(set(tensors) - set(expected))]
+    problems += [
+        f"{n}: the config asks for {tuple(expected[n].shape)}, the weights have {tuple(tensors[n].shape)}"
+        for n in sorted(set(expected) & set(tensors))
+        if expected[n].shape != tensors[n].shape
+    ]
+    if problems:
+        more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
+        raise CheckpointError(f"{source}: weights do not match the config: {'; '.join(problems[:5])}{more}")
+    tokenizer.load_state_dict({n: t.float() for n, t in tensors.items()}, assign=True)
+
+
+def save_pretrained(
+    tokenizer: Tokenizer,
+    directory: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype = torch.float32,
+    max_shard_bytes: int = 2 * 10**9,
+) -> None:
+    """Write a checkpoint directory, atomically; replaces an older checkpoint there, keeps foreign files.
+
+    Raises InputError if the destination is a file or a non-empty directory that is not a checkpoint,
+    CheckpointError if it cannot be written.
+    """
+    target = Path(directory)
+    if target.exists() and not target.is_dir():
+        raise InputError(f"directory must be a directory, got the file {target}")
+    if target.is_dir() and any(target.iterdir()) and not (target / CONFIG_FILE).exists():
+        raise InputError(f"directory must be empty or hold a checkpoint, got {target} with other files")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as e:
+        raise CheckpointError(f"cannot write to {target.parent}: {e}") from e
+    try:
+        _write_weights(tokenizer, staging, dtype, max_shard_bytes)
+        (staging / CONFIG_FILE).write_text(tokenizer.config.to_json())
+        _swap_directory(staging, target)
+    except (OSError, SafetensorError) as e:
+        raise CheckpointError(f"cannot write {target}: {e}") from e
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _write_weights(tokenizer: Tokenizer, directory: Path, dtype: torch.dtype, max_shard_bytes: int) -> None:
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, tensor in tokenizer.state_dict().items():
+        tensor = tensor.detach().to("cpu", dtype).contiguous()
+        if shards[-1] and size + tensor.nbytes > max_shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+    metadata = {"format": "pt"}
+    if len(shards) == 1:
+        save_file(shards[0], directory / WEIGHTS_FILE, metadata)
+        return
+    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    for file, shard in zip(names, shards, strict=True):
+        save_file(shard, directory / file, metadata)
+    weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
+    total = sum(t.nbytes for shard in shards for t in shard.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (directory / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def _swap_directory(staging: Path, target: Path) -> None:
+    """Move ``staging`` to ``target``; foreign files of an older target come along."""
+    os.chmod(staging, 0o755)  # mkdtemp makes private directories
+    if not target.exists():
+        os.rename(staging, target)
+        return
+    for item in target.iterdir():
+        if not _OUR_FILES.fullmatch(item.name):
+            if item.is_dir():
+                shutil.copytree(item, staging / item.name)
+            else:
+                shutil.copy2(item, staging / item.name)
+    old = target.with_name(f".{target.name}.old-{os.getpid()}")
+    os.rename(target, old)
+    try:
+        os.rename(staging, target)
+    except OSError:
+        os.rename(old, target)
+        raise
+    shutil.rmtree(old)
+
+
+def import_authors(
+    source: str | os.PathLike[str] | dict[str, Any], weights: str = "ema", image_size: int = 256, num_stages: int = 4
+) -> Tokenizer:
+    """Build a tokenizer from a checkpoint of the authors' code (SPEC A8).
+
+    Args:
+        source: a .pt file (loaded with ``weights_only=True``; nothing in it can run), its dict, or a bare
+            state dict. ``module.`` and ``_orig_mod.`` prefixes are tolerated.
+        weights: "ema" or "model": which of the two sets of a full checkpoint.
+        image_size, num_stages: not stored in the weights; every other size is read off the tensors.
+
+    Returns the tokenizer in eval mode, float32, with the authors' choices (``config.authors_choices``).
+    Raises CheckpointError for a foreign, damaged or contradictory file.
+    """
+    name = "state dict" if isinstance(source, dict) else str(source)
+    state = source if isinstance(source, dict) else read_authors_file(Path(source))
+    try:
+        config, tensors, _unused = translate_authors(state, weights, image_size, num_stages)
+        with torch.device("meta"):
+            tokenizer = Tokenizer(config)
+    except InputError:
+        raise
+    except MsddFastError as e:
+        raise CheckpointError(f"{name}: {e}") from e
+    load_state(tokenizer, tensors, name)
+    return tokenizer.eval()

@@ -1,0 +1,236 @@
+"""Configuration: frozen dataclasses, presets, and their JSON form.
+
+A ``TokenizerConfig`` is everything needed to build a tokenizer apart from its weights; it is what
+``config.json`` beside a checkpoint holds. Where the paper and the authors' code disagree, the two
+choices are values of one field (SPEC, table in the head; A7). ``authors_choices`` lists the values
+that reproduce the authors' published network.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from msdd_fast.errors import ConfigError
+
+Conditioning = Literal["cross", "joint"]
+ImageRope = Literal["rotary", "cosine"]
+ImagePositions = Literal["scaled", "centered"]
+ContextPositions = Literal["grid", "row"]
+FloatName = Literal["float32", "bfloat16"]
+TimeGrid = Literal["uniform", "authors"]
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding of image tokens and latent tokens (SPEC A0 and head)."""
+
+    image_rope: ImageRope = "rotary"
+    """"rotary" rotates q and k; "cosine" multiplies them by cos(theta), as the authors' code does."""
+    image_positions: ImagePositions = "scaled"
+    """"scaled": a coarse token sits at the centre of what it covers; "centered": crop of the final grid."""
+    context_positions: ContextPositions = "grid"
+    """"grid": latent token j at the centre of its cell of a grid over the image; "row": (row, j)."""
+    context_rope_dtype: FloatName = "float32"
+    """dtype of the context frequencies; "bfloat16" reproduces the authors' autocast inference."""
+    base: float = 10000.0
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """Image to latent tokens: a ViT in which learned registers read the image (SPEC A1)."""
+
+    depth: int = 12
+    hidden_size: int = 768
+    head_dim: int = 64
+    mlp_multiple_of: int = 256
+    """The SwiGLU hidden size int(8/3 * hidden_size) is rounded up to a multiple of this."""
+    register_std: float = 0.02
+    """Standard deviation of the registers at initialisation (the authors' is 1)."""
+    latent_norm: bool = True
+    """Normalise every latent token to zero mean and unit variance (the authors' z is not normalised)."""
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Noisy image, time and latent tokens to velocity (SPEC A2 and head)."""
+
+    depth: int = 12
+    hidden_size: int = 768
+    head_dim: int = 64
+    mlp_multiple_of: int = 256
+    conditioning: Conditioning = "cross"
+    gate_init: float = 1.0
+    """Residual gates at initialisation (bias of the adaLN linear); 0 is adaLN-Zero."""
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """Multi-scale noise schedule (SPEC A3, A4)."""
+
+    num_stages: int = 4
+    block_correlation: float = -1.0 / 3.0
+    """Correlation of the renoising inside a 2x2 block: -1/3 keeps the state white, +1/3 is the
+    authors' code, 0 is the paper's Eq. 3."""
+    timestep_dtype: FloatName = "float32"
+    """dtype in which model times T/1000 are rounded; "bfloat16" is parity with bf16 checkpoints."""
+    time_grid: TimeGrid = "uniform"
+    """Step times inside a stage: "uniform" in [1, 0]; "authors" ends with a step of 0.001."""
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """What ``Tokenizer.decode`` does unless told otherwise: a property of the weights."""
+
+    steps: int = 1
+    cfg_scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """A whole tokenizer: image of ``image_size`` squared <-> ``num_latent_tokens`` x ``latent_dim``."""
+
+    image_size: int = 256
+    patch_size: int = 8
+    num_latent_tokens: int = 128
+    latent_dim: int = 32
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("image_size", "patch_size", "num_latent_tokens", "latent_dim"):
+            _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+        for name, part in (("encoder", self.encoder), ("decoder", self.decoder)):
+            _require(part.depth >= 1, f"{name}.depth must be at least 1, got {part.depth}")
+            _require(
+                part.hidden_size >= 1 and part.head_dim >= 4 and part.head_dim % 4 == 0,
+                f"{name}: hidden_size must be positive and head_dim a multiple of 4 (two rotary axes), "
+                f"got {part.hidden_size} and {part.head_dim}",
+            )
+            _require(
+                part.hidden_size % part.head_dim == 0,
+                f"{name}.hidden_size must be a multiple of head_dim={part.head_dim}, got {part.hidden_size}",
+            )
+            _require(part.mlp_multiple_of >= 1, f"{name}.mlp_multiple_of must be at least 1, got {part.mlp_multiple_of}")
+        stages = self.schedule.num_stages
+        _require(1 <= stages <= 10, f"schedule.num_stages must be 1 to 10, got {stages}")
+        rho = self.schedule.block_correlation
+        _require(
+            -1.0 / 3.0 - 1e-6 <= rho < 1.0,
+            f"schedule.block_correlation must be in [-1/3, 1), got {rho}: no 2x2 noise has it",
+        )
+        coarsest = self.patch_size * 2 ** (stages - 1)
+        _require(
+            self.image_size % coarsest == 0,
+            f"image_size must be a multiple of patch_size * 2^(num_stages-1) = {coarsest} so that every stage "
+            f"has a whole patch grid, got {self.image_size}",
+        )
+        start = self.image_size // 2 ** (stages - 1)
+        _require(start % 2 == 0, f"the first stage must have an even resolution (noise comes in 2x2 blocks), got {start}")
+        _require(self.sampling.steps >= 1, f"sampling.steps must be at least 1, got {self.sampling.steps}")
+        _require(self.sampling.cfg_scale >= 0, f"sampling.cfg_scale must be >= 0, got {self.sampling.cfg_scale}")
+
+    @property
+    def grid_size(self) -> int:
+        """Patches per side at full resolution (M in the SPEC)."""
+        return self.image_size // self.patch_size
+
+    def stage_resolution(self, stage: int) -> int:
+        """Pixels per side of a stage; the last stage is ``image_size``."""
+        return self.image_size // 2 ** (self.schedule.num_stages - 1 - stage)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_dict(cls, data: Any) -> TokenizerConfig:
+        """Inverse of ``to_dict``. Raises ConfigError for unknown fields and wrong types."""
+        return _from_dict(cls, data, "config")
+
+
+def _require(ok: bool, message: str) -> None:
+    if not ok:
+        raise ConfigError(message)
+
+
+def _from_dict(cls: Any, data: Any, where: str) -> Any:
+    if not isinstance(data, dict):
+        raise ConfigError(f"{where} must be a mapping, got {type(data).__name__}")
+    hints = typing.get_type_hints(cls)
+    unknown = sorted(set(data) - set(hints))
+    if unknown:
+        raise ConfigError(f"{where} has unknown field {unknown[0]!r}; known: {', '.join(sorted(hints))}")
+    return cls(**{name: _coerce(hints[name], value, f"{where}.{name}") for name, value in data.items()})
+
+
+def _coerce(kind: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(kind):
+        return _from_dict(kind, value, where)
+    if typing.get_origin(kind) is Literal:
+        if value not in typing.get_args(kind):
+            raise ConfigError(f"{where} must be one of {', '.join(typing.get_args(kind))}, got {value!r}")
+        return value
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise ConfigError(f"{where} must be of type {kind.__name__}, got {value!r}")
+    if kind is float and not math.isfinite(value):
+        raise ConfigError(f"{where} must be finite, got {value!r}")
+    return value
+
+
+def authors_choices(config: TokenizerConfig) -> TokenizerConfig:
+    """The same sizes with every disputed choice as in the authors' code (SPEC, table in the head)."""
+    return dataclasses.replace(
+        config,
+        encoder=dataclasses.replace(config.encoder, register_std=1.0, latent_norm=False),
+        decoder=dataclasses.replace(config.decoder, conditioning="joint"),
+        rope=RopeConfig(image_rope="cosine", image_positions="centered", context_positions="row"),
+        schedule=dataclasses.replace(config.schedule, block_correlation=1.0 / 3.0, time_grid="authors"),
+    )
+
+
+def _joint(**kwargs: Any) -> TokenizerConfig:
+    return TokenizerConfig(decoder=DecoderConfig(conditioning="joint"), **kwargs)
+
+
+PRESETS: dict[str, TokenizerConfig] = {
+    # The product: cross-attention on 128 latent tokens, 12 layers, 256 px in four stages.
+    "msdd-d12": TokenizerConfig(),
+    # The paper's size and block (joint MMDiT), 4 stages, patch 8.
+    "msdd-d12-joint": _joint(),
+    # The authors' 3-stage models, which also use patch 16 (SPEC A7.10).
+    "msdd-d12-joint-3scale": _joint(patch_size=16, schedule=ScheduleConfig(num_stages=3)),
+    # The paper's baseline: one stage at full resolution.
+    "msdd-d12-single-scale": _joint(schedule=ScheduleConfig(num_stages=1)),
+    # Small enough to train on a CPU and to ship: at most 10 M parameters.
+    "msdd-nano": TokenizerConfig(
+        image_size=128,
+        encoder=EncoderConfig(depth=3, hidden_size=256, mlp_multiple_of=64),
+        decoder=DecoderConfig(depth=4, hidden_size=256, mlp_multiple_of=64),
+    ),
+    # For tests.
+    "tiny": TokenizerConfig(
+        image_size=64,
+        num_latent_tokens=16,
+        encoder=EncoderConfig(depth=2, hidden_size=64, head_dim=32, mlp_multiple_of=32),
+        decoder=DecoderConfig(depth=2, hidden_size=64, head_dim=32, mlp_multiple_of=32),
+    ),
+}
+
+
+def get_preset(name: str) -> TokenizerConfig:
+    """A preset by name. Raises ConfigError that lists the names."""
+    if name not in PRESETS:
+        raise ConfigError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}")
+    return PRESETS[name]

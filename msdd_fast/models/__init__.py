@@ -1,0 +1,1 @@
+"""Standard model code: eager, trainable, readable."""

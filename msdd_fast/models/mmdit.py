@@ -1,0 +1,203 @@
+"""Transformer blocks: the MMDiT double stream ("joint") and decoupled cross-attention ("cross").
+
+Both share the same parts: pre-LayerNorm, adaLN modulation from the time embedding, per-head LayerNorm
+on q and k, two-axis RoPE, SwiGLU. Shapes: tokens (B, N, D), q, k, v (B, N, heads, head_dim).
+SPEC A0-A2 (joint) and head (cross).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from msdd_fast.models.rope import RopeTable, apply_rope
+
+NORM_EPS = 1e-6
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x * (1 + scale) + shift with per-image shift and scale (B, D)."""
+    return x * (1 + scale[:, None]) + shift[:, None]
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Softmax attention over (B, N, heads, head_dim), scale head_dim^-1/2 -> (B, N, heads * head_dim)."""
+    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+    return out.transpose(1, 2).flatten(2)
+
+
+def swiglu_hidden_size(hidden_size: int, multiple_of: int) -> int:
+    """int(2/3 * 4 * D) rounded up to a multiple (SPEC A0)."""
+    raw = int(2 * 4 * hidden_size / 3)
+    return -(-raw // multiple_of) * multiple_of
+
+
+class SwiGLU(nn.Module):
+    """w2(silu(w1 x) * w3 x), no biases."""
+
+    def __init__(self, hidden_size: int, multiple_of: int) -> None:
+        super().__init__()
+        inner = swiglu_hidden_size(hidden_size, multiple_of)
+        self.w1 = nn.Linear(hidden_size, inner, bias=False)
+        self.w3 = nn.Linear(hidden_size, inner, bias=False)
+        self.w2 = nn.Linear(inner, hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class AdaLN(nn.Module):
+    """SiLU then Linear from the time embedding (B, D) to ``chunks`` vectors (B, D) each."""
+
+    def __init__(self, hidden_size: int, chunks: int) -> None:
+        super().__init__()
+        self.chunks = chunks
+        self.linear = nn.Linear(hidden_size, chunks * hidden_size)
+
+    def forward(self, c: Tensor) -> tuple[Tensor, ...]:
+        return self.linear(F.silu(c)).chunk(self.chunks, dim=1)
+
+    @torch.no_grad()
+    def init_weights(self, gate_init: float = 0.0) -> None:
+        """Zero output but for the gates (chunks 2 and 5 of 6), which start at ``gate_init``."""
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+        if self.chunks == 6:
+            bias = self.linear.bias.view(6, -1)
+            bias[2] = gate_init
+            bias[5] = gate_init
+
+
+class HeadNorm(nn.LayerNorm):
+    """Affine LayerNorm over head_dim ("qk norm")."""
+
+    def __init__(self, head_dim: int) -> None:
+        super().__init__(head_dim, eps=NORM_EPS)
+
+
+class Stream(nn.Module):
+    """One of the two token streams of a joint block, with its own weights.
+
+    ``adaln=True`` (decoder): LayerNorms without affine, modulated by the time embedding.
+    ``adaln=False`` (encoder): affine LayerNorms, no modulation.
+    ``kv_only=True``: the stream ends here; its tokens are attended to but not updated, so there are
+    no queries, no output projection and no MLP (the last block of either network).
+    """
+
+    def __init__(self, hidden_size: int, head_dim: int, mlp_multiple_of: int, *, adaln: bool, kv_only: bool = False) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.kv_only = kv_only
+        self.adaln = AdaLN(hidden_size, 2 if kv_only else 6) if adaln else None
+        self.norm1 = nn.LayerNorm(hidden_size, eps=NORM_EPS, elementwise_affine=not adaln)
+        self.k_norm = HeadNorm(head_dim)
+        if kv_only:
+            self.kv = nn.Linear(hidden_size, 2 * hidden_size)
+        else:
+            self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+            self.q_norm = HeadNorm(head_dim)
+            self.proj = nn.Linear(hidden_size, hidden_size)
+            self.norm2 = nn.LayerNorm(hidden_size, eps=NORM_EPS, elementwise_affine=not adaln)
+            self.mlp = SwiGLU(hidden_size, mlp_multiple_of)
+
+    def modulation(self, c: Tensor | None) -> tuple[Tensor, ...]:
+        """shift_msa, scale_msa[, gate_msa, shift_mlp, scale_mlp, gate_mlp]; empty without adaLN."""
+        return () if self.adaln is None else self.adaln(c)
+
+    def qkv_heads(self, x: Tensor, mod: tuple[Tensor, ...], rope: RopeTable) -> tuple[Tensor | None, Tensor, Tensor]:
+        """q (None when kv_only), k, v: each (B, N, heads, head_dim), normalised and rotated."""
+        h = self.norm1(x)
+        if mod:
+            h = modulate(h, mod[0], mod[1])
+        if self.kv_only:
+            k, v = self.kv(h).unflatten(-1, (2, -1, self.head_dim)).unbind(2)
+            q = None
+        else:
+            q, k, v = self.qkv(h).unflatten(-1, (3, -1, self.head_dim)).unbind(2)
+            q = apply_rope(self.q_norm(q), rope)
+        return q, apply_rope(self.k_norm(k), rope), v
+
+    def update(self, x: Tensor, attn: Tensor, mod: tuple[Tensor, ...]) -> Tensor:
+        """Residual update from this stream's rows of the attention output."""
+        out = self.proj(attn)
+        if not mod:
+            x = x + out
+            return x + self.mlp(self.norm2(x))
+        _, _, gate_msa, shift_mlp, scale_mlp, gate_mlp = mod
+        x = x + gate_msa[:, None] * out
+        return x + gate_mlp[:, None] * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
+
+
+class JointBlock(nn.Module):
+    """MMDiT double-stream block: one softmax over [context, image] tokens (SPEC A0)."""
+
+    def __init__(self, context: Stream, image: Stream) -> None:
+        super().__init__()
+        self.context = context
+        self.image = image
+
+    def forward(
+        self, context: Tensor, image: Tensor, c: Tensor | None, context_rope: RopeTable, image_rope: RopeTable
+    ) -> tuple[Tensor, Tensor]:
+        context_mod, image_mod = self.context.modulation(c), self.image.modulation(c)
+        cq, ck, cv = self.context.qkv_heads(context, context_mod, context_rope)
+        iq, ik, iv = self.image.qkv_heads(image, image_mod, image_rope)
+        k, v = torch.cat([ck, ik], dim=1), torch.cat([cv, iv], dim=1)
+        q = torch.cat([x for x in (cq, iq) if x is not None], dim=1)
+        attn = attention(q, k, v)
+        rows = 0 if cq is None else context.shape[1]
+        if cq is not None:
+            context = self.context.update(context, attn[:, :rows], context_mod)
+        if iq is not None:
+            image = self.image.update(image, attn[:, rows:], image_mod)
+        return context, image
+
+
+class ContextKeyValue(nn.Module):
+    """Keys and values of the static latent context for one cross block (SPEC head, step 2).
+
+    They depend on z alone: an engine computes them once per image.
+    """
+
+    def __init__(self, hidden_size: int, head_dim: int) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.kv = nn.Linear(hidden_size, 2 * hidden_size)
+        self.k_norm = HeadNorm(head_dim)
+
+    def forward(self, context: Tensor, rope: RopeTable) -> tuple[Tensor, Tensor]:
+        k, v = self.kv(context).unflatten(-1, (2, -1, self.head_dim)).unbind(2)
+        return apply_rope(self.k_norm(k), rope), v
+
+
+class CrossBlock(nn.Module):
+    """Image tokens attend to themselves and, by a second softmax with the same q, to the context.
+
+    The two results are summed before one output projection (decoupled cross-attention, SPEC head).
+    """
+
+    def __init__(self, image: Stream, context: ContextKeyValue) -> None:
+        super().__init__()
+        self.image = image
+        self.context = context
+
+    def forward(self, image: Tensor, c: Tensor, image_rope: RopeTable, context_kv: tuple[Tensor, Tensor]) -> Tensor:
+        mod = self.image.modulation(c)
+        q, k, v = self.image.qkv_heads(image, mod, image_rope)
+        assert q is not None  # an image stream always has queries
+        return self.image.update(image, attention(q, k, v) + attention(q, *context_kv), mod)
+
+
+class FinalLayer(nn.Module):
+    """LayerNorm without affine, adaLN, Linear to patch rows: (B, N, D) -> (B, N, out_features)."""
+
+    def __init__(self, hidden_size: int, out_features: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(hidden_size, eps=NORM_EPS, elementwise_affine=False)
+        self.adaln = AdaLN(hidden_size, 2)
+        self.linear = nn.Linear(hidden_size, out_features)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift, scale = self.adaln(c)
+        return self.linear(modulate(self.norm(x), shift, scale))

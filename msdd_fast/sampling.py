@@ -1,0 +1,145 @@
+"""The multi-scale sampler: from noise to pixels, coarse to fine (SPEC A4)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from msdd_fast.errors import InputError
+from msdd_fast.models.decoder import Decoder
+from msdd_fast.noise import renoise_noise, resolve_seeds, start_noise
+from msdd_fast.schedule import Stage, StageSchedule
+
+
+class StageResult(NamedTuple):
+    """What ``stage_callback`` receives when a stage is done; images are float32 (B, 3, H, H)."""
+
+    stage: int
+    state: Tensor
+    """Raw state; still noisy at level end_t unless it is the last stage."""
+    clean: Tensor
+    """Estimate of the clean image at this scale, from the last velocity of the stage."""
+
+
+def sample(
+    decoder: Decoder,
+    z: Tensor,
+    schedule: StageSchedule,
+    *,
+    steps: int = 1,
+    cfg_scale: float = 1.0,
+    seed: int | Sequence[int] | Tensor = 0,
+    noise: Sequence[Tensor] | None = None,
+    return_stages: bool = False,
+    stage_callback: Callable[[StageResult], None] | None = None,
+) -> Tensor | list[Tensor]:
+    """Decode latent tokens to an image.
+
+    Args:
+        z: (B, num_latent_tokens, latent_dim) latent tokens.
+        steps: Euler steps per stage, at least 1.
+        cfg_scale: 1 evaluates the network once per step; any other scale >= 0 applies
+            v = v_null + cfg_scale * (v_z - v_null) (paper Eq. 4) with two evaluations.
+        seed: an int (image i uses seed + i) or one int per image, in [0, 2^63). Ignored with ``noise``.
+        noise: one tensor per stage, (B, 3, H_s, H_s): noise[0] is the start, noise[s] the term that beta
+            multiplies at the start of stage s.
+        return_stages: return the list of the states at the end of every stage instead of the last one.
+        stage_callback: called with a StageResult as soon as each stage is done.
+
+    Returns float32 (B, 3, R, R), not clamped. Differentiable. Raises InputError for bad arguments.
+    """
+    cfg = decoder.config
+    check_sampling(steps, cfg_scale)
+    check_latents(z, cfg.num_latent_tokens, cfg.latent_dim)
+    if len(schedule) != cfg.schedule.num_stages:
+        raise InputError(f"schedule must have {cfg.schedule.num_stages} stages as the decoder's config, got {len(schedule)}")
+    batch, device = len(z), z.device
+    shapes = [(3, r, r) for r in map(cfg.stage_resolution, range(len(schedule)))]
+    if noise is None:
+        seeds = resolve_seeds(seed, batch, device)
+    else:
+        _check_noise(noise, batch, shapes)
+
+    states: list[Tensor] = []
+    x = start_noise(seeds, shapes[0]) if noise is None else noise[0].float()
+    for stage in schedule.stages:
+        s = stage.index
+        if s > 0:
+            n = renoise_noise(seeds, shapes[s], s, schedule.config.block_correlation) if noise is None else noise[s].float()
+            x = renoise_upsample(x, n, stage.alpha, stage.beta)
+        model_times, t = schedule.time_grid(s, steps)
+        for i in range(steps):
+            v = velocity(decoder, x, model_times[i].to(device).expand(batch), z, cfg_scale)
+            x_before, x = x, x + (t[i + 1] - t[i]).item() * v
+        states.append(x)
+        if stage_callback is not None:
+            stage_callback(StageResult(s, x, clean_estimate(x_before, v, float(t[steps - 1]), stage)))
+    return states if return_stages else x
+
+
+def velocity(decoder: Decoder, x: Tensor, t: Tensor, z: Tensor, cfg_scale: float) -> Tensor:
+    """Velocity with classifier-free guidance (paper Eq. 4); float32."""
+    v = decoder(x, t, z)
+    if cfg_scale != 1.0:
+        v_null = decoder(x, t, None)
+        v = v_null + cfg_scale * (v - v_null)
+    return v.float()
+
+
+def renoise_upsample(x: Tensor, noise: Tensor, alpha: float, beta: float) -> Tensor:
+    """alpha * nearest_x2(x) + beta * noise: the end state of a stage to the start state of the next."""
+    return alpha * F.interpolate(x, scale_factor=2.0, mode="nearest") + beta * noise
+
+
+def clean_estimate(x_t: Tensor, v: Tensor, t: float, stage: Stage) -> Tensor:
+    """The clean image of a stage seen from ``x_t`` at within-stage time ``t`` with velocity ``v``.
+
+    The line through x_t with slope v gives both ends of the stage, S = x_t + (1-t) v at level start_t
+    and E = x_t - t v at level end_t. They share one noise; in the mean over 2x2 blocks the clean image
+    of both is the same, which gives it and the noise's block mean; that in turn removes the noise from
+    the fine detail (SPEC, head, "Clean estimate of a stage").
+    """
+    s0, e = stage.start_t, stage.end_t
+    start, end = x_t + (1.0 - t) * v, x_t - t * v
+    if e == 0.0:
+        return end
+    start_mean, end_mean = F.avg_pool2d(start, 2), F.avg_pool2d(end, 2)
+    # (1-s0) X + s0 m = S and (1-e) X + e m = E, by Cramer's rule.
+    clean_mean = (end_mean * s0 - start_mean * e) / (s0 * (1.0 - e) - e * (1.0 - s0))
+    detail = (end - _up(end_mean)) - (e / s0) * (start - _up(start_mean))
+    return _up(clean_mean) + detail / (1.0 - e)
+
+
+def _up(x: Tensor) -> Tensor:
+    return F.interpolate(x, scale_factor=2.0, mode="nearest")
+
+
+def check_sampling(steps: int, cfg_scale: float) -> None:
+    """Raise InputError unless steps is an int >= 1 and cfg_scale a finite number >= 0."""
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise InputError(f"steps must be an integer >= 1, got {steps!r}")
+    if not isinstance(cfg_scale, (int, float)) or not math.isfinite(cfg_scale) or cfg_scale < 0:
+        raise InputError(f"cfg_scale must be a finite number >= 0, got {cfg_scale!r}")
+
+
+def check_latents(z: Tensor, num_tokens: int, dim: int) -> None:
+    """Raise InputError unless ``z`` is a floating (B, num_tokens, dim) tensor."""
+    if not isinstance(z, Tensor):
+        raise InputError(f"z must be a torch.Tensor, got {type(z).__name__}")
+    if z.ndim != 3 or z.shape[1:] != (num_tokens, dim):
+        raise InputError(f"z must have shape (B, {num_tokens}, {dim}), got {tuple(z.shape)}")
+    if not z.is_floating_point():
+        raise InputError(f"z must be floating point, got {z.dtype}")
+
+
+def _check_noise(noise: Sequence[Tensor], batch: int, shapes: list[tuple[int, int, int]]) -> None:
+    if len(noise) != len(shapes):
+        raise InputError(f"noise must hold {len(shapes)} tensors, one per stage, got {len(noise)}")
+    for s, (n, shape) in enumerate(zip(noise, shapes, strict=True)):
+        if n.shape != (batch, *shape):
+            raise InputError(f"noise[{s}] must have shape {(batch, *shape)}, got {tuple(n.shape)}")
