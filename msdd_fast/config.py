@@ -23,6 +23,7 @@ ImagePositions = Literal["scaled", "centered"]
 ContextPositions = Literal["grid", "row"]
 FloatName = Literal["float32", "bfloat16"]
 TimeGrid = Literal["uniform", "authors"]
+VelocityInit = Literal["passthrough", "zero"]
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,9 @@ class RopeConfig:
     context_rope_dtype: FloatName = "float32"
     """dtype of the context frequencies; "bfloat16" reproduces the authors' autocast inference."""
     base: float = 10000.0
+    position_prior: float = 1.0
+    """Bias of the q and k norms at initialisation, on the even member of every rotary pair: it makes
+    attention start out local. Only with "rotary" and "grid"; 0 is none."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,8 @@ class DecoderConfig:
     conditioning: Conditioning = "cross"
     gate_init: float = 1.0
     """Residual gates at initialisation (bias of the adaLN linear); 0 is adaLN-Zero."""
+    velocity_init: VelocityInit = "passthrough"
+    """The velocity at initialisation: roughly x_t itself, whose noise a good velocity must carry, or zero."""
 
 
 @dataclass(frozen=True)
@@ -216,8 +222,10 @@ PRESETS: dict[str, TokenizerConfig] = {
     # Small enough to train on a CPU and to ship: at most 10 M parameters.
     "msdd-nano": TokenizerConfig(
         image_size=128,
-        encoder=EncoderConfig(depth=3, hidden_size=256, mlp_multiple_of=64),
+        encoder=EncoderConfig(depth=2, hidden_size=256, mlp_multiple_of=64),
         decoder=DecoderConfig(depth=4, hidden_size=256, mlp_multiple_of=64),
+        # 16 patches a side: with 10000 two thirds of the frequencies would hardly turn.
+        rope=RopeConfig(base=100.0),
     ),
     # For tests.
     "tiny": TokenizerConfig(

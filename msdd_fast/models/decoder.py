@@ -9,7 +9,7 @@ from msdd_fast.config import TokenizerConfig
 from msdd_fast.errors import InputError
 from msdd_fast.models.embeddings import PatchEmbed, TimestepEmbedder, unpatchify
 from msdd_fast.models.encoder import context_rope_table
-from msdd_fast.models.mmdit import NORM_EPS, AdaLN, ContextKeyValue, CrossBlock, FinalLayer, JointBlock, Stream
+from msdd_fast.models.mmdit import NORM_EPS, AdaLN, ContextKeyValue, CrossBlock, FinalLayer, JointBlock, Stream, init_position_prior
 from msdd_fast.models.rope import RopeTable, image_grid_positions, rope_table
 
 
@@ -44,13 +44,27 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """adaLN starts as the identity (gates at ``gate_init``), the velocity at zero."""
+        """Identity adaLN (gates at ``gate_init``), local attention, and the velocity of ``velocity_init``.
+
+        "passthrough": the final linear undoes an orthogonal patch embedding, so that v starts near x_t.
+        """
         nn.init.normal_(self.context_null)
         for module in self.modules():
             if isinstance(module, AdaLN):
                 module.init_weights(self.config.decoder.gate_init)
-        nn.init.zeros_(self.final_layer.linear.weight)
-        nn.init.zeros_(self.final_layer.linear.bias)
+        init_position_prior(self, self.config.rope)
+        linear = self.final_layer.linear
+        nn.init.zeros_(linear.bias)
+        if self.config.decoder.velocity_init == "zero":
+            nn.init.zeros_(linear.weight)
+            return
+        embed = self.patch_embed.weight  # (D, 3, p, p)
+        nn.init.orthogonal_(embed)
+        nn.init.zeros_(self.patch_embed.bias)
+        # The final LayerNorm divides by the root mean square of the embedded patch, about 0.7 for x_t
+        # between the noise of the first stage and the nearly clean last one.
+        gain = 0.7 * min(1.0, linear.out_features / linear.in_features) ** 0.5
+        linear.weight.copy_(gain * embed.permute(2, 3, 1, 0).flatten(0, 2))
 
     def forward(self, x_t: Tensor, t: Tensor, z: Tensor | None, null_mask: Tensor | None = None) -> Tensor:
         """Velocity at ``x_t``.

@@ -1,0 +1,1 @@
+"""Benchmarks and their tools; the importable part is installed as msdd_fast.bench."""

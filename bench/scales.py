@@ -1,0 +1,59 @@
+"""img/s of a decode, for each scale and as a whole: the project's headline table."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import NamedTuple
+
+import torch
+
+from msdd_fast.models.tokenizer import Tokenizer
+from msdd_fast.sampling import StageResult
+
+
+class ScaleTiming(NamedTuple):
+    """Median seconds of one batch at one scale (upsample and renoise included); ``resolution`` 0 is the whole decode."""
+
+    resolution: int
+    seconds: float
+    images_per_second: float
+
+
+def measure_scales(
+    tokenizer: Tokenizer, batch: int, steps: int | None = None, cfg_scale: float | None = None, rounds: int = 5
+) -> list[ScaleTiming]:
+    """Time ``rounds`` eager decodes of random latents after one warm-up; medians for every scale and the whole."""
+    cfg = tokenizer.config
+    device = next(tokenizer.parameters()).device
+    z = torch.randn(batch, cfg.num_latent_tokens, cfg.latent_dim, generator=torch.Generator().manual_seed(0)).to(device)
+    samples: list[list[float]] = [[] for _ in range(cfg.schedule.num_stages + 1)]
+    for i in range(rounds + 1):
+        marks = [_now(device)]
+
+        def mark(_: StageResult, marks: list[float] = marks) -> None:
+            marks.append(_now(device))
+
+        tokenizer.decode(z, 0, steps, cfg_scale, stage_callback=mark)
+        if i > 0:  # the first round is the warm-up
+            for s in range(cfg.schedule.num_stages):
+                samples[s].append(marks[s + 1] - marks[s])
+            samples[-1].append(marks[-1] - marks[0])
+    resolutions = [cfg.stage_resolution(s) for s in range(cfg.schedule.num_stages)] + [0]
+    medians = [statistics.median(x) for x in samples]
+    return [ScaleTiming(r, m, batch / m) for r, m in zip(resolutions, medians, strict=True)]
+
+
+def format_table(timings: list[ScaleTiming]) -> str:
+    """The table as text, one line per scale and one for the whole decode."""
+    lines = [f"{'scale':>12}  {'ms/batch':>9}  {'img/s':>8}"]
+    for t in timings:
+        name = f"{t.resolution} px" if t.resolution else "whole decode"
+        lines.append(f"{name:>12}  {t.seconds * 1e3:9.2f}  {t.images_per_second:8.1f}")
+    return "\n".join(lines)
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

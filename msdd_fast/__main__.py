@@ -1,0 +1,7 @@
+"""``python -m msdd_fast`` is the same as ``msdd-fast``."""
+
+import sys
+
+from msdd_fast.cli import main
+
+sys.exit(main())

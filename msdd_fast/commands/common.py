@@ -1,0 +1,80 @@
+"""Arguments and helpers that several subcommands share."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from msdd_fast.errors import InputError
+from msdd_fast.images import center_crop, load_image, to_tensor
+from msdd_fast.models.tokenizer import Tokenizer
+
+DEFAULT_CHECKPOINT = "msdd-nano"
+
+
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--checkpoint", default=DEFAULT_CHECKPOINT, help="bundled name, directory or hub id (default: %(default)s)"
+    )
+    parser.add_argument("--device", default=None, help="torch device (default: cuda if there is one, else cpu)")
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seed", type=int, default=0, help="image i uses seed + i (default: 0)")
+    parser.add_argument("--steps", type=int, default=None, help="denoising steps per scale (default: the checkpoint's)")
+    parser.add_argument("--cfg-scale", type=float, default=None, help="classifier-free guidance (default: the checkpoint's)")
+
+
+def add_batch_size(parser: argparse.ArgumentParser, default: int = 8) -> None:
+    parser.add_argument("--batch-size", type=positive_int, default=default, help="images at a time (default: %(default)s)")
+
+
+def positive_int(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def load_tokenizer(args: argparse.Namespace) -> Tokenizer:
+    """The checkpoint of the command line on its device."""
+    name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise InputError(f"--device must be available here, got {name!r} but torch finds no CUDA device")
+    except RuntimeError as e:
+        raise InputError(f"--device must name a torch device, got {name!r}") from e
+    return Tokenizer.from_pretrained(args.checkpoint).to(device)
+
+
+def device_of(tokenizer: Tokenizer) -> torch.device:
+    return next(tokenizer.parameters()).device
+
+
+def load_batch(files: Sequence[Path], size: int) -> Tensor:
+    """Centre crops of picture files: float32 (len(files), 3, size, size) in [-1, 1]."""
+    return torch.stack([to_tensor(center_crop(load_image(f), size)) for f in files])
+
+
+def chunks(count: int, size: int) -> Iterator[range]:
+    """Consecutive index ranges of at most ``size``."""
+    for first in range(0, count, size):
+        yield range(first, min(first + size, count))
+
+
+def require_writable(path: str | Path) -> None:
+    """Fail before the work, not after it, when the output's folder cannot be written."""
+    folder = Path(path).absolute().parent
+    while not folder.exists():
+        folder = folder.parent
+    probe = folder / f".msdd-fast-probe-{id(path)}"
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as e:
+        raise InputError(f"cannot write {path}: {e}") from e

@@ -1,0 +1,24 @@
+"""Train a tokenizer, stage 1 (multi-scale flow matching). Options come from the training dataclasses."""
+
+from __future__ import annotations
+
+import argparse
+
+from msdd_fast.errors import InputError
+
+HELP = "train a tokenizer on image folders or tar shards"
+FORWARDS = True
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    del parser  # everything is forwarded to the parser that tyro makes of TrainConfig
+
+
+def run(args: argparse.Namespace) -> None:
+    try:
+        import tyro
+    except ImportError as e:
+        raise InputError("training options need tyro: pip install 'msdd-fast[train]'") from e
+    from msdd_fast.training.run_stage1 import TrainConfig, train_stage1
+
+    train_stage1(tyro.cli(TrainConfig, prog="msdd-fast train", description=__doc__, args=args.rest))

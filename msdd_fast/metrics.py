@@ -1,0 +1,99 @@
+"""Image quality: thin wrappers round kept libraries. Images are float (B, 3, H, W) in [-1, 1].
+
+A metric is named after the network that it really uses.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from msdd_fast.errors import CheckpointError, InputError
+
+
+def psnr(x: Tensor, y: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB per image (B,), after clamping to [-1, 1]; the peak is 2."""
+    _check_pair(x, y)
+    mse = (x.float().clamp(-1, 1) - y.float().clamp(-1, 1)).square().mean(dim=(1, 2, 3))
+    return 10 * torch.log10(4.0 / mse.clamp_min(1e-12))
+
+
+def ssim(x: Tensor, y: Tensor) -> Tensor:
+    """Structural similarity per image (B,), scikit-image with its defaults (7x7 window), data range 1 on [0, 1].
+
+    The authors' script uses data range 2 on [0, 1], which inflates the figure (SPEC A7.12).
+    """
+    _check_pair(x, y)
+    try:
+        from skimage.metrics import structural_similarity
+    except ImportError as e:
+        raise InputError("ssim needs scikit-image: pip install 'msdd-fast[eval]'") from e
+    a, b = ((t.float().clamp(-1, 1) + 1).div(2).permute(0, 2, 3, 1).cpu().numpy() for t in (x, y))
+    values = [structural_similarity(p, q, channel_axis=2, data_range=1.0) for p, q in zip(a, b, strict=True)]
+    return torch.tensor(values, dtype=torch.float32)
+
+
+class Vgg19Distance(nn.Module):
+    """Perceptual distance on VGG-19 features at relu1_1, relu2_1 and relu3_1. Not LPIPS: no learned heads.
+
+    Features are normalised to unit length over channels; the squared difference is summed over channels,
+    averaged over pixels and over the three layers. Differentiable.
+
+    Args:
+        weights: ``vgg_normalised_conv3_1.pth``, the genuine VGG-19 features rescaled to mean activation 1
+            (a plain Sequential's state dict; nothing is downloaded).
+
+    Raises CheckpointError if the file is missing or is another network.
+    """
+
+    # State-dict key -> (in, out, kernel); pools follow conv1_2 and conv2_2; taps after relu1_1, 2_1, 3_1.
+    _LAYERS = ((0, 3, 3, 1), (2, 3, 64, 3), (5, 64, 64, 3), (9, 64, 128, 3), (12, 128, 128, 3), (16, 128, 256, 3))
+    _TAPS = (2, 9, 16)
+    _POOL_AFTER = (5, 12)
+
+    def __init__(self, weights: str | os.PathLike[str]) -> None:
+        super().__init__()
+        path = Path(weights)
+        if not path.is_file():
+            raise CheckpointError(f"VGG-19 features not found: expected the file vgg_normalised_conv3_1.pth, got {path}")
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as e:
+            raise CheckpointError(f"{path} is not a readable state dict: {e}") from e
+        self.convs = nn.ModuleDict()
+        for key, n_in, n_out, kernel in self._LAYERS:
+            conv = nn.Conv2d(n_in, n_out, kernel)
+            try:
+                conv.load_state_dict({"weight": state[f"{key}.weight"], "bias": state[f"{key}.bias"]})
+            except (KeyError, RuntimeError, TypeError) as e:
+                raise CheckpointError(f"{path} is not the VGG-19 feature network up to relu3_1: layer {key}: {e}") from e
+            self.convs[str(key)] = conv
+        self.requires_grad_(False).eval()
+
+    def features(self, x: Tensor) -> list[Tensor]:
+        """Three feature maps with unit length over channels."""
+        out = []
+        x = self.convs["0"]((x.float() + 1) / 2)
+        for key, *_ in self._LAYERS[1:]:
+            x = F.relu(self.convs[str(key)](F.pad(x, (1, 1, 1, 1), mode="reflect")))
+            if key in self._TAPS:
+                out.append(F.normalize(x, dim=1, eps=1e-6))
+            if key in self._POOL_AFTER:
+                x = F.max_pool2d(x, 2)
+        return out
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Distance per image (B,); 0 for equal images."""
+        _check_pair(x, y)
+        pairs = zip(self.features(x), self.features(y), strict=True)
+        return torch.stack([(a - b).square().sum(dim=1).mean(dim=(1, 2)) for a, b in pairs]).mean(dim=0)
+
+
+def _check_pair(x: Tensor, y: Tensor) -> None:
+    if x.ndim != 4 or x.shape[1] != 3 or x.shape != y.shape:
+        raise InputError(f"images must be two tensors of one shape (B, 3, H, W), got {tuple(x.shape)} and {tuple(y.shape)}")

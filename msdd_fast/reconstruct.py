@@ -1,0 +1,44 @@
+"""Encode and decode pictures, keeping what happens at every scale, and draw it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from PIL import Image
+from torch import Tensor
+
+from msdd_fast.images import grid_image
+from msdd_fast.models.tokenizer import Tokenizer
+from msdd_fast.sampling import StageResult
+
+
+class Reconstruction(NamedTuple):
+    """Images float32 in [-1, 1]: the originals (B, 3, R, R), the clean estimate of every stage, the result."""
+
+    original: Tensor
+    stages: list[Tensor]
+    result: Tensor
+
+
+def reconstruct(
+    tokenizer: Tokenizer, images: Tensor, seed: int = 0, steps: int | None = None, cfg_scale: float | None = None
+) -> Reconstruction:
+    """Round trip of images (B, 3, R, R) in [-1, 1] through ``tokenizer``."""
+    stages: list[Tensor] = []
+
+    def keep(result: StageResult) -> None:
+        stages.append(result.clean)
+
+    out = tokenizer.decode(tokenizer.encode(images), seed, steps, cfg_scale, stage_callback=keep)
+    return Reconstruction(images, stages, out)
+
+
+def reconstruction_grid(tokenizer: Tokenizer, images: Tensor, seed: int = 0) -> Image.Image:
+    """One row per image: original, clean estimate of every stage (enlarged), result."""
+    return draw(reconstruct(tokenizer, images, seed))
+
+
+def draw(r: Reconstruction, size: int | None = None) -> Image.Image:
+    """Picture of a reconstruction; tiles of ``size`` pixels (default: the image size)."""
+    rows = [[r.original[i], *(s[i] for s in r.stages[:-1]), r.result[i]] for i in range(len(r.original))]
+    return grid_image(rows, size or r.original.shape[-1])

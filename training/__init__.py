@@ -1,0 +1,1 @@
+"""Training: plain eager PyTorch."""

@@ -1,0 +1,67 @@
+"""Muon: momentum SGD whose matrix updates are orthogonalised (Jordan et al., 2024).
+
+``torch.optim.Muon`` orthogonalises in bfloat16, several times slower than float32 on CPUs without bf16
+instructions, which is where the nano model trains; here the dtype follows the device. Fused projections
+(q|k|v and k|v stacked in rows) are orthogonalised one square part at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+# Quintic Newton-Schulz coefficients with the steepest slope at zero; singular values end near 1.
+_A, _B, _C = 3.4445, -4.7750, 2.0315
+
+
+def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
+    """Nearest semi-orthogonal matrices, roughly (singular values about 0.7 to 1.2): (..., m, n), same shape."""
+    x = matrices.bfloat16() if matrices.is_cuda else matrices.float()
+    tall = x.shape[-2] > x.shape[-1]
+    if tall:
+        x = x.mT
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = _A * x + (_B * gram + _C * (gram @ gram)) @ x
+    return (x.mT if tall else x).to(matrices.dtype)
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon for 2-D parameters, with AdamW-sized updates (root mean square 0.2 lr per element).
+
+    Args:
+        params: matrices (out, in). If ``out`` is a multiple of ``in`` greater than one, each square block of
+            rows is a projection of its own and orthogonalised by itself.
+        lr: learning rate, on the scale of AdamW's.
+        momentum: Nesterov momentum.
+        weight_decay: decoupled.
+    """
+
+    def __init__(self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.0) -> None:
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["momentum"] = torch.zeros_like(p)
+                state["momentum"].lerp_(p.grad, 1 - group["momentum"])
+                update = p.grad.lerp(state["momentum"], group["momentum"])
+                rows, cols = p.shape
+                parts = rows // cols if rows % cols == 0 else 1
+                update = orthogonalize(update.view(parts, -1, cols)).view_as(p)
+                scale = 0.2 * max(rows // parts, cols) ** 0.5
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(update, alpha=-group["lr"] * scale)
+        return loss
