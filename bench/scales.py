@@ -13,7 +13,7 @@ from msdd_fast.sampling import StageResult
 
 
 class ScaleTiming(NamedTuple):
-    """Median seconds of one batch at one scale (upsample and renoise included); ``resolution`` 0 is the whole decode."""
+    """Median seconds of a batch at one scale (with upsample and renoise); ``resolution`` 0 is the whole decode."""
 
     resolution: int
     seconds: float

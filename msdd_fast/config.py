@@ -39,9 +39,9 @@ class RopeConfig:
     context_rope_dtype: FloatName = "float32"
     """dtype of the context frequencies; "bfloat16" reproduces the authors' autocast inference."""
     base: float = 10000.0
-    position_prior: float = 1.0
-    """Bias of the q and k norms at initialisation, on the even member of every rotary pair: it makes
-    attention start out local. Only with "rotary" and "grid"; 0 is none."""
+    position_prior: float = 2.0
+    """Weight of the q and k norms at initialisation, where attention is a kernel in relative position
+    (models/position_prior.py). Only with "rotary" and "grid"; 0 is PyTorch's plain initialisation."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,9 @@ class TokenizerConfig:
                 part.hidden_size % part.head_dim == 0,
                 f"{name}.hidden_size must be a multiple of head_dim={part.head_dim}, got {part.hidden_size}",
             )
-            _require(part.mlp_multiple_of >= 1, f"{name}.mlp_multiple_of must be at least 1, got {part.mlp_multiple_of}")
+            _require(
+                part.mlp_multiple_of >= 1, f"{name}.mlp_multiple_of must be at least 1, got {part.mlp_multiple_of}"
+            )
         stages = self.schedule.num_stages
         _require(1 <= stages <= 10, f"schedule.num_stages must be 1 to 10, got {stages}")
         rho = self.schedule.block_correlation
@@ -139,7 +141,9 @@ class TokenizerConfig:
             f"has a whole patch grid, got {self.image_size}",
         )
         start = self.image_size // 2 ** (stages - 1)
-        _require(start % 2 == 0, f"the first stage must have an even resolution (noise comes in 2x2 blocks), got {start}")
+        _require(
+            start % 2 == 0, f"the first stage must have an even resolution (noise comes in 2x2 blocks), got {start}"
+        )
         _require(self.sampling.steps >= 1, f"sampling.steps must be at least 1, got {self.sampling.steps}")
         _require(self.sampling.cfg_scale >= 0, f"sampling.cfg_scale must be >= 0, got {self.sampling.cfg_scale}")
 

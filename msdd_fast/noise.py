@@ -111,7 +111,8 @@ def box_muller(radius_word: Tensor, angle_word: Tensor) -> tuple[Tensor, Tensor]
     exponent = (bits >> 23).float()
     f = ((bits & 0x7FFFFF) + SQRT_HALF_BITS).view(torch.float32) - 1.0
     ln_u = exponent * LN2 + (f + f * f * _horner(LN_POLY, f))
-    radius = torch.sqrt(-2.0 * ln_u)
+    # float32 torch.sqrt may miss the nearest value by one unit (vectorised on the CPU); through float64 it cannot.
+    radius = torch.sqrt((-2.0 * ln_u).double()).float()
     f = (((angle_word >> 6) & 0x7FFFFF) * 2 + 1).float() * 2.0**-24
     sin, cos = f * _horner(SIN_POLY, f * f), _horner(COS_POLY, f * f)
     swap = (angle_word >> 31).bool()

@@ -9,7 +9,16 @@ from msdd_fast.config import TokenizerConfig
 from msdd_fast.errors import InputError
 from msdd_fast.models.embeddings import PatchEmbed, TimestepEmbedder, unpatchify
 from msdd_fast.models.encoder import context_rope_table
-from msdd_fast.models.mmdit import NORM_EPS, AdaLN, ContextKeyValue, CrossBlock, FinalLayer, JointBlock, Stream, init_position_prior
+from msdd_fast.models.mmdit import (
+    NORM_EPS,
+    AdaLN,
+    ContextKeyValue,
+    CrossBlock,
+    FinalLayer,
+    JointBlock,
+    Stream,
+)
+from msdd_fast.models.position_prior import init_position_prior
 from msdd_fast.models.rope import RopeTable, image_grid_positions, rope_table
 
 
@@ -40,7 +49,8 @@ class Decoder(nn.Module):
                 CrossBlock(Stream(*args, adaln=True), ContextKeyValue(width, dec.head_dim)) for _ in range(dec.depth)
             )
         self.final_layer = FinalLayer(width, 3 * config.patch_size**2)
-        self.init_weights()
+        if not self.context_null.is_meta:  # else a checkpoint fills it
+            self.init_weights()
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -52,15 +62,15 @@ class Decoder(nn.Module):
         for module in self.modules():
             if isinstance(module, AdaLN):
                 module.init_weights(self.config.decoder.gate_init)
-        init_position_prior(self, self.config.rope)
+        init_position_prior(self.blocks, self.config.rope)
         linear = self.final_layer.linear
         nn.init.zeros_(linear.bias)
         if self.config.decoder.velocity_init == "zero":
             nn.init.zeros_(linear.weight)
             return
-        embed = self.patch_embed.weight  # (D, 3, p, p)
+        embed, bias = self.patch_embed.parameters()  # (D, 3, p, p), (D,)
         nn.init.orthogonal_(embed)
-        nn.init.zeros_(self.patch_embed.bias)
+        nn.init.zeros_(bias)
         # The final LayerNorm divides by the root mean square of the embedded patch, about 0.7 for x_t
         # between the noise of the first stage and the nearly clean last one.
         gain = 0.7 * min(1.0, linear.out_features / linear.in_features) ** 0.5
@@ -95,6 +105,7 @@ class Decoder(nn.Module):
         else:
             context = self.context_norm(context)
             for block in self.blocks:
+                assert isinstance(block, CrossBlock)
                 image = block(image, c, image_rope, block.context(context, context_rope))
         return unpatchify(self.final_layer(image, c), self.config.patch_size).to(x_t.dtype)
 

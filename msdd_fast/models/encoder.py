@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from msdd_fast.config import TokenizerConfig
 from msdd_fast.models.embeddings import PatchEmbed
-from msdd_fast.models.mmdit import NORM_EPS, JointBlock, Stream, init_position_prior
+from msdd_fast.models.mmdit import NORM_EPS, JointBlock, Stream
+from msdd_fast.models.position_prior import init_position_prior
 from msdd_fast.models.rope import RopeTable, image_grid_positions, latent_positions, rope_table
 
 
@@ -32,8 +33,9 @@ class Encoder(nn.Module):
         )
         self.norm = nn.LayerNorm(enc.hidden_size, eps=NORM_EPS, elementwise_affine=False)
         self.head = nn.Linear(enc.hidden_size, config.latent_dim)
-        nn.init.normal_(self.registers, std=enc.register_std)
-        init_position_prior(self, config.rope)
+        if not self.registers.is_meta:  # else a checkpoint fills it
+            nn.init.normal_(self.registers, std=enc.register_std)
+            init_position_prior(self.blocks, config.rope)
 
     def rope_tables(self, device: torch.device) -> tuple[RopeTable, RopeTable]:
         """Tables of the registers and of the image tokens."""

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from msdd_fast.config import RopeConfig
 from msdd_fast.models.rope import RopeTable, apply_rope
 
 NORM_EPS = 1e-6
@@ -76,15 +75,6 @@ class HeadNorm(nn.LayerNorm):
     def __init__(self, head_dim: int) -> None:
         super().__init__(head_dim, eps=NORM_EPS)
 
-    @torch.no_grad()
-    def init_position_prior(self, value: float) -> None:
-        """Bias ``value`` on the even member of every rotary pair.
-
-        With such a bias on q and k, scores contain value^2 * sum_i cos(angle_i(q) - angle_i(k)): largest
-        where the positions agree, so that attention is local before anything is learnt.
-        """
-        self.bias.view(-1, 2)[:, 0] = value
-
 
 class Stream(nn.Module):
     """One of the two token streams of a joint block, with its own weights.
@@ -95,7 +85,9 @@ class Stream(nn.Module):
     no queries, no output projection and no MLP (the last block of either network).
     """
 
-    def __init__(self, hidden_size: int, head_dim: int, mlp_multiple_of: int, *, adaln: bool, kv_only: bool = False) -> None:
+    def __init__(
+        self, hidden_size: int, head_dim: int, mlp_multiple_of: int, *, adaln: bool, kv_only: bool = False
+    ) -> None:
         super().__init__()
         self.head_dim = head_dim
         self.kv_only = kv_only
@@ -197,14 +189,6 @@ class CrossBlock(nn.Module):
         q, k, v = self.image.qkv_heads(image, mod, image_rope)
         assert q is not None  # an image stream always has queries
         return self.image.update(image, attention(q, k, v) + attention(q, *context_kv), mod)
-
-
-def init_position_prior(model: nn.Module, config: RopeConfig) -> None:
-    """Apply ``config.position_prior`` to every q and k norm of an encoder or decoder."""
-    if config.image_rope == "rotary" and config.context_positions == "grid":
-        for module in model.modules():
-            if isinstance(module, HeadNorm):
-                module.init_position_prior(config.position_prior)
 
 
 class FinalLayer(nn.Module):

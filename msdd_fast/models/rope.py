@@ -77,7 +77,9 @@ def latent_grid_shape(num_tokens: int) -> tuple[int, int]:
     return rows, num_tokens // rows
 
 
-def latent_positions(num_tokens: int, max_grid: int, kind: str, row: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def latent_positions(
+    num_tokens: int, max_grid: int, kind: str, row: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """Row and column positions of the latent tokens.
 
     "row": token j at (row, j). "grid": token j at the centre of its cell of a grid laid over the image.

@@ -1,0 +1,51 @@
+# Needs python3 with venv, and a C++ compiler for the extension; everything else comes from requirements-dev.txt.
+PYTHON ?= python3
+BIN := .venv/bin
+CPP_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+NATIVE := setup.py pyproject.toml CMakeLists.txt $(CPP_FILES)
+
+.DEFAULT_GOAL := help
+.PHONY: help build demo test test-full lint format clean
+
+help: ## Show the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# Two stamps: a changed C++ file rebuilds the extension but does not install the requirements again.
+.venv/.requirements: requirements-dev.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+.venv/.installed: .venv/.requirements $(NATIVE)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	@touch $@
+
+.venv: .venv/.installed
+
+build: .venv/.installed ## Create .venv and build the extension
+	@$(BIN)/python -c "from msdd_fast.backends import extension_status; print('msdd_fast._C', extension_status()[1])"
+
+demo: .venv/.installed ## Decode sample images into out/demo.png
+	$(BIN)/msdd-fast demo --out out/demo.png
+
+lint: .venv/.installed ## Style and types
+	$(BIN)/ruff check --quiet .
+	$(BIN)/ruff format --check --quiet .
+	$(BIN)/clang-format --dry-run --Werror $(CPP_FILES)
+	$(BIN)/mypy --no-error-summary
+
+test: lint ## Lint and the tests that need neither a GPU nor much time
+	$(BIN)/python -m pytest -q -rs -m "not gpu and not slow"
+
+test-full: lint ## Lint and all tests
+	$(BIN)/python -m pytest -q -rs
+
+format: .venv/.installed ## Rewrite the sources in the project's style
+	$(BIN)/ruff check --fix --quiet .
+	$(BIN)/ruff format --quiet .
+	$(BIN)/clang-format -i $(CPP_FILES)
+
+clean: ## Remove everything that was built, the virtual environment too
+	rm -rf .venv build dist out *.egg-info msdd_fast/_C* msdd_fast/_build_info.json
+	rm -rf .pytest_cache .ruff_cache .mypy_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,49 @@
+"""Fixtures common to all tests."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# torch.device(...) contexts look up once which functions they apply to: before poison_empty replaces some of them.
+with torch.device("cpu"):
+    torch.empty(0)
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """Folder of the reference data. Skips the test, with a hint, where there is none."""
+    named = os.environ.get("MSDD_FAST_SHARED")
+    candidates = [Path(named)] if named else [ROOT / "shared", ROOT.parent / "shared"]
+    for candidate in candidates:
+        if candidate.is_dir():
+            return candidate
+    looked = " or ".join(str(c) for c in candidates)
+    pytest.skip(f"no reference data in {looked}: set MSDD_FAST_SHARED to the folder that holds fixtures/ and data/")
+
+
+def _poisoned(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def empty(*args: Any, **kwargs: Any) -> Tensor:
+        out = function(*args, **kwargs)
+        if not torch.compiler.is_compiling() and out.is_floating_point() and out.device.type == "cpu":
+            with torch.no_grad():
+                out.fill_(float("nan"))
+        return out
+
+    return empty
+
+
+@pytest.fixture(autouse=True)
+def poison_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fills what torch.empty and its relatives return with NaN, so that an element nobody writes cannot pass."""
+    monkeypatch.setattr(torch, "empty", _poisoned(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", _poisoned(torch.empty_like))
+    monkeypatch.setattr(Tensor, "new_empty", _poisoned(Tensor.new_empty))
