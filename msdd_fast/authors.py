@@ -1,13 +1,8 @@
-"""Reading checkpoints of the MSDD authors' code (SPEC A8): names, sizes and dead tensors.
-
-Nothing is unpickled but tensors, plain containers and ``argparse.Namespace``.
-"""
+"""Reading checkpoints of the MSDD authors' code (SPEC A8): names, sizes and dead tensors."""
 
 from __future__ import annotations
 
-import argparse
 import logging
-import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -17,6 +12,7 @@ from torch import Tensor
 
 from msdd_fast.config import DecoderConfig, EncoderConfig, ScheduleConfig, TokenizerConfig, authors_choices
 from msdd_fast.errors import CheckpointError, InputError
+from msdd_fast.files import read_torch_file
 from msdd_fast.models.mmdit import swiglu_hidden_size
 
 _log = logging.getLogger(__name__)
@@ -44,19 +40,8 @@ _ZERO = re.compile(r"encoder\.(blocks\.\d+\.(context|image)|final_layer)\.(shift
 
 
 def read_authors_file(path: Path) -> dict[str, Any]:
-    """``torch.load`` of a .pt file without running anything in it."""
-    if not path.is_file():
-        raise CheckpointError(f"{path} is not a file")
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            data = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as e:
-        reason = str(e).strip().splitlines()[0]
-        raise CheckpointError(
-            f"{path} holds something other than tensors and plain data (or is no checkpoint), refused: {reason}"
-        ) from e
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as e:
-        raise CheckpointError(f"{path} is damaged or not a PyTorch checkpoint: {e}") from e
+    """The dict of a .pt file, without running anything in it."""
+    data = read_torch_file(path)
     if not isinstance(data, dict):
         raise CheckpointError(f"{path} must hold a dict, got {type(data).__name__}")
     return data
@@ -87,7 +72,7 @@ def translate_authors(
             unused.append(original)
         elif name in tensors:  # quant_conv is the same module as encoder.final_layer
             if not torch.equal(tensors[name], tensor):
-                raise CheckpointError(f"{original} and its alias encoder.final_layer differ")
+                raise CheckpointError(f"quant_conv must equal its alias encoder.final_layer, but {original} differs")
         else:
             _place(name, original, tensor, depths, tensors, unused)
     unused.sort()
@@ -103,7 +88,7 @@ def _place(
     match = re.match(r"(encoder|decoder)\.blocks\.(\d+)\.(context|image)\.(.+)", name)
     if match is None or int(match[2]) != depths[match[1]] - 1 or match[3] != dead_stream[match[1]]:
         tensors[name] = tensor
-    elif match[4].startswith("qkv."):
+    elif match[4].startswith("qkv.") and tensor.ndim:
         prefix = name[: -len(match[4])]
         tensors[prefix + match[4].replace("qkv.", "kv.")] = tensor[len(tensor) // 3 :].clone()
         unused.append(f"{original}[:{len(tensor) // 3}]")
@@ -140,7 +125,7 @@ def _infer_config(state: dict[str, Tensor], image_size: int, num_stages: int) ->
     latent_dim = shape("decoder.context_embedder.weight", 2)[1]
     patch = shape("decoder.x_embedder.proj.weight", 4)[2]
 
-    def network(side: str) -> dict[str, int]:
+    def network(side: str) -> dict[str, Any]:
         width = shape(f"{side}.x_embedder.proj.weight", 4)[0]
         inner = shape(f"{side}.joint_blocks.0.context_block.mlp.w1.weight", 2)[0] if _depth(state, side) > 1 else None
         if inner is not None and inner != swiglu_hidden_size(width, _MLP_MULTIPLE):

@@ -12,7 +12,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from torch import Tensor
 from msdd_fast.authors import read_authors_file, translate_authors
 from msdd_fast.config import TokenizerConfig
 from msdd_fast.errors import CheckpointError, ConfigError, InputError, MsddFastError
+from msdd_fast.files import temporary_sibling
 from msdd_fast.models.tokenizer import Tokenizer
 
 CONFIG_FILE = "config.json"
@@ -57,7 +57,7 @@ def resolve_directory(name_or_path: str | os.PathLike[str]) -> Path:
     name = str(name_or_path)
     if name in bundled_names():
         return ASSETS / name
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not path.exists():
+    if re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) and not path.exists():
         return _download_from_hub(name)
     raise CheckpointError(
         f"no checkpoint {name!r}: expected a directory, a hub id 'owner/name' or a bundled name "
@@ -75,7 +75,7 @@ def _download_from_hub(repo: str) -> Path:
     try:
         return Path(snapshot_download(repo, allow_patterns=["*.json", "*.safetensors"]))
     except Exception as e:  # the hub raises many types: network, authentication, missing repository
-        raise CheckpointError(f"could not fetch {repo!r} from the Hugging Face hub: {e}") from e
+        raise CheckpointError(f"no directory {repo!r}, and the Hugging Face hub did not give it: {e}") from e
 
 
 def load_config(directory: Path) -> TokenizerConfig:
@@ -85,7 +85,9 @@ def load_config(directory: Path) -> TokenizerConfig:
         data = json.loads(path.read_text())
     except FileNotFoundError as e:
         raise CheckpointError(f"{directory} is not a checkpoint: it has no {CONFIG_FILE}") from e
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+    except OSError as e:
+        raise CheckpointError(f"{path} cannot be read: {e.strerror or e}") from e
+    except (ValueError, RecursionError) as e:
         raise CheckpointError(f"{path} is not valid JSON: {e}") from e
     try:
         return TokenizerConfig.from_dict(data)
@@ -98,8 +100,8 @@ def read_weights(directory: Path) -> dict[str, Tensor]:
     index = directory / INDEX_FILE
     if index.exists():
         try:
-            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as e:
+            files = sorted({str(file) for file in json.loads(index.read_text())["weight_map"].values()})
+        except (OSError, ValueError, RecursionError, LookupError, AttributeError, TypeError) as e:
             raise CheckpointError(f"{index} is not a safetensors index: {e}") from e
     else:
         files = [WEIGHTS_FILE]
@@ -150,24 +152,40 @@ def save_pretrained(
     Raises InputError if the destination is a file or a non-empty directory that is not a checkpoint,
     CheckpointError if it cannot be written.
     """
-    target = Path(directory)
-    if target.exists() and not target.is_dir():
-        raise InputError(f"directory must be a directory, got the file {target}")
-    if target.is_dir() and any(target.iterdir()) and not (target / CONFIG_FILE).exists():
-        raise InputError(f"directory must be empty or hold a checkpoint, got {target} with other files")
+    if not dtype.is_floating_point:
+        raise InputError(f"dtype must be floating point, got {dtype}")
+    target = check_destination(directory)
+    staging = temporary_sibling(target)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    except OSError as e:
-        raise CheckpointError(f"cannot write to {target.parent}: {e}") from e
-    try:
+        staging.mkdir(parents=True)
         _write_weights(tokenizer, staging, dtype, max_shard_bytes)
         (staging / CONFIG_FILE).write_text(tokenizer.config.to_json())
         _swap_directory(staging, target)
     except (OSError, SafetensorError) as e:
-        raise CheckpointError(f"cannot write {target}: {e}") from e
+        raise CheckpointError(f"cannot write {target}: {getattr(e, 'strerror', None) or e}") from e
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def check_destination(directory: str | os.PathLike[str]) -> Path:
+    """The real path of a directory that may be written: new, empty, or an older checkpoint; else InputError."""
+    try:
+        target = Path(directory).resolve()
+        if target.exists() and not target.is_dir():
+            raise InputError(f"directory must be a directory, got the file {target}")
+        if target.is_dir() and any(target.iterdir()) and not _is_ours(target / CONFIG_FILE):
+            raise InputError(f"directory must be empty or hold an msdd-fast checkpoint, got {target} with other files")
+    except OSError as e:
+        raise CheckpointError(f"cannot write {directory}: {e.strerror or e}") from e
+    return target
+
+
+def _is_ours(config: Path) -> bool:
+    """Whether this config.json was written here, by whatever version; other libraries use the name, too."""
+    try:
+        return {"latent_dim", "num_latent_tokens"} <= set(json.loads(config.read_text()))
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def _write_weights(tokenizer: Tokenizer, directory: Path, dtype: torch.dtype, max_shard_bytes: int) -> None:
@@ -195,24 +213,23 @@ def _write_weights(tokenizer: Tokenizer, directory: Path, dtype: torch.dtype, ma
 
 def _swap_directory(staging: Path, target: Path) -> None:
     """Move ``staging`` to ``target``; foreign files of an older target come along."""
-    os.chmod(staging, 0o755)  # mkdtemp makes private directories
     if not target.exists():
         os.rename(staging, target)
         return
     for item in target.iterdir():
         if not _OUR_FILES.fullmatch(item.name):
-            if item.is_dir():
-                shutil.copytree(item, staging / item.name)
+            if item.is_dir() and not item.is_symlink():
+                shutil.copytree(item, staging / item.name, symlinks=True)
             else:
-                shutil.copy2(item, staging / item.name)
-    old = target.with_name(f".{target.name}.old-{os.getpid()}")
+                shutil.copy2(item, staging / item.name, follow_symlinks=False)
+    old = temporary_sibling(target)
     os.rename(target, old)
     try:
         os.rename(staging, target)
-    except OSError:
+    except BaseException:
         os.rename(old, target)
         raise
-    shutil.rmtree(old)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def import_authors(
@@ -229,15 +246,26 @@ def import_authors(
     Returns the tokenizer in eval mode, float32, with the authors' choices (``config.authors_choices``).
     Raises CheckpointError for a foreign, damaged or contradictory file.
     """
-    name = "state dict" if isinstance(source, dict) else str(source)
-    state = source if isinstance(source, dict) else read_authors_file(Path(source))
+    return import_authors_verbose(source, weights, image_size, num_stages)[0]
+
+
+def import_authors_verbose(
+    source: str | os.PathLike[str] | dict[str, Any], weights: str, image_size: int, num_stages: int
+) -> tuple[Tokenizer, list[str]]:
+    """``import_authors``, and the authors' names of the tensors that were not used."""
+    if isinstance(source, dict):
+        name, state = "state dict", source
+    else:
+        name, state = str(source), read_authors_file(Path(source))
     try:
-        config, tensors, _unused = translate_authors(state, weights, image_size, num_stages)
-        with torch.device("meta"):
-            tokenizer = Tokenizer(config)
+        config, tensors, unused = translate_authors(state, weights, image_size, num_stages)
     except InputError:
         raise
     except MsddFastError as e:
         raise CheckpointError(f"{name}: {e}") from e
+    if isinstance(source, dict):  # the model must not share memory with the caller's tensors
+        tensors = {n: t.detach().clone() for n, t in tensors.items()}
+    with torch.device("meta"):
+        tokenizer = Tokenizer(config)
     load_state(tokenizer, tensors, name)
-    return tokenizer.eval()
+    return tokenizer.eval(), unused

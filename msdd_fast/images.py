@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from msdd_fast.errors import InputError
+from msdd_fast.files import atomic_write, require_writable
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
 
@@ -20,11 +20,14 @@ IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".
 def load_image(path: str | os.PathLike[str]) -> Image.Image:
     """Any picture as upright RGB. Raises InputError that names the file."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path) as file:
+            image: Image.Image = file
+            if image.mode in ("I", "I;16", "I;16B"):  # 16-bit grey: PIL's own conversion clips at 255
+                image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
             return ImageOps.exif_transpose(image).convert("RGB")
     except FileNotFoundError as e:
         raise InputError(f"image file {path} does not exist") from e
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
+    except (UnidentifiedImageError, OSError, EOFError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
         raise InputError(f"{path} is not a readable image: {e}") from e
 
 
@@ -32,9 +35,8 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     """Largest centred square, then resized: BOX when shrinking by a whole factor, else antialiased bicubic."""
     short = min(image.size)
     left, top = (image.width - short) // 2, (image.height - short) // 2
-    box = (left, top, left + short, top + short)
-    whole = short >= size and short % size == 0
-    return image.resize((size, size), Image.Resampling.BOX if whole else Image.Resampling.BICUBIC, box=box)
+    square = image.crop((left, top, left + short, top + short))
+    return square.resize((size, size), Image.Resampling.BOX if short % size == 0 else Image.Resampling.BICUBIC)
 
 
 CROP_DESCRIPTION = "largest centred square, resized by BOX (whole factors) or antialiased bicubic"
@@ -57,37 +59,38 @@ def to_image(x: Tensor) -> Image.Image:
 
 
 def find_image_files(source: str | os.PathLike[str]) -> list[Path]:
-    """Image files of a folder (recursive, sorted), or the one file. Raises InputError if there is none."""
+    """Image files of a folder (recursive, sorted, none hidden), or the one file. Raises InputError if there is none."""
     path = Path(source)
     if path.is_file():
         return [path]
     if not path.is_dir():
         raise InputError(f"{path} is neither a file nor a folder")
-    files = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in IMAGE_SUFFIXES]
+    files = [
+        p
+        for p in sorted(path.rglob("*"))
+        if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".") and p.is_file()
+    ]
     if not files:
         raise InputError(f"no images ({', '.join(sorted(IMAGE_SUFFIXES))}) found in {path}")
     return files
 
 
+def require_picture_path(path: str | os.PathLike[str]) -> None:
+    """Fail before the work: InputError if ``path`` has no suffix of a picture or cannot be written."""
+    _check_suffix(Path(path))
+    require_writable(path)
+
+
 def save_image(image: Image.Image, path: str | os.PathLike[str]) -> None:
     """Write a picture atomically; the suffix chooses the format. Raises InputError if it cannot be written."""
-    path = Path(path)
+    _check_suffix(Path(path))
+    with atomic_write(path) as temporary:
+        image.save(temporary)
+
+
+def _check_suffix(path: Path) -> None:
     if path.suffix.lower() not in IMAGE_SUFFIXES:
         raise InputError(f"output must end in one of {', '.join(sorted(IMAGE_SUFFIXES))}, got {path.name!r}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
-    except OSError as e:
-        raise InputError(f"cannot write {path}: {e}") from e
-    os.close(handle)
-    try:
-        image.save(temporary)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except OSError as e:
-        raise InputError(f"cannot write {path}: {e}") from e
-    finally:
-        Path(temporary).unlink(missing_ok=True)
 
 
 def grid_image(rows: Sequence[Sequence[Tensor]], size: int, gap: int = 4) -> Image.Image:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from msdd_fast.errors import InputError
+from msdd_fast.files import atomic_write
 
 
 class Latents(NamedTuple):
@@ -24,22 +26,10 @@ class Latents(NamedTuple):
 
 
 def save_latents(latents: Latents, path: str | os.PathLike[str]) -> None:
-    """Write atomically. Raises InputError if the file cannot be written."""
-    path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=".safetensors", dir=path.parent)
-        os.close(handle)
-    except OSError as e:
-        raise InputError(f"cannot write {path}: {e}") from e
-    try:
+    """Write atomically. Raises InputError if a name would not load again or the file cannot be written."""
+    check_names(latents.names, len(latents.z), path)
+    with atomic_write(path) as temporary:
         save_file({"latents": latents.z.contiguous().cpu()}, temporary, {"names": json.dumps(latents.names)})
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as e:
-        raise InputError(f"cannot write {path}: {e}") from e
-    finally:
-        Path(temporary).unlink(missing_ok=True)
 
 
 def load_latents(path: str | os.PathLike[str]) -> Latents:
@@ -65,7 +55,7 @@ def load_latents(path: str | os.PathLike[str]) -> Latents:
         names = json.loads(metadata["names"]) if "names" in metadata else [f"{i:06d}" for i in range(len(z))]
     except json.JSONDecodeError as e:
         raise InputError(f"{path}: its list of names is not valid JSON: {e}") from e
-    _check_names(names, len(z), path)
+    check_names(names, len(z), path)
     return Latents(z, names)
 
 
@@ -73,20 +63,30 @@ def unique_names(files: list[Path], root: Path) -> list[str]:
     """Names relative to ``root`` without suffix; files that would share one keep their suffix."""
     relative = [PurePosixPath(f.relative_to(root).as_posix()) for f in files]
     stems = [str(r.with_suffix("")) for r in relative]
-    return [str(r) if stems.count(s) > 1 else s for r, s in zip(relative, stems, strict=True)]
+    count = Counter(stems)
+    names = [str(r) if count[s] > 1 else s for r, s in zip(relative, stems, strict=True)]
+    if len(set(names)) < len(names):  # a.png, a.jpg and a.png.png
+        names = [str(r) for r in relative]
+    check_names(names, len(files), root)
+    return names
 
 
-def concatenate(parts: list[Latents]) -> Latents:
-    """Several files as one; the latents must agree in shape."""
+def concatenate(parts: Sequence[Latents]) -> Latents:
+    """Several files as one. Raises InputError if their latents differ in shape."""
+    shapes = sorted({tuple(p.z.shape[1:]) for p in parts})
+    if len(shapes) > 1:
+        raise InputError(f"latents files must agree in shape, got {' and '.join(map(str, shapes))}")
     return Latents(torch.cat([p.z for p in parts]), [n for p in parts for n in p.names])
 
 
-def _check_names(names: object, count: int, path: str | os.PathLike[str]) -> None:
+def check_names(names: object, count: int, source: str | os.PathLike[str]) -> None:
+    """Raise InputError unless ``names`` are ``count`` different relative paths that stay inside a folder."""
     if not isinstance(names, list) or not all(isinstance(n, str) and n for n in names) or len(names) != count:
-        raise InputError(f"{path}: expected {count} names, got {names if not isinstance(names, list) else len(names)}")
+        got = len(names) if isinstance(names, list) else type(names).__name__
+        raise InputError(f"{source}: names must be {count} non-empty strings, got {got}")
     for name in names:
-        parts = PurePosixPath(name).parts
-        if name.startswith("/") or ".." in parts or "\\" in name or "\0" in name:
-            raise InputError(f"{path}: names must stay inside the output folder, got {name!r}")
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts or str(path) != name or "\\" in name or "\0" in name:
+            raise InputError(f"{source}: names must be plain paths inside the output folder, got {name!r}")
     if len(set(names)) != count:
-        raise InputError(f"{path}: names must be unique")
+        raise InputError(f"{source}: names must be unique, got {Counter(names).most_common(1)[0][0]!r} twice")

@@ -6,7 +6,6 @@ A metric is named after the network that it really uses.
 from __future__ import annotations
 
 import os
-import pickle
 from pathlib import Path
 
 import torch
@@ -14,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from msdd_fast.errors import CheckpointError, InputError
+from msdd_fast.files import read_torch_file
 
 
 def psnr(x: Tensor, y: Tensor) -> Tensor:
@@ -60,18 +60,22 @@ class Vgg19Distance(nn.Module):
         super().__init__()
         path = Path(weights)
         if not path.is_file():
-            raise CheckpointError(f"VGG-19 features not found: expected the file vgg_normalised_conv3_1.pth, got {path}")
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as e:
-            raise CheckpointError(f"{path} is not a readable state dict: {e}") from e
+            raise CheckpointError(
+                f"VGG-19 features not found: expected the file vgg_normalised_conv3_1.pth, got {path}"
+            )
+        state = read_torch_file(path)
         self.convs = nn.ModuleDict()
         for key, n_in, n_out, kernel in self._LAYERS:
             conv = nn.Conv2d(n_in, n_out, kernel)
-            try:
-                conv.load_state_dict({"weight": state[f"{key}.weight"], "bias": state[f"{key}.bias"]})
-            except (KeyError, RuntimeError, TypeError) as e:
-                raise CheckpointError(f"{path} is not the VGG-19 feature network up to relu3_1: layer {key}: {e}") from e
+            for name, parameter in conv.named_parameters():
+                tensor = state.get(f"{key}.{name}") if isinstance(state, dict) else None
+                if not isinstance(tensor, Tensor) or tensor.shape != parameter.shape:
+                    got = tuple(tensor.shape) if isinstance(tensor, Tensor) else "nothing of the kind"
+                    raise CheckpointError(
+                        f"{path} is not the VGG-19 feature network up to relu3_1: "
+                        f"expected {key}.{name} of shape {tuple(parameter.shape)}, got {got}"
+                    )
+                parameter.data.copy_(tensor)
             self.convs[str(key)] = conv
         self.requires_grad_(False).eval()
 
@@ -96,4 +100,6 @@ class Vgg19Distance(nn.Module):
 
 def _check_pair(x: Tensor, y: Tensor) -> None:
     if x.ndim != 4 or x.shape[1] != 3 or x.shape != y.shape:
-        raise InputError(f"images must be two tensors of one shape (B, 3, H, W), got {tuple(x.shape)} and {tuple(y.shape)}")
+        raise InputError(
+            f"images must be two tensors of one shape (B, 3, H, W), got {tuple(x.shape)} and {tuple(y.shape)}"
+        )

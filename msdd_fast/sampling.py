@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -57,7 +56,9 @@ def sample(
     check_sampling(steps, cfg_scale)
     check_latents(z, cfg.num_latent_tokens, cfg.latent_dim)
     if len(schedule) != cfg.schedule.num_stages:
-        raise InputError(f"schedule must have {cfg.schedule.num_stages} stages as the decoder's config, got {len(schedule)}")
+        raise InputError(
+            f"schedule must have {cfg.schedule.num_stages} stages as the decoder's config, got {len(schedule)}"
+        )
     batch, device = len(z), z.device
     shapes = [(3, r, r) for r in map(cfg.stage_resolution, range(len(schedule)))]
     if noise is None:
@@ -70,7 +71,11 @@ def sample(
     for stage in schedule.stages:
         s = stage.index
         if s > 0:
-            n = renoise_noise(seeds, shapes[s], s, schedule.config.block_correlation) if noise is None else noise[s].float()
+            n = (
+                renoise_noise(seeds, shapes[s], s, schedule.config.block_correlation)
+                if noise is None
+                else noise[s].float()
+            )
             x = renoise_upsample(x, n, stage.alpha, stage.beta)
         model_times, t = schedule.time_grid(s, steps)
         for i in range(steps):

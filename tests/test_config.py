@@ -20,7 +20,10 @@ def test_round_trip(name):
     [
         (dict(image_size=100), r"image_size must be a multiple of patch_size \* 2\^\(num_stages-1\) = 64 .* got 100"),
         (dict(image_size=0), "image_size must be at least 1, got 0"),
-        (dict(decoder=DecoderConfig(hidden_size=100)), "decoder.hidden_size must be a multiple of head_dim=64, got 100"),
+        (
+            dict(decoder=DecoderConfig(hidden_size=100)),
+            "decoder.hidden_size must be a multiple of head_dim=64, got 100",
+        ),
         (dict(decoder=DecoderConfig(depth=0)), "decoder.depth must be at least 1, got 0"),
         (dict(schedule=ScheduleConfig(num_stages=0)), "num_stages must be 1 to 10, got 0"),
         (dict(schedule=ScheduleConfig(block_correlation=-0.5)), r"block_correlation must be in \[-1/3, 1\), got -0.5"),

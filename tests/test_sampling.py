@@ -122,7 +122,9 @@ def test_exact_velocity_gives_the_image_and_its_clean_estimates(num_stages, grid
     image = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
     oracle = Oracle(config, image)
     seen = []
-    out = sample(oracle, torch.zeros(2, 16, 32), StageSchedule(config.schedule), steps=steps, stage_callback=seen.append)
+    out = sample(
+        oracle, torch.zeros(2, 16, 32), StageSchedule(config.schedule), steps=steps, stage_callback=seen.append
+    )
     torch.testing.assert_close(out, image, rtol=0, atol=2e-3)
     for result in seen:
         torch.testing.assert_close(result.clean, oracle.levels[result.stage + 1], rtol=0, atol=2e-3)

@@ -1,5 +1,7 @@
 """Schedule tables of SPEC A3 for 1 to 5 stages, and the time grids of A4."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -66,7 +68,7 @@ def test_tables(num_stages):
 def test_levels_follow_from_the_previous_end(num_stages):
     """start_t = 2e / (1 + e), and alpha keeps the mean: alpha (1 - e) = 1 - start_t."""
     stages = build_stages(num_stages)
-    for before, stage in zip(stages, stages[1:], strict=False):
+    for before, stage in itertools.pairwise(stages):
         e = before.end_t
         assert stage.start_t == pytest.approx(2 * e / (1 + e))
         assert stage.alpha * (1 - e) == pytest.approx(1 - stage.start_t)

@@ -74,7 +74,9 @@ class ImageDataset(Dataset[Tensor]):
     to ``size``, horizontal flip with probability 1/2 (SPEC A5).
     """
 
-    def __init__(self, refs: Sequence[ImageRef], size: int, seed: int, min_crop: float = 0.8, flip: bool = True) -> None:
+    def __init__(
+        self, refs: Sequence[ImageRef], size: int, seed: int, min_crop: float = 0.8, flip: bool = True
+    ) -> None:
         if not 0.0 < min_crop <= 1.0:
             raise InputError(f"min_crop must be in (0, 1], got {min_crop}")
         self.refs = list(refs)

@@ -134,7 +134,9 @@ class Stage1Recipe:
             raise ConfigError("perceptual_weight > 0 needs a perceptual distance; give its weights file")
         self.config, self.preview, self.perceptual = config, preview, perceptual
 
-    def loss(self, tokenizer: Tokenizer, images: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(
+        self, tokenizer: Tokenizer, images: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         return stage1_loss(tokenizer, images, self.config, generator, self.perceptual)
 
     def picture(self, tokenizer: Tokenizer) -> Image.Image | None:

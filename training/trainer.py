@@ -70,7 +70,9 @@ class LoopConfig:
 class Recipe(Protocol):
     """An objective for the loop."""
 
-    def loss(self, tokenizer: Tokenizer, images: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(
+        self, tokenizer: Tokenizer, images: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of a batch and detached figures to log."""
 
     def picture(self, tokenizer: Tokenizer) -> Image.Image | None:
@@ -246,7 +248,9 @@ class Trainer:
             raise CheckpointError(f"cannot resume from {path}: {e}") from e
         for name, mine in (("config", self.tokenizer.config.to_dict()), ("seed", self.loop.seed)):
             if state.get(name) != mine:
-                raise CheckpointError(f"cannot resume from {path}: its {name} is not this run's; choose another out folder")
+                raise CheckpointError(
+                    f"cannot resume from {path}: its {name} is not this run's; choose another out folder"
+                )
         self.step = state["step"]
         self.tokenizer.load_state_dict(state["tokenizer"])
         self.ema.model.load_state_dict(state["ema"])

@@ -26,11 +26,15 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
 def add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="image i uses seed + i (default: 0)")
     parser.add_argument("--steps", type=int, default=None, help="denoising steps per scale (default: the checkpoint's)")
-    parser.add_argument("--cfg-scale", type=float, default=None, help="classifier-free guidance (default: the checkpoint's)")
+    parser.add_argument(
+        "--cfg-scale", type=float, default=None, help="classifier-free guidance (default: the checkpoint's)"
+    )
 
 
 def add_batch_size(parser: argparse.ArgumentParser, default: int = 8) -> None:
-    parser.add_argument("--batch-size", type=positive_int, default=default, help="images at a time (default: %(default)s)")
+    parser.add_argument(
+        "--batch-size", type=positive_int, default=default, help="images at a time (default: %(default)s)"
+    )
 
 
 def positive_int(text: str) -> int:
@@ -45,10 +49,10 @@ def load_tokenizer(args: argparse.Namespace) -> Tokenizer:
     name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        if device.type == "cuda" and not torch.cuda.is_available():
-            raise InputError(f"--device must be available here, got {name!r} but torch finds no CUDA device")
-    except RuntimeError as e:
-        raise InputError(f"--device must name a torch device, got {name!r}") from e
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError, ImportError) as e:  # a device that is unknown, absent, or holds no data
+        reason = (str(e).splitlines() or [type(e).__name__])[0]
+        raise InputError(f"--device must name a torch device that works here, got {name!r}: {reason}") from e
     return Tokenizer.from_pretrained(args.checkpoint).to(device)
 
 
@@ -65,16 +69,3 @@ def chunks(count: int, size: int) -> Iterator[range]:
     """Consecutive index ranges of at most ``size``."""
     for first in range(0, count, size):
         yield range(first, min(first + size, count))
-
-
-def require_writable(path: str | Path) -> None:
-    """Fail before the work, not after it, when the output's folder cannot be written."""
-    folder = Path(path).absolute().parent
-    while not folder.exists():
-        folder = folder.parent
-    probe = folder / f".msdd-fast-probe-{id(path)}"
-    try:
-        probe.touch()
-        probe.unlink()
-    except OSError as e:
-        raise InputError(f"cannot write {path}: {e}") from e

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from msdd_fast.authors import read_authors_file, translate_authors
-from msdd_fast.checkpoint import import_authors, save_pretrained
+from msdd_fast.checkpoint import check_destination, import_authors_verbose, save_pretrained
 
 HELP = "authors' .pt checkpoint -> msdd-fast checkpoint directory"
 
@@ -14,15 +12,16 @@ HELP = "authors' .pt checkpoint -> msdd-fast checkpoint directory"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", help="the authors' .pt file; nothing in it is executed")
     parser.add_argument("output", help="directory to write")
-    parser.add_argument("--weights", choices=("ema", "model"), default="ema", help="which set of weights (default: ema)")
+    parser.add_argument(
+        "--weights", choices=("ema", "model"), default="ema", help="which set of weights (default: ema)"
+    )
     parser.add_argument("--image-size", type=int, default=256, help="pixels per side (default: 256)")
     parser.add_argument("--num-stages", type=int, default=4, help="scales of the decoder (default: 4)")
 
 
 def run(args: argparse.Namespace) -> None:
-    data = read_authors_file(Path(args.source))
-    tokenizer = import_authors(data, args.weights, args.image_size, args.num_stages)
-    _, _, unused = translate_authors(data, args.weights, args.image_size, args.num_stages)
+    check_destination(args.output)
+    tokenizer, unused = import_authors_verbose(args.source, args.weights, args.image_size, args.num_stages)
     save_pretrained(tokenizer, args.output)
     count = sum(p.numel() for p in tokenizer.parameters())
     print(f"wrote {args.output}: {count / 1e6:.1f} M parameters")

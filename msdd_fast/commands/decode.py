@@ -1,6 +1,7 @@
 """Decode latent tokens to pictures. Resumable: pictures that are already there are skipped.
 
-Image i of the input has seed + i whatever the batch, so an interrupted run continues to the same pictures.
+Image i of the input has seed + i whatever the batch. A run that is continued with the same options gives the
+same files as one that was never interrupted.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from msdd_fast.commands.common import (
@@ -17,11 +19,11 @@ from msdd_fast.commands.common import (
     chunks,
     device_of,
     load_tokenizer,
-    require_writable,
 )
 from msdd_fast.errors import InputError
+from msdd_fast.files import require_writable
 from msdd_fast.images import IMAGE_SUFFIXES, save_image, to_image
-from msdd_fast.latents import Latents, load_latents
+from msdd_fast.latents import Latents, concatenate, load_latents
 from msdd_fast.noise import resolve_seeds
 from msdd_fast.sampling import check_latents
 
@@ -30,7 +32,9 @@ HELP = "latent tokens (.safetensors) -> pictures"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", help="a latents file, or a folder of them")
-    parser.add_argument("-o", "--output", default="decoded", help="folder, or a .png for a single image (default: %(default)s)")
+    parser.add_argument(
+        "-o", "--output", default="decoded", help="folder, or a .png for a single image (default: %(default)s)"
+    )
     parser.add_argument("--overwrite", action="store_true", help="decode again what is already there")
     add_checkpoint(parser)
     add_sampling(parser)
@@ -40,24 +44,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     latents = read(Path(args.source))
     targets = output_files(latents, Path(args.output))
-    require_writable(targets[0] if targets else args.output)
+    if targets:
+        require_writable(targets[0])
     tokenizer = load_tokenizer(args)
     cfg = tokenizer.config
     check_latents(latents.z, cfg.num_latent_tokens, cfg.latent_dim)
+    check_finite(latents)
     seeds = resolve_seeds(args.seed, len(latents.z))
-    todo = [i for i, path in enumerate(targets) if args.overwrite or not path.exists()]
-    if len(todo) < len(targets):
-        print(f"{len(targets) - len(todo)} of {len(targets)} are already there")
-    with tqdm(total=len(todo), unit="img", disable=None) as bar:
-        for part in chunks(len(todo), args.batch_size):
-            index = [todo[i] for i in part]
-            images = tokenizer.decode(latents.z[index].to(device_of(tokenizer)), seeds[index], args.steps, args.cfg_scale)
-            if not images.isfinite().all():
-                raise InputError(f"decoding gave NaN or Inf for one of {', '.join(latents.names[i] for i in index)}")
-            for i, image in zip(index, images, strict=True):
-                save_image(to_image(image), targets[i])
-            bar.update(len(part))
-    print(f"wrote {len(todo)} pictures to {args.output}")
+    missing = [args.overwrite or not path.exists() for path in targets]
+    if not all(missing):
+        print(f"{len(targets) - sum(missing)} of {len(targets)} are already there")
+    with tqdm(total=sum(missing), unit="img", disable=None) as bar:
+        for part in chunks(len(targets), args.batch_size):
+            todo = [i for i in part if missing[i]]
+            if todo:
+                # All of the batch, as in a run from the start: rounding depends on the batch size.
+                index = slice(part.start, part.stop)
+                z = latents.z[index].to(device_of(tokenizer))
+                images = tokenizer.decode(z, seeds[index], args.steps, args.cfg_scale)
+                if not images.isfinite().all():
+                    raise InputError(f"decoding gave NaN or Inf for one of {', '.join(latents.names[index])}")
+                for i in todo:
+                    save_image(to_image(images[i - part.start]), targets[i])
+                bar.update(len(todo))
+    print(f"wrote {sum(missing)} pictures to {args.output}")
 
 
 def read(source: Path) -> Latents:
@@ -68,14 +78,14 @@ def read(source: Path) -> Latents:
     if not files:
         raise InputError(f"no .safetensors files in {source}")
     parts = [load_latents(f) for f in files]
-    shapes = {tuple(p.z.shape[1:]) for p in parts}
-    if len(shapes) > 1:
-        raise InputError(f"latents in {source} must agree in shape, got {sorted(shapes)}")
-    import torch
+    return concatenate([Latents(p.z, [f"{f.stem}/{n}" for n in p.names]) for f, p in zip(files, parts, strict=True)])
 
-    return Latents(
-        torch.cat([p.z for p in parts]), [f"{f.stem}/{n}" for f, p in zip(files, parts, strict=True) for n in p.names]
-    )
+
+def check_finite(latents: Latents) -> None:
+    """Before the first picture is written: InputError that names the first image with NaN or Inf."""
+    finite = torch.isfinite(latents.z).flatten(1).all(dim=1).tolist()
+    if not all(finite):
+        raise InputError(f"latents must be finite, got NaN or Inf for {latents.names[finite.index(False)]!r}")
 
 
 def output_files(latents: Latents, output: Path) -> list[Path]:

@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 
 from msdd_fast.bench.scales import format_table, measure_scales
-from msdd_fast.commands.common import add_batch_size, add_checkpoint, add_sampling, device_of, load_tokenizer, require_writable
+from msdd_fast.commands.common import add_batch_size, add_checkpoint, add_sampling, device_of, load_tokenizer
 from msdd_fast.errors import InputError
-from msdd_fast.images import center_crop, save_image, to_tensor
+from msdd_fast.images import center_crop, require_picture_path, save_image, to_tensor
 from msdd_fast.metrics import psnr
 from msdd_fast.reconstruct import draw, reconstruct
 
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    require_writable(args.out)
+    require_picture_path(args.out)
     try:
         import skimage.data
     except ImportError as e:
@@ -43,5 +43,6 @@ def run(args: argparse.Namespace) -> None:
     print(f"wrote {args.out}: original, clean estimate of each coarser scale, result\n")
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     steps = args.steps or cfg.sampling.steps
-    print(f"eager decode, {args.checkpoint}, {cfg.image_size} px, batch {args.batch_size}, {steps} step(s) per scale, {where}")
+    run_at = f"{cfg.image_size} px, batch {args.batch_size}, {steps} step(s) per scale"
+    print(f"eager decode, {args.checkpoint}, {run_at}, {where}")
     print(format_table(measure_scales(tokenizer, args.batch_size, args.steps, args.cfg_scale)))

@@ -15,8 +15,9 @@ from msdd_fast.commands.common import (
     device_of,
     load_batch,
     load_tokenizer,
-    require_writable,
 )
+from msdd_fast.errors import InputError
+from msdd_fast.files import require_writable
 from msdd_fast.images import find_image_files
 from msdd_fast.latents import Latents, save_latents, unique_names
 
@@ -31,9 +32,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    if Path(args.output).suffix != ".safetensors":
+        raise InputError(f"--output must end in .safetensors, got {args.output}")
     require_writable(args.output)
     source = Path(args.source)
     files = find_image_files(source)
+    names = unique_names(files, source if source.is_dir() else source.parent)
     tokenizer = load_tokenizer(args)
     size, device = tokenizer.config.image_size, device_of(tokenizer)
     parts = []
@@ -42,6 +46,5 @@ def run(args: argparse.Namespace) -> None:
             images = load_batch([files[i] for i in part], size).to(device)
             parts.append(tokenizer.encode(images).cpu())
             bar.update(len(part))
-    root = source if source.is_dir() else source.parent
-    save_latents(Latents(torch.cat(parts), unique_names(files, root)), args.output)
+    save_latents(Latents(torch.cat(parts), names), args.output)
     print(f"wrote {args.output}: {len(files)} x {tokenizer.config.num_latent_tokens} x {tokenizer.config.latent_dim}")

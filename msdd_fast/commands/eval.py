@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -20,8 +19,8 @@ from msdd_fast.commands.common import (
     device_of,
     load_batch,
     load_tokenizer,
-    require_writable,
 )
+from msdd_fast.files import atomic_write, require_writable
 from msdd_fast.images import CROP_DESCRIPTION, find_image_files
 from msdd_fast.metrics import Vgg19Distance, psnr, ssim
 
@@ -74,4 +73,5 @@ def run(args: argparse.Namespace) -> None:
         print(f"{name:16} {value:.4f}")
     if args.json:
         per_image = {str(f): {n: v[i] for n, v in figures.items()} for i, f in enumerate(files)}
-        Path(args.json).write_text(json.dumps({**report, "images": per_image}, indent=2) + "\n")
+        with atomic_write(args.json) as temporary:
+            temporary.write_text(json.dumps({**report, "images": per_image}, indent=2) + "\n")

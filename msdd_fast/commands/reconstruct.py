@@ -10,9 +10,8 @@ from msdd_fast.commands.common import (
     device_of,
     load_batch,
     load_tokenizer,
-    require_writable,
 )
-from msdd_fast.images import find_image_files, save_image
+from msdd_fast.images import find_image_files, require_picture_path, save_image
 from msdd_fast.metrics import psnr
 from msdd_fast.reconstruct import draw, reconstruct
 
@@ -27,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    require_writable(args.output)
+    require_picture_path(args.output)
     files = [f for photo in args.photos for f in find_image_files(photo)]
     tokenizer = load_tokenizer(args)
     images = load_batch(files, tokenizer.config.image_size).to(device_of(tokenizer))

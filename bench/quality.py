@@ -1,0 +1,142 @@
+"""Reconstruction quality of a checkpoint over sets, steps, guidance and time grids, beside two baselines.
+
+    python -m msdd_fast.bench.quality msdd-nano --set kodak24=DIR --set imagenet=DIR --vgg19 FILE --json out.json
+
+Prints Markdown tables. The baselines bound what the numbers mean: the picture's mean colour, and the picture
+shrunk to as many numbers as the latent tokens hold and enlarged again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from msdd_fast.commands.common import chunks, load_batch
+from msdd_fast.images import CROP_DESCRIPTION, find_image_files
+from msdd_fast.metrics import Vgg19Distance, psnr, ssim
+from msdd_fast.models.tokenizer import Tokenizer
+from msdd_fast.sampling import sample
+from msdd_fast.schedule import StageSchedule
+
+COLUMNS = ("psnr_db", "ssim", "vgg19_distance")
+
+
+def mean_colour(x: Tensor) -> Tensor:
+    """Every picture (B, 3, H, W) replaced by its mean colour."""
+    return x.mean(dim=(2, 3), keepdim=True).expand_as(x)
+
+
+def shrunk(x: Tensor, numbers: int) -> Tensor:
+    """Pictures kept as k x k x 3 <= ``numbers`` values: antialiased bicubic down, bicubic up."""
+    k = int((numbers / 3) ** 0.5)
+    small = F.interpolate(x, size=(k, k), mode="bicubic", antialias=True)
+    return F.interpolate(small, size=x.shape[-2:], mode="bicubic")
+
+
+@torch.no_grad()
+def score(decode: Callable[[range], Tensor], images: Tensor, distance: Vgg19Distance | None, batch: int) -> dict[str, float]:
+    """Mean figures of ``decode(indices)`` against ``images`` (N, 3, R, R)."""
+    sums: dict[str, float] = {}
+    for part in chunks(len(images), batch):
+        x, y = images[part.start : part.stop], decode(part)
+        values = {"psnr_db": psnr(y, x), "ssim": ssim(y, x)}
+        if distance is not None:
+            values["vgg19_distance"] = distance(y.clamp(-1, 1), x)
+        for name, value in values.items():
+            sums[name] = sums.get(name, 0.0) + float(value.sum())
+    return {name: value / len(images) for name, value in sums.items()}
+
+
+def evaluate_set(
+    tokenizer: Tokenizer, images: Tensor, distance: Vgg19Distance | None, args: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """One row for every baseline and every setting."""
+    cfg = tokenizer.config
+    numbers = cfg.num_latent_tokens * cfg.latent_dim
+    z = torch.cat([tokenizer.encode(images[p.start : p.stop]) for p in chunks(len(images), args.batch_size)])
+
+    def row(name: str, decode: Callable[[range], Tensor]) -> dict[str, Any]:
+        result = {"what": name, **score(decode, images, distance, args.batch_size)}
+        print(f"  {name}: {result['psnr_db']:.2f} dB", flush=True)
+        return result
+
+    rows = [
+        row("mean colour", lambda p: mean_colour(images[p.start : p.stop])),
+        row(f"shrunk to {numbers} numbers", lambda p: shrunk(images[p.start : p.stop], numbers)),
+        row("stage-0 clean estimate, enlarged", lambda p: stage0(tokenizer, z[p.start : p.stop], p.start)),
+    ]
+    for grid in args.grids:
+        schedule = StageSchedule(dataclasses.replace(cfg.schedule, time_grid=grid))
+        for steps in args.steps:
+            if steps == 1 and grid != args.grids[0]:
+                continue  # one step is the same in every grid
+            for scale in args.cfg:
+
+                def decode(
+                    p: range, schedule: StageSchedule = schedule, steps: int = steps, scale: float = scale
+                ) -> Tensor:
+                    out = sample(
+                        tokenizer.decoder, z[p.start : p.stop], schedule, steps=steps, cfg_scale=scale, seed=p.start
+                    )
+                    assert isinstance(out, Tensor)
+                    return out
+
+                rows.append(row(f"{steps} step{'s' * (steps > 1)}, CFG {scale:g}, {grid} grid", decode))
+    return rows
+
+
+def stage0(tokenizer: Tokenizer, z: Tensor, seed: int) -> Tensor:
+    """The clean estimate of the first stage, enlarged bicubically to full size."""
+    seen: list[Tensor] = []
+    tokenizer.decode(z, seed, stage_callback=lambda r: seen.append(r.clean))
+    size = tokenizer.config.image_size
+    return F.interpolate(seen[0], size=(size, size), mode="bicubic")
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """A table with one line per row."""
+    columns = [c for c in COLUMNS if c in rows[0]]
+    titles = {"psnr_db": "PSNR (dB)", "ssim": "SSIM", "vgg19_distance": "VGG-19 distance"}
+    lines = ["| | " + " | ".join(titles[c] for c in columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for r in rows:
+        cells = [f"{r[c]:.2f}" if c == "psnr_db" else f"{r[c]:.3f}" for c in columns]
+        lines.append(f"| {r['what']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint")
+    parser.add_argument("--set", action="append", required=True, metavar="NAME=DIR", dest="sets")
+    parser.add_argument("--vgg19", metavar="FILE")
+    parser.add_argument("--steps", type=int, nargs="+", default=[1, 4, 30])
+    parser.add_argument("--cfg", type=float, nargs="+", default=[1.0, 1.5, 2.0])
+    parser.add_argument("--grids", nargs="+", default=["uniform"], choices=["uniform", "authors"])
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--json", metavar="FILE")
+    args = parser.parse_args()
+    tokenizer = Tokenizer.from_pretrained(args.checkpoint)
+    distance = Vgg19Distance(args.vgg19) if args.vgg19 else None
+    size = tokenizer.config.image_size
+    report: dict[str, Any] = {"checkpoint": args.checkpoint, "crop": f"{CROP_DESCRIPTION}, to {size} px", "sets": {}}
+    for item in args.sets:
+        name, _, folder = item.partition("=")
+        images = load_batch(find_image_files(folder), size)
+        print(f"{name}: {len(images)} pictures", flush=True)
+        report["sets"][name] = {"count": len(images), "rows": evaluate_set(tokenizer, images, distance, args)}
+    for name, data in report["sets"].items():
+        print(f"\n{name} ({data['count']} pictures, {report['crop']})\n\n{markdown(data['rows'])}")
+    if args.json:
+        Path(args.json).write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
