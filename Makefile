@@ -5,10 +5,10 @@ CPP_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -n
 NATIVE := setup.py pyproject.toml CMakeLists.txt $(CPP_FILES)
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-full lint format clean
+.PHONY: help build demo test test-full lint device-pack format clean
 
 help: ## Show the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # Two stamps: a changed C++ file rebuilds the extension but does not install the requirements again.
 .venv/.requirements: requirements-dev.txt
@@ -39,6 +39,10 @@ test: lint ## Lint and the tests that need neither a GPU nor much time
 
 test-full: lint ## Lint and all tests
 	$(BIN)/python -m pytest -q -rs
+
+SHARED ?= $(firstword $(wildcard $(MSDD_FAST_SHARED) shared ../shared))
+device-pack: .venv/.installed ## Fixtures and small training data to carry to a GPU machine, in device-pack/
+	$(BIN)/python -m msdd_fast.bench.gpu.device_pack $(SHARED) device-pack
 
 format: .venv/.installed ## Rewrite the sources in the project's style
 	$(BIN)/ruff check --fix --quiet .

@@ -42,7 +42,9 @@ def shrunk(x: Tensor, numbers: int) -> Tensor:
 
 
 @torch.no_grad()
-def score(decode: Callable[[range], Tensor], images: Tensor, distance: Vgg19Distance | None, batch: int) -> dict[str, float]:
+def score(
+    decode: Callable[[range], Tensor], images: Tensor, distance: Vgg19Distance | None, batch: int
+) -> dict[str, float]:
     """Mean figures of ``decode(indices)`` against ``images`` (N, 3, R, R)."""
     sums: dict[str, float] = {}
     for part in chunks(len(images), batch):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from functools import cached_property
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,14 +15,22 @@ from msdd_fast.noise import renoise_noise, resolve_seeds, start_noise
 from msdd_fast.schedule import Stage, StageSchedule
 
 
-class StageResult(NamedTuple):
-    """What ``stage_callback`` receives when a stage is done; images are float32 (B, 3, H, H)."""
+class StageResult:
+    """What ``stage_callback`` receives when a stage is done.
 
-    stage: int
-    state: Tensor
-    """Raw state; still noisy at level end_t unless it is the last stage."""
-    clean: Tensor
-    """Estimate of the clean image at this scale, from the last velocity of the stage."""
+    Attributes:
+        stage: index of the stage.
+        state: float32 (B, 3, H, H); still noisy at level end_t unless it is the last stage.
+    """
+
+    def __init__(self, stage: Stage, state: Tensor, x_t: Tensor, v: Tensor, t: float) -> None:
+        self.stage, self.state = stage.index, state
+        self._last_step = (x_t, v, t, stage)
+
+    @cached_property
+    def clean(self) -> Tensor:
+        """Estimate of the clean image at this scale, from the stage's last evaluation; computed when asked for."""
+        return clean_estimate(*self._last_step)
 
 
 def sample(
@@ -83,7 +91,7 @@ def sample(
             x_before, x = x, x + (t[i + 1] - t[i]).item() * v
         states.append(x)
         if stage_callback is not None:
-            stage_callback(StageResult(s, x, clean_estimate(x_before, v, float(t[steps - 1]), stage)))
+            stage_callback(StageResult(stage, x, x_before, v, float(t[steps - 1])))
     return states if return_stages else x
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from msdd_fast.errors import InputError
-from msdd_fast.images import IMAGE_SUFFIXES, to_tensor
+from msdd_fast.images import IMAGE_SUFFIXES, find_image_files, to_tensor
 
 
 class ImageRef(NamedTuple):
@@ -43,28 +43,28 @@ def find_images(sources: Sequence[str | Path]) -> list[ImageRef]:
     """
     refs: list[ImageRef] = []
     for source in map(Path, sources):
-        before = len(refs)
         if source.is_dir():
-            refs += [ImageRef(p) for p in sorted(source.rglob("*")) if p.suffix.lower() in IMAGE_SUFFIXES]
+            refs += [ImageRef(p) for p in find_image_files(source)]
         elif source.suffix == ".tar" and source.is_file():
             refs += _tar_images(source)
         else:
             raise InputError(f"data must be folders or .tar shards, got {source}")
-        if len(refs) == before:
-            raise InputError(f"data must hold images ({', '.join(sorted(IMAGE_SUFFIXES))}), found none in {source}")
     return refs
 
 
 def _tar_images(path: Path) -> list[ImageRef]:
     try:
         with tarfile.open(path, "r:") as tar:
-            return [
+            refs = [
                 ImageRef(path, m.offset_data, m.size)
                 for m in tar
                 if m.isfile() and Path(m.name).suffix.lower() in IMAGE_SUFFIXES
             ]
     except (tarfile.TarError, OSError) as e:
         raise InputError(f"data shard {path} is not a readable, uncompressed tar file: {e}") from e
+    if not refs:
+        raise InputError(f"data shard {path} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    return refs
 
 
 class ImageDataset(Dataset[Tensor]):

@@ -84,9 +84,11 @@ def test_hash_seed_is_stable():
 def test_bad_sources(tmp_path, folder):
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken.tar").write_bytes(b"x" * 2000)
+    tarfile.open(tmp_path / "none.tar", "w").close()
     for source, message in (
         (tmp_path / "missing", r"data must be folders or .tar shards, got .*missing"),
-        (tmp_path / "empty", r"data must hold images .* found none in .*empty"),
+        (tmp_path / "empty", r"no images \(.*\) found in .*empty"),
+        (tmp_path / "none.tar", r"data shard .*none.tar holds no images"),
         (tmp_path / "broken.tar", r"data shard .*broken.tar is not a readable, uncompressed tar file"),
     ):
         with pytest.raises(InputError, match=message):
