@@ -5,7 +5,11 @@
 
 #include <array>
 #include <cstdint>
+#include <string>
+#include <tuple>
 
+#include "msdd_fast/cfg_euler.h"
+#include "msdd_fast/check.h"
 #include "msdd_fast/noise.h"
 #include "msdd_fast/philox.h"
 
@@ -27,16 +31,36 @@ std::array<std::uint32_t, 4> philox(const std::array<std::uint32_t, 4>& counter,
     return {words[0][0], words[1][0], words[2][0], words[3][0]};
 }
 
-void start_noise(Address out, Address seeds, std::int64_t batch, std::int64_t channels, std::int64_t height,
-                 std::int64_t width, int threads) {
-    msdd_fast::start_noise(pointer<float>(out), pointer<const std::int64_t>(seeds), batch, channels, height, width,
-                           threads);
+msdd_fast::DType dtype_of(int code) {
+    msdd_fast::expect(code >= 0 && code <= 2,
+                      "dtype must be 0 (float32), 1 (bfloat16) or 2 (float16), got " + std::to_string(code));
+    return static_cast<msdd_fast::DType>(code);
 }
 
-void renoise_noise(Address out, Address seeds, std::int64_t batch, std::int64_t channels, std::int64_t height,
-                   std::int64_t width, std::int64_t stage, double correlation, int threads) {
-    msdd_fast::renoise_noise(pointer<float>(out), pointer<const std::int64_t>(seeds), batch, channels, height, width,
-                             stage, correlation, threads);
+void start_noise(Address out, int dtype, Address seeds, std::int64_t batch, std::int64_t channels, std::int64_t height,
+                 std::int64_t width, int threads) {
+    msdd_fast::start_noise(pointer<void>(out), dtype_of(dtype), pointer<const std::int64_t>(seeds), batch, channels,
+                           height, width, threads);
+}
+
+void renoise_upsample(Address out, Address x, int dtype, bool channels_last, Address seeds, std::int64_t batch,
+                      std::int64_t channels, std::int64_t height, std::int64_t width, float alpha, float beta,
+                      std::int64_t stage, double correlation, int threads) {
+    msdd_fast::renoise_upsample(pointer<void>(out), pointer<const void>(x), dtype_of(dtype), channels_last,
+                                pointer<const std::int64_t>(seeds), batch, channels, height, width,
+                                {alpha, beta, stage, correlation}, threads);
+}
+
+using Operand = std::tuple<Address, int>;  // address (0: absent) and dtype
+
+msdd_fast::Operand operand_of(const Operand& operand) {
+    return {pointer<const void>(std::get<0>(operand)), dtype_of(std::get<1>(operand))};
+}
+
+void cfg_euler(const Operand& out, const Operand& x, const Operand& v_cond, const Operand& v_uncond, std::int64_t count,
+               float scale, float dt, int threads) {
+    msdd_fast::cfg_euler(pointer<void>(std::get<0>(out)), dtype_of(std::get<1>(out)), operand_of(x), operand_of(v_cond),
+                         operand_of(v_uncond), count, scale, dt, threads);
 }
 
 }  // namespace
@@ -47,10 +71,15 @@ PYBIND11_MODULE(_C, m) {
     const py::call_guard<py::gil_scoped_release> no_gil;
 
     m.def("philox", &philox, py::arg("counter"), py::arg("key"), "The four words of Philox4x32-10.");
-    m.def("start_noise", &start_noise, no_gil, py::arg("out"), py::arg("seeds"), py::arg("batch"), py::arg("channels"),
-          py::arg("height"), py::arg("width"), py::arg("threads") = 1,
-          "White normals into float32 (batch, channels, height, width) at address `out`.");
-    m.def("renoise_noise", &renoise_noise, no_gil, py::arg("out"), py::arg("seeds"), py::arg("batch"),
-          py::arg("channels"), py::arg("height"), py::arg("width"), py::arg("stage"), py::arg("correlation"),
-          py::arg("threads") = 1, "Block-correlated normals into float32 (batch, channels, height, width) at `out`.");
+    m.def("start_noise", &start_noise, no_gil, py::arg("out"), py::arg("dtype"), py::arg("seeds"), py::arg("batch"),
+          py::arg("channels"), py::arg("height"), py::arg("width"), py::arg("threads") = 1,
+          "White normals into (batch, channels, height, width) at address `out`; see noise.h.");
+    m.def("renoise_upsample", &renoise_upsample, no_gil, py::arg("out"), py::arg("x"), py::arg("dtype"),
+          py::arg("channels_last"), py::arg("seeds"), py::arg("batch"), py::arg("channels"), py::arg("height"),
+          py::arg("width"), py::arg("alpha"), py::arg("beta"), py::arg("stage"), py::arg("correlation"),
+          py::arg("threads") = 1,
+          "alpha * nearest_x2(x) + beta * noise into `out`; the sizes are those of x; see noise.h.");
+    m.def("cfg_euler", &cfg_euler, no_gil, py::arg("out"), py::arg("x"), py::arg("v_cond"), py::arg("v_uncond"),
+          py::arg("count"), py::arg("scale"), py::arg("dt"), py::arg("threads") = 1,
+          "x + dt * (v_uncond + scale * (v_cond - v_uncond)); operands are (address or 0, dtype); see cfg_euler.h.");
 }

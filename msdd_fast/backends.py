@@ -1,4 +1,4 @@
-"""What can run here, and why the rest cannot.
+"""Which backends there are, which one is asked for, what can run here, and why the rest cannot.
 
 The compiled extension is looked for on first request, never when the package is imported, and the outcome is kept: a
 broken or missing build disturbs nobody who does not ask for it, and everybody who asks hears the reason.
@@ -8,15 +8,90 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import json
+import os
 import platform
+from collections.abc import Container, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from msdd_fast.errors import BackendUnavailableError
+from torch import Tensor
 
+from msdd_fast.errors import BackendUnavailableError, InputError
+
+BACKENDS = ("auto", "eager", "cpu", "triton")
 _PACKAGE = Path(__file__).resolve().parent
+
+
+def parse_choice(text: str) -> dict[str, str]:
+    """ "triton" or "eager,renoise_upsample=triton": backend of each op; "*" is the rest. Raises InputError."""
+    choice = {}
+    for part in text.split(","):
+        op, _, backend = part.rpartition("=")
+        if backend not in BACKENDS:
+            raise InputError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+        choice[op or "*"] = backend
+    return choice
+
+
+# Plain process-wide data: torch.compile guards on it, which it cannot do for a context variable.
+_choice: dict[str, str] = parse_choice(os.environ.get("MSDD_FAST_BACKEND") or "auto")
+
+
+@contextmanager
+def use_backend(text: str) -> Iterator[None]:
+    """Choose backends inside a ``with`` block, for the whole process: "triton", "eager,renoise_upsample=cpu".
+
+    A backend named for one op never falls back. One named for all ops applies to those that have it; the others
+    take the best they can.
+    """
+    before = dict(_choice)
+    _choice.update({"*": "auto", **parse_choice(text)})
+    try:
+        yield
+    finally:
+        _choice.clear()
+        _choice.update(before)
+
+
+def requested_backend(op: str, argument: str | None, available: Container[str]) -> str:
+    """What is asked for: the argument, else ``use_backend`` or MSDD_FAST_BACKEND, else "auto"."""
+    if argument is not None:
+        if argument not in BACKENDS:
+            raise InputError(f"backend must be one of {', '.join(BACKENDS)}, got {argument!r}")
+        return argument
+    if op in _choice:
+        return _choice[op]
+    common = _choice.get("*", "auto")
+    return common if common == "eager" or common in available else "auto"
+
+
+def can_use_cpu(x: Tensor) -> tuple[bool, str]:
+    """Whether the compiled C++ functions can work on ``x``."""
+    if x.device.type != "cpu":
+        return False, f"works on CPU tensors, got {x.device}"
+    return extension_status()
+
+
+def can_use_triton(x: Tensor) -> tuple[bool, str]:
+    """Whether Triton kernels can work on ``x``: on a GPU, or anywhere under TRITON_INTERPRET=1 (for tests)."""
+    if not _has_triton():
+        return False, "Triton is not installed: pip install triton"
+    if x.device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
+        return True, "Triton kernel"
+    return False, f"needs a CUDA tensor (or TRITON_INTERPRET=1, for tests), got {x.device}"
+
+
+def _has_triton() -> bool:
+    return _find_triton()
+
+
+@functools.cache
+def _find_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def load_extension() -> ModuleType:
@@ -69,3 +144,9 @@ def _rebuild_command() -> str:
     if (root / "setup.py").is_file():
         return f"MSDD_FAST_BUILD_EXT=1 pip install --no-deps -e {root}"
     return "MSDD_FAST_BUILD_EXT=1 pip install --force-reinstall --no-deps --no-binary msdd-fast msdd-fast"
+
+
+# A compiled function asks these two once, when it is traced. This is what torch.compiler.assume_constant_result does,
+# but the decorator imports all of Dynamo, and Triton with it.
+for _function in (extension_status, _has_triton):
+    vars(_function)["_dynamo_marked_constant"] = True

@@ -1,62 +1,104 @@
-"""Torch wrappers of the C++ functions: check the tensors here, pass addresses and sizes there.
+"""Torch wrappers of the C++ functions: check what protects memory here, pass addresses and sizes there.
 
-Same signatures and results as in msdd_fast.noise (integers bit for bit, normals to 1e-6), for the CPU.
+CPU tensors only. The ops of the same names (msdd_fast.ops) state formulas and check values for every backend.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from msdd_fast.backends import load_extension
 from msdd_fast.errors import InputError
-from msdd_fast.noise import correlation_factors
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in csrc/include/msdd_fast/dtype.h
 
 
-def start_noise_cpu(seeds: Tensor, shape: tuple[int, int, int]) -> Tensor:
-    """White unit normals, float32 (B, C, H, W), for int64 seeds (B,) on the CPU and shape (C, H, W), H and W even.
+def start_noise(seeds: Tensor, channels: int, height: int, width: int, dtype: torch.dtype) -> Tensor:
+    """White unit normals (B, C, H, W) for int64 seeds (B,), H and W even, dtype float32, bfloat16 or float16.
 
-    Raises InputError on anything else, BackendUnavailableError if the extension is missing.
+    Raises InputError on anything else, BackendUnavailableError if the extension is missing, as all functions here.
     """
-    seeds, shape = _check_seeds(seeds), _check_shape(shape)
-    extension = load_extension()
-    out = torch.empty(len(seeds), *shape)
-    extension.start_noise(out.data_ptr(), seeds.data_ptr(), *out.shape, torch.get_num_threads())
+    seeds = _check_seeds(seeds)
+    if dtype not in _DTYPES:
+        raise InputError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
+    if min(channels, height, width) < 0:
+        raise InputError(f"channels, height and width must not be negative, got {(channels, height, width)}")
+    out = torch.empty(len(seeds), channels, height, width, dtype=dtype, device="cpu")
+    _call("start_noise", out.data_ptr(), _DTYPES[dtype], seeds.data_ptr(), *out.shape)
     return out
 
 
-def renoise_noise_cpu(seeds: Tensor, shape: tuple[int, int, int], stage: int, correlation: float) -> Tensor:
-    """Unit normals correlated inside 2x2 blocks, float32 (B, C, H, W); stage >= 0, correlation in [-1/3, 1).
+def renoise_upsample(x: Tensor, alpha: Tensor, beta: Tensor, seeds: Tensor, stage: int, correlation: float) -> Tensor:
+    """alpha * nearest_x2(x) + beta * noise, (B, C, 2H, 2W), in the dtype and memory order of x.
 
-    Arguments and errors otherwise as for start_noise_cpu.
+    x (B, C, H, W), contiguous or channels-last; alpha and beta of one element; seeds int64 (B,).
     """
-    seeds, shape = _check_seeds(seeds), _check_shape(shape)
-    if isinstance(stage, bool) or not isinstance(stage, int) or not 0 <= stage < 2**32:
-        raise InputError(f"stage must be an int in [0, 2^32), got {stage!r}")
-    correlation_factors(correlation)  # for its check of the range
-    extension = load_extension()
-    out = torch.empty(len(seeds), *shape)
-    extension.renoise_noise(out.data_ptr(), seeds.data_ptr(), *out.shape, stage, correlation, torch.get_num_threads())
+    order = _check("x", x)
+    seeds = _check_seeds(seeds)
+    if x.ndim != 4 or len(seeds) != len(x):
+        raise InputError(f"x must be (B, C, H, W) with one seed per image, got {tuple(x.shape)}, {len(seeds)} seeds")
+    b, c, h, w = x.shape
+    out = torch.empty(b, c, 2 * h, 2 * w, dtype=x.dtype, device="cpu", memory_format=order)
+    last = order is torch.channels_last
+    addresses = (out.data_ptr(), x.data_ptr(), _DTYPES[x.dtype], last, seeds.data_ptr())
+    _call("renoise_upsample", *addresses, *x.shape, alpha.item(), beta.item(), stage, correlation)
     return out
+
+
+def cfg_euler(
+    x: Tensor | None, v_cond: Tensor, v_uncond: Tensor | None, scale: Tensor | None, dt: Tensor | None
+) -> Tensor:
+    """x + dt * v, or v if x and dt are None; v = v_uncond + scale * (v_cond - v_uncond), or v_cond if those are None.
+
+    Tensors of one shape and memory order (contiguous or channels-last), scalars of one element. The result has the
+    dtype of the first tensor.
+    """
+    if (x is None) != (dt is None) or (v_uncond is None) != (scale is None):
+        raise InputError("x and dt, v_uncond and scale must be given or left out together")
+    name, first = ("v_cond", v_cond) if x is None else ("x", x)
+    order = _check(name, first)
+    for other, v in (("v_cond", v_cond), ("v_uncond", v_uncond)):
+        if v is not None:
+            _check(other, v)
+            if v.shape != first.shape or not v.is_contiguous(memory_format=order):
+                expected = f"shape {tuple(first.shape)} and memory order {order} of {name}"
+                raise InputError(f"{other} must have the {expected}, got {tuple(v.shape)}, strides {v.stride()}")
+    out = torch.empty_like(first)
+    operands = [(0, 0) if t is None else (t.data_ptr(), _DTYPES[t.dtype]) for t in (out, x, v_cond, v_uncond)]
+    scalars = [0.0 if s is None else s.item() for s in (scale, dt)]
+    if out.numel():  # the address of an empty tensor is 0, which would mean a missing one
+        _call("cfg_euler", *operands, out.numel(), *scalars)
+    return out
+
+
+def _call(name: str, *args: Any) -> None:
+    """Run a function of the extension on as many threads as torch uses; what it refuses becomes an InputError."""
+    function = getattr(load_extension(), name)
+    try:
+        function(*args, threads=torch.get_num_threads())
+    except ValueError as error:
+        raise InputError(f"{name}: {error}") from None
+
+
+def _check(name: str, x: Tensor) -> torch.memory_format:
+    """Memory order of a CPU tensor that is dense and of a dtype that the extension knows. Raises InputError."""
+    if not isinstance(x, Tensor) or x.device.type != "cpu" or x.dtype not in _DTYPES:
+        got = f"{x.dtype} on {x.device}" if isinstance(x, Tensor) else type(x).__name__
+        raise InputError(f"{name} must be a float32, bfloat16 or float16 tensor on the CPU, got {got}")
+    if x.is_contiguous():
+        return torch.contiguous_format
+    if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    raise InputError(f"{name} must be contiguous or channels-last, got shape {tuple(x.shape)}, strides {x.stride()}")
 
 
 def _check_seeds(seeds: Tensor) -> Tensor:
-    if not isinstance(seeds, Tensor):
-        raise InputError(f"seeds must be an int64 tensor (B,) on the CPU, got {type(seeds).__name__}")
-    if seeds.dtype != torch.int64 or seeds.dim() != 1 or seeds.device.type != "cpu":
-        got = f"{seeds.dtype} {tuple(seeds.shape)} on {seeds.device}"
+    """int64 (B,) on the CPU, made contiguous."""
+    if not isinstance(seeds, Tensor) or seeds.dtype != torch.int64 or seeds.ndim != 1 or seeds.device.type != "cpu":
+        is_tensor = isinstance(seeds, Tensor)
+        got = f"{seeds.dtype} {tuple(seeds.shape)} on {seeds.device}" if is_tensor else type(seeds).__name__
         raise InputError(f"seeds must be an int64 tensor (B,) on the CPU, got {got}")
     return seeds.contiguous()
-
-
-def _check_shape(shape: Sequence[int]) -> tuple[int, int, int]:
-    if len(shape) != 3 or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in shape):
-        raise InputError(f"shape must be three non-negative ints (C, H, W), got {tuple(shape)}")
-    c, h, w = shape
-    if h % 2 or w % 2:
-        raise InputError(f"shape must have even height and width (noise comes in 2x2 blocks), got {h}x{w}")
-    if c * (h // 2) * (w // 2) > 2**32:
-        raise InputError(f"shape must hold at most 2^32 blocks of 2x2 pixels, got {tuple(shape)}")
-    return c, h, w

@@ -9,9 +9,11 @@ from functools import cached_property
 import torch.nn.functional as F
 from torch import Tensor
 
+from msdd_fast import ops
 from msdd_fast.errors import InputError
 from msdd_fast.models.decoder import Decoder
-from msdd_fast.noise import renoise_noise, resolve_seeds, start_noise
+from msdd_fast.noise import resolve_seeds
+from msdd_fast.ops.renoise_upsample import renoise_upsample_with
 from msdd_fast.schedule import Stage, StageSchedule
 
 
@@ -44,6 +46,7 @@ def sample(
     noise: Sequence[Tensor] | None = None,
     return_stages: bool = False,
     stage_callback: Callable[[StageResult], None] | None = None,
+    backend: str | None = None,
 ) -> Tensor | list[Tensor]:
     """Decode latent tokens to an image.
 
@@ -57,6 +60,7 @@ def sample(
             multiplies at the start of stage s.
         return_stages: return the list of the states at the end of every stage instead of the last one.
         stage_callback: called with a StageResult as soon as each stage is done.
+        backend: of the ops; None leaves the choice to ``backends.use_backend``, MSDD_FAST_BACKEND or "auto".
 
     Returns float32 (B, 3, R, R), not clamped. Differentiable. Raises InputError for bad arguments.
     """
@@ -75,38 +79,31 @@ def sample(
         _check_noise(noise, batch, shapes)
 
     states: list[Tensor] = []
-    x = start_noise(seeds, shapes[0]) if noise is None else noise[0].float()
+    x = ops.start_noise(seeds, shapes[0], backend=backend) if noise is None else noise[0].float()
     for stage in schedule.stages:
         s = stage.index
         if s > 0:
-            n = (
-                renoise_noise(seeds, shapes[s], s, schedule.config.block_correlation)
-                if noise is None
-                else noise[s].float()
-            )
-            x = renoise_upsample(x, n, stage.alpha, stage.beta)
+            if noise is None:
+                rho = schedule.config.block_correlation
+                x = ops.renoise_upsample(x, stage.alpha, stage.beta, seeds, s, rho, backend=backend)
+            else:
+                x = renoise_upsample_with(x, stage.alpha, stage.beta, noise[s].float())
         model_times, t = schedule.time_grid(s, steps)
         for i in range(steps):
-            v = velocity(decoder, x, model_times[i].to(device).expand(batch), z, cfg_scale)
-            x_before, x = x, x + (t[i + 1] - t[i]).item() * v
+            v = velocity(decoder, x, model_times[i].to(device).expand(batch), z, cfg_scale, backend)
+            x_before, x = x, ops.euler_step(x, v, float(t[i + 1] - t[i]), backend=backend)
         states.append(x)
         if stage_callback is not None:
             stage_callback(StageResult(stage, x, x_before, v, float(t[steps - 1])))
     return states if return_stages else x
 
 
-def velocity(decoder: Decoder, x: Tensor, t: Tensor, z: Tensor, cfg_scale: float) -> Tensor:
+def velocity(decoder: Decoder, x: Tensor, t: Tensor, z: Tensor, cfg_scale: float, backend: str | None = None) -> Tensor:
     """Velocity with classifier-free guidance (paper Eq. 4); float32."""
-    v = decoder(x, t, z)
+    v = decoder(x, t, z).float()
     if cfg_scale != 1.0:
-        v_null = decoder(x, t, None)
-        v = v_null + cfg_scale * (v - v_null)
-    return v.float()
-
-
-def renoise_upsample(x: Tensor, noise: Tensor, alpha: float, beta: float) -> Tensor:
-    """alpha * nearest_x2(x) + beta * noise: the end state of a stage to the start state of the next."""
-    return alpha * F.interpolate(x, scale_factor=2.0, mode="nearest") + beta * noise
+        v = ops.cfg_combine(v, decoder(x, t, None).float(), cfg_scale, backend=backend)
+    return v
 
 
 def clean_estimate(x_t: Tensor, v: Tensor, t: float, stage: Stage) -> Tensor:

@@ -13,6 +13,10 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 
+# Without a GPU, Triton kernels run in its interpreter. Triton reads this when it is first imported, by whatever test.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # torch.device(...) contexts look up once which functions they apply to: before poison_empty replaces some of them.
 with torch.device("cpu"):
     torch.empty(0)

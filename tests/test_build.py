@@ -12,11 +12,11 @@ import sysconfig
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
 
 import msdd_fast
 from msdd_fast import backends
 from msdd_fast.errors import BackendUnavailableError
+from tests.conftest import ROOT
 
 
 @pytest.fixture

@@ -300,7 +300,7 @@ def test_decode_nothing(succeeds, tmp_path):
 
 
 def test_convert(succeeds, fails, tmp_path):
-    from test_authors import UNUSED, authors_state
+    from tests.test_authors import UNUSED, authors_state
 
     torch.save({"model": authors_state(0), "ema": authors_state(1), "args": argparse.Namespace()}, tmp_path / "a.pt")
     sizes = ("--image-size", 64, "--num-stages", 3)

@@ -6,10 +6,12 @@ import pytest
 import torch
 
 import msdd_fast
+from msdd_fast import ops
+from msdd_fast.backends import extension_status
 from msdd_fast.config import PRESETS, ScheduleConfig
 from msdd_fast.errors import InputError
-from msdd_fast.noise import renoise_noise, resolve_seeds
-from msdd_fast.sampling import clean_estimate, renoise_upsample, sample
+from msdd_fast.noise import renoise_noise, resolve_seeds, start_noise
+from msdd_fast.sampling import clean_estimate, sample
 from msdd_fast.schedule import StageSchedule, build_stages
 
 
@@ -39,8 +41,8 @@ def test_renoised_state(correlation, expected, stage):
     generator = torch.Generator().manual_seed(stage)
     image = torch.linspace(-1, 1, size // 2).expand(batch, 3, size // 2, size // 2)
     end = (1 - e) * image + e * torch.randn(batch, 3, size // 2, size // 2, generator=generator)
-    noise = renoise_noise(resolve_seeds(100, batch), (3, size, size), stage, correlation)
-    state = renoise_upsample(end, noise, s.alpha, s.beta)
+    seeds = resolve_seeds(100, batch)
+    state = ops.renoise_upsample(end, s.alpha, s.beta, seeds, stage, correlation, backend="eager")
     mean = (1 - s.start_t) * image.repeat_interleave(2, 2).repeat_interleave(2, 3)
     residual = (state - mean) / s.start_t
     count = residual.numel()
@@ -69,7 +71,7 @@ def test_explicit_noise_replaces_the_seed(tiny, z):
     cfg, seeds = tiny.config, resolve_seeds(3, 7)
     shapes = [(3, r, r) for r in (8, 16, 32, 64)]
     rho = cfg.schedule.block_correlation
-    noise = [msdd_fast.noise.start_noise(seeds, shapes[0])]
+    noise = [start_noise(seeds, shapes[0])]
     noise += [renoise_noise(seeds, shapes[s], s, rho) for s in (1, 2, 3)]
     assert torch.equal(tiny.decode(z, noise=noise), tiny.decode(z, seed=3))
 
@@ -201,3 +203,13 @@ def test_bad_images(tiny, images, message):
 def test_empty_batch(tiny):
     assert tiny.decode(torch.zeros(0, 16, 32)).shape == (0, 3, 64, 64)
     assert tiny.encode(torch.zeros(0, 3, 64, 64)).shape == (0, 16, 32)
+
+
+@torch.no_grad()
+def test_the_sampler_runs_on_the_compiled_ops(tiny, z):
+    """The same decode through the C++ ops: equal to rounding, and decode() itself stays eager."""
+    if not extension_status()[0]:
+        pytest.skip(f"backend 'cpu': {extension_status()[1]}")
+    by_cpu = sample(tiny.decoder, z, tiny.schedule, seed=3, cfg_scale=1.5, steps=2, backend="cpu")
+    eager = tiny.decode(z, seed=3, cfg_scale=1.5, steps=2)
+    torch.testing.assert_close(by_cpu, eager, rtol=0, atol=1e-5)

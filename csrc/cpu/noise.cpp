@@ -2,88 +2,147 @@
 
 #include <algorithm>
 #include <cmath>
-#include <stdexcept>
 #include <string>
 
+#include "msdd_fast/check.h"
 #include "msdd_fast/parallel.h"
 #include "msdd_fast/philox.h"
 #include "msdd_fast/simd.h"
 
 namespace msdd_fast {
-namespace {
 
-constexpr int LANES = 16;                       // blocks at a time: one AVX-512 register, two of AVX2
-constexpr std::int64_t GRAIN_BLOCKS = 1 << 13;  // about 0.1 ms of work with AVX2
+constexpr int LANES = 32;  // blocks at a time: vectors enough to hide the latency of Philox, on which one waits
+constexpr std::int64_t GRAIN_BLOCKS = 1 << 12;  // about 0.05 ms of work with AVX2
 
-struct Noise {
+struct NoiseFormula {
     std::uint32_t stage, purpose;
     float a, b;  // factors of correlate_blocks; a == b means white
+    float alpha, beta;
 };
 
-void expect(bool condition, const std::string& message) {
-    if (!condition) throw std::invalid_argument(message);
+// One row of 2x2 blocks of one channel. Neighbouring pixels of x and of the output are `step` elements apart.
+struct BlockRow {
+    const void* x;  // `blocks` pixels; null means zeros
+    void *top, *bottom;
+    std::int64_t blocks, step;
+    std::uint64_t seed;
+    std::uint32_t first_block;
+};
+
+// All LANES lanes are always computed, also past the end of the row, so that a value never depends on where a row ends
+// or a batch is cut.
+template <class T>
+MSDD_INLINE void renoise_row_of(const BlockRow& row, const NoiseFormula& formula) {
+    const T* x = static_cast<const T*>(row.x);
+    const std::int64_t step = row.step;
+    for (std::int64_t j = 0; j < row.blocks; j += LANES) {
+        const std::int64_t count = std::min<std::int64_t>(LANES, row.blocks - j);
+        const bool whole = step == 1 && count == LANES;
+        float eps[4][LANES];
+        block_normals<LANES>(eps, row.seed, row.first_block + static_cast<std::uint32_t>(j), formula.stage,
+                             formula.purpose);
+        if (formula.a != formula.b) correlate_blocks<LANES>(eps, formula.a, formula.b);
+
+        T pixel[LANES] = {};
+        if (x != nullptr && whole)
+            std::memcpy(pixel, x + j, sizeof pixel);
+        else if (x != nullptr)
+            for (std::int64_t i = 0; i < count; ++i) pixel[i] = x[(j + i) * step];
+
+        float base[LANES], wide[2][2 * LANES];
+        widen(pixel, LANES, base);
+        for (int i = 0; i < LANES; ++i) {
+            base[i] *= formula.alpha;
+            wide[0][2 * i] = base[i] + formula.beta * eps[0][i];
+            wide[0][2 * i + 1] = base[i] + formula.beta * eps[1][i];
+            wide[1][2 * i] = base[i] + formula.beta * eps[2][i];
+            wide[1][2 * i + 1] = base[i] + formula.beta * eps[3][i];
+        }
+        T rows[2][2 * LANES];
+        narrow(wide[0], 2 * LANES, rows[0]);
+        narrow(wide[1], 2 * LANES, rows[1]);
+
+        T* top = static_cast<T*>(row.top) + 2 * j * step;
+        T* bottom = static_cast<T*>(row.bottom) + 2 * j * step;
+        if (whole) {
+            std::memcpy(top, rows[0], sizeof rows[0]);
+            std::memcpy(bottom, rows[1], sizeof rows[1]);
+        } else {
+            for (std::int64_t i = 0; i < 2 * count; ++i) {
+                top[i * step] = rows[0][i];
+                bottom[i * step] = rows[1][i];
+            }
+        }
+    }
 }
 
-}  // namespace
-
-// One row of blocks, i.e. two rows of pixels of `width` each. All LANES lanes are always computed, also past the
-// end of the row, so that a value never depends on where a row ends or a batch is cut.
-MSDD_SIMD_CLONES void noise_block_row(float* __restrict top, float* __restrict bottom, std::int64_t width,
-                                      std::uint64_t seed, std::uint32_t first_block, const Noise& noise) {
-    const std::int64_t blocks = width / 2;
-    for (std::int64_t j = 0; j < blocks; j += LANES) {
-        float eps[4][LANES];
-        block_normals<LANES>(eps, seed, first_block + static_cast<std::uint32_t>(j), noise.stage, noise.purpose);
-        if (noise.a != noise.b) correlate_blocks<LANES>(eps, noise.a, noise.b);
-        const std::int64_t count = std::min<std::int64_t>(LANES, blocks - j);
-        for (std::int64_t i = 0; i < count; ++i) {
-            top[2 * (j + i)] = eps[0][i];
-            top[2 * (j + i) + 1] = eps[1][i];
-            bottom[2 * (j + i)] = eps[2][i];
-            bottom[2 * (j + i) + 1] = eps[3][i];
-        }
+// Not a template and not in an anonymous namespace, or it would get no clones.
+MSDD_SIMD_CLONES void renoise_row(DType dtype, const BlockRow& row, const NoiseFormula& formula) {
+    switch (dtype) {
+        case DType::float32:
+            return renoise_row_of<float>(row, formula);
+        case DType::bfloat16:
+            return renoise_row_of<BFloat16>(row, formula);
+        case DType::float16:
+            return renoise_row_of<Float16>(row, formula);
     }
 }
 
 namespace {
 
-void fill(float* out, const std::int64_t* seeds, std::int64_t batch, std::int64_t channels, std::int64_t height,
-          std::int64_t width, const Noise& noise, int threads) {
+// Both ops. The sizes are those of x, half of the output's; with x null, the noise alone.
+void fill(void* out, const void* x, DType dtype, bool channels_last, const std::int64_t* seeds, std::int64_t batch,
+          std::int64_t channels, std::int64_t height, std::int64_t width, const NoiseFormula& formula, int threads) {
     expect(batch >= 0 && channels >= 0 && height >= 0 && width >= 0, "sizes must not be negative");
-    expect(height % 2 == 0 && width % 2 == 0, "height and width must be even (noise comes in 2x2 blocks), got " +
-                                                  std::to_string(height) + "x" + std::to_string(width));
-    expect(threads >= 1, "threads must be at least 1, got " + std::to_string(threads));
-    const std::int64_t rows = channels * (height / 2), blocks = width / 2;  // of one image
-    if (batch == 0 || rows == 0 || blocks == 0) return;
-    expect(rows <= (std::int64_t{1} << 32) / blocks, "an image must have at most 2^32 blocks of 2x2 pixels");
-    parallel_for(batch * rows, std::max<std::int64_t>(1, GRAIN_BLOCKS / blocks), threads,
-                 [&](std::int64_t begin, std::int64_t end) {
-                     for (std::int64_t row = begin; row < end; ++row) {
-                         float* top = out + row * 2 * width;
-                         const auto seed = static_cast<std::uint64_t>(seeds[row / rows]);
-                         noise_block_row(top, top + width, width, seed, static_cast<std::uint32_t>(row % rows * blocks),
-                                         noise);
-                     }
-                 });
+    expect_threads(threads);
+    const std::int64_t rows = channels * height;  // of one image
+    if (batch == 0 || rows == 0 || width == 0) return;
+    expect(rows <= (std::int64_t{1} << 32) / width, "an image must have at most 2^32 blocks of 2x2 pixels");
+
+    const std::int64_t step = channels_last ? channels : 1;
+    const std::int64_t size = dtype == DType::float32 ? 4 : 2;
+    const char* source = static_cast<const char*>(x);
+    char* target = static_cast<char*>(out);
+    // In memory order: row = (image, channel, y), or (image, y, channel) if channels come last.
+    const auto body = [=, &formula](std::int64_t begin, std::int64_t end) {
+        for (std::int64_t row = begin; row < end; ++row) {
+            const std::int64_t line = row / step, channel = row % step;
+            char* top = target + size * (4 * line * width * step + channel);
+            const std::int64_t plane_row = channels_last ? channel * height + line % height : row % rows;
+            renoise_row(dtype,
+                        {source == nullptr ? nullptr : source + size * (line * width * step + channel), top,
+                         top + size * 2 * width * step, width, step, static_cast<std::uint64_t>(seeds[row / rows]),
+                         static_cast<std::uint32_t>(plane_row * width)},
+                        formula);
+        }
+    };
+    parallel_for(batch * rows, std::max<std::int64_t>(1, GRAIN_BLOCKS / width), threads, body);
 }
 
 }  // namespace
 
-void start_noise(float* out, const std::int64_t* seeds, std::int64_t batch, std::int64_t channels, std::int64_t height,
-                 std::int64_t width, int threads) {
-    fill(out, seeds, batch, channels, height, width, {0, PURPOSE_START, 1.0f, 1.0f}, threads);
+void start_noise(void* out, DType dtype, const std::int64_t* seeds, std::int64_t batch, std::int64_t channels,
+                 std::int64_t height, std::int64_t width, int threads) {
+    expect(height % 2 == 0 && width % 2 == 0, "height and width must be even (noise comes in 2x2 blocks), got " +
+                                                  std::to_string(height) + "x" + std::to_string(width));
+    fill(out, nullptr, dtype, false, seeds, batch, channels, height / 2, width / 2,
+         {0, PURPOSE_START, 1.0f, 1.0f, 0.0f, 1.0f}, threads);
 }
 
-void renoise_noise(float* out, const std::int64_t* seeds, std::int64_t batch, std::int64_t channels,
-                   std::int64_t height, std::int64_t width, std::int64_t stage, double correlation, int threads) {
-    expect(stage >= 0 && stage <= 0xFFFFFFFF, "stage must be in [0, 2^32), got " + std::to_string(stage));
+void renoise_upsample(void* out, const void* x, DType dtype, bool channels_last, const std::int64_t* seeds,
+                      std::int64_t batch, std::int64_t channels, std::int64_t height, std::int64_t width,
+                      const RenoiseScalars& scalars, int threads) {
+    const double correlation = scalars.correlation;
+    expect(scalars.stage >= 0 && scalars.stage <= 0xFFFFFFFF,
+           "stage must be in [0, 2^32), got " + std::to_string(scalars.stage));
     // -1/3 may come rounded to float32. NaN fails the second comparison.
     expect(correlation >= -1.0 / 3.0 - 1e-6 && correlation < 1.0,
            "correlation must be in [-1/3, 1), got " + std::to_string(correlation));
+    expect(x != nullptr || batch * channels * height * width == 0, "x is missing");
     const auto a = static_cast<float>(std::sqrt(1.0 - correlation));
     const auto b = static_cast<float>(std::sqrt(std::max(0.0, 1.0 + 3.0 * correlation)));
-    fill(out, seeds, batch, channels, height, width, {static_cast<std::uint32_t>(stage), PURPOSE_RENOISE, a, b},
-         threads);
+    fill(out, x, dtype, channels_last, seeds, batch, channels, height, width,
+         {static_cast<std::uint32_t>(scalars.stage), PURPOSE_RENOISE, a, b, scalars.alpha, scalars.beta}, threads);
 }
 
 }  // namespace msdd_fast

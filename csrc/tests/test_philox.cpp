@@ -40,24 +40,32 @@ int main() {
     check(known_answer(0xFFFFFFFF, {0x408f276d, 0x41c83b0e, 0xa20bc7c6, 0x6d5451fd}), "Philox of ones");
 
     const std::int64_t seeds[] = {7, 1234567890123456789};
-    constexpr std::int64_t channels = 3, height = 38, width = 70, image = channels * height * width;
+    constexpr std::int64_t channels = 3, height = 19, width = 35, image = channels * 4 * height * width;
+    const std::vector<float> x(2 * channels * height * width, 0.0f);
+    const auto noise = [&](std::vector<float>& out, const std::int64_t* first, std::int64_t batch, int threads) {
+        msdd_fast::renoise_upsample(out.data(), x.data(), msdd_fast::DType::float32, false, first, batch, channels,
+                                    height, width, {0.0f, 1.0f, 2, -1.0 / 3.0}, threads);
+    };
     std::vector<float> one(2 * image, NAN), many(2 * image, NAN), alone(image, NAN);
-    msdd_fast::renoise_noise(one.data(), seeds, 2, channels, height, width, 2, -1.0 / 3.0, 1);
-    msdd_fast::renoise_noise(many.data(), seeds, 2, channels, height, width, 2, -1.0 / 3.0, 5);
-    msdd_fast::renoise_noise(alone.data(), seeds + 1, 1, channels, height, width, 2, -1.0 / 3.0, 1);
+    noise(one, seeds, 2, 1);
+    noise(many, seeds, 2, 5);
+    noise(alone, seeds + 1, 1, 1);
     check(one == many, "the number of threads changes nothing");
     check(std::vector<float>(one.begin() + image, one.end()) == alone, "an image does not depend on its batch");
 
     double worst = 0;
-    for (std::int64_t row = 0; row < 2 * channels * height; row += 2)
-        for (std::int64_t column = 0; column < width; column += 2) {
-            const float* p = &one[static_cast<std::size_t>(row * width + column)];
-            worst = std::fmax(worst, std::fabs(p[0] + p[1] + p[width] + p[width + 1]));
+    for (std::int64_t row = 0; row < 2 * channels * 2 * height; row += 2)
+        for (std::int64_t column = 0; column < 2 * width; column += 2) {
+            const float* p = &one[static_cast<std::size_t>(row * 2 * width + column)];
+            worst = std::fmax(worst, std::fabs(p[0] + p[1] + p[2 * width] + p[2 * width + 1]));
         }
     check(worst < 1e-5, "a block sums to zero at correlation -1/3");
 
-    check(refuses([&] { msdd_fast::start_noise(one.data(), seeds, 1, 1, 3, 2, 1); }), "odd height is refused");
-    check(refuses([&] { msdd_fast::renoise_noise(one.data(), seeds, 1, 1, 2, 2, 0, 1.0, 1); }),
+    const auto f32 = msdd_fast::DType::float32;
+    check(refuses([&] { msdd_fast::start_noise(one.data(), f32, seeds, 1, 1, 3, 2, 1); }), "odd height is refused");
+    check(refuses([&] {
+              msdd_fast::renoise_upsample(one.data(), x.data(), f32, false, seeds, 1, 1, 1, 1, {0, 1, 0, 1.0}, 1);
+          }),
           "correlation 1 is refused");
     if (failures == 0) std::printf("all passed\n");
     return failures != 0;

@@ -107,6 +107,7 @@ class Tokenizer(nn.Module):
             seed=seed,
             noise=noise,
             stage_callback=stage_callback,
+            backend="eager",
         )
         assert isinstance(out, Tensor)
         return out

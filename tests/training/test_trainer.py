@@ -66,11 +66,11 @@ def test_what_a_run_leaves_behind(images, tmp_path):
 
 
 def test_it_learns(images, tmp_path):
-    """Thirty steps bring the loss well below its start, for the averaged weights too."""
-    run = trainer(images, tmp_path, 30, "muon", log_every=1)
+    """Fifteen steps bring the loss well below its start, for the averaged weights too."""
+    run = trainer(images, tmp_path, 15, "muon")
     run.run()
     losses = [json.loads(line)["loss"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+    assert sum(losses[-4:]) < 0.8 * sum(losses[:4])
 
 
 def test_a_foreign_or_damaged_state_is_refused(images, tmp_path):

@@ -1,19 +1,31 @@
-// Noise tensors on the CPU, equal to msdd_fast.noise.start_noise and .renoise_noise (DESIGN section 7).
+// The noise ops on the CPU: normals equal to those of msdd_fast/noise.py (DESIGN section 7), never stored.
+//
+// Neither the number of threads, nor the split into batches, nor the memory order changes a bit of a value.
 #pragma once
 
 #include <cstdint>
 
+#include "msdd_fast/dtype.h"
+
 namespace msdd_fast {
 
-// Fills `out`, contiguous float32 (batch, channels, height, width), with white unit normals. `seeds` holds one
-// seed per image. Neither the number of threads nor the split into batches changes a bit of the result.
-// Throws std::invalid_argument on odd or negative sizes, threads < 1, or more than 2^32 blocks in an image.
-void start_noise(float* out, const std::int64_t* seeds, std::int64_t batch, std::int64_t channels, std::int64_t height,
-                 std::int64_t width, int threads);
+// White unit normals into `out`, contiguous (batch, channels, height, width) of `dtype`, one seed per image.
+// Throws std::invalid_argument on odd or negative sizes, threads < 1, or more than 2^32 blocks of 2x2 in an image.
+void start_noise(void* out, DType dtype, const std::int64_t* seeds, std::int64_t batch, std::int64_t channels,
+                 std::int64_t height, std::int64_t width, int threads);
 
-// The same for the noise added at the start of `stage`: unit variance, `correlation` in [-1/3, 1) between the
-// four pixels of a 2x2 block. Throws also when the stage or the correlation is out of range.
-void renoise_noise(float* out, const std::int64_t* seeds, std::int64_t batch, std::int64_t channels,
-                   std::int64_t height, std::int64_t width, std::int64_t stage, double correlation, int threads);
+struct RenoiseScalars {
+    float alpha, beta;
+    std::int64_t stage;
+    double correlation;
+};
+
+// out = alpha * nearest_x2(x) + beta * n, n of unit variance with `correlation` inside 2x2 blocks, from the streams of
+// `seeds` and `stage`. x is (batch, channels, height, width), out twice as high and wide; both of `dtype`, dense, in
+// NHWC memory order if `channels_last`, else NCHW. float32 inside, rounded once.
+// Throws also when the stage or the correlation is out of range.
+void renoise_upsample(void* out, const void* x, DType dtype, bool channels_last, const std::int64_t* seeds,
+                      std::int64_t batch, std::int64_t channels, std::int64_t height, std::int64_t width,
+                      const RenoiseScalars& scalars, int threads);
 
 }  // namespace msdd_fast

@@ -6,22 +6,8 @@
 #pragma once
 
 #include <cstdint>
-#include <cstring>
 
-#ifdef __CUDACC__
-#define MSDD_HD __host__ __device__
-#else
-#define MSDD_HD
-#endif
-
-// Helpers must disappear into the function that calls them, or they would not follow it to its SIMD level.
-#if defined(__CUDACC__)
-#define MSDD_INLINE __forceinline__
-#elif defined(__GNUC__)
-#define MSDD_INLINE inline __attribute__((always_inline))
-#else
-#define MSDD_INLINE inline
-#endif
+#include "msdd_fast/bits.h"
 
 namespace msdd_fast {
 
@@ -36,18 +22,6 @@ constexpr std::int32_t SQRT_HALF_BITS = 0x3F3504F3;
 constexpr float LN2 = 0.6931471805599453;
 
 namespace detail {
-
-MSDD_HD MSDD_INLINE float as_float(std::int32_t bits) {
-    float value;
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-MSDD_HD MSDD_INLINE std::int32_t as_int(float value) {
-    std::int32_t bits;
-    std::memcpy(&bits, &value, sizeof bits);
-    return bits;
-}
 
 MSDD_HD MSDD_INLINE float square_root(float x) {
 #ifdef __CUDA_ARCH__

@@ -1,0 +1,17 @@
+// The ops with C names, for tests/test_cpu_ops.py: built for one SIMD level by -march, loaded with ctypes and compared
+// with the extension, which chooses its level itself.
+#include "msdd_fast/cfg_euler.h"
+#include "msdd_fast/noise.h"
+
+extern "C" void renoise_upsample(void* out, const void* x, int dtype, int channels_last, const std::int64_t* seeds,
+                                 std::int64_t batch, std::int64_t channels, std::int64_t height, std::int64_t width,
+                                 float alpha, float beta, std::int64_t stage, double correlation) {
+    msdd_fast::renoise_upsample(out, x, static_cast<msdd_fast::DType>(dtype), channels_last != 0, seeds, batch,
+                                channels, height, width, {alpha, beta, stage, correlation}, 1);
+}
+
+extern "C" void cfg_euler(void* out, const void* x, const void* v_cond, const void* v_uncond, int dtype,
+                          std::int64_t count, float scale, float dt) {
+    const auto type = static_cast<msdd_fast::DType>(dtype);
+    msdd_fast::cfg_euler(out, type, {x, type}, {v_cond, type}, {v_uncond, type}, count, scale, dt, 1);
+}

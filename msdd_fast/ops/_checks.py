@@ -1,0 +1,86 @@
+"""Argument checks that several ops share: one text for every backend."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from msdd_fast.errors import InputError
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_image(name: str, x: Tensor) -> None:
+    """(B, C, H, W) in float32, bfloat16 or float16."""
+    check_float(name, x)
+    if x.ndim != 4:
+        raise InputError(f"{name} must be a tensor (B, C, H, W), got {tuple(x.shape)}")
+
+
+def check_float(name: str, x: Tensor) -> None:
+    """A tensor in float32, bfloat16 or float16."""
+    if not isinstance(x, Tensor):
+        raise InputError(f"{name} must be a tensor, got {type(x).__name__}")
+    check_dtype(name, x.dtype)
+
+
+def check_dtype(name: str, dtype: torch.dtype) -> None:
+    if dtype not in FLOAT_DTYPES:
+        raise InputError(f"{name} must be float32, bfloat16 or float16, got {dtype}")
+
+
+def check_like(name: str, y: Tensor, reference: str, x: Tensor) -> None:
+    """Same shape and device as the reference; any of the float dtypes."""
+    check_float(name, y)
+    if y.shape != x.shape:
+        raise InputError(f"{name} must have the shape of {reference}, {tuple(x.shape)}, got {tuple(y.shape)}")
+    check_device(name, y, reference, x)
+
+
+def check_device(name: str, y: Tensor, reference: str, x: Tensor) -> None:
+    if y.device != x.device:
+        raise InputError(f"{name} must be on the device of {reference}, {x.device}, got {y.device}")
+
+
+def check_seeds(seeds: Tensor, batch: int | None = None) -> None:
+    """int64 (batch,). Values are checked where they can be read without waiting for a GPU, on the CPU."""
+    if not isinstance(seeds, Tensor) or seeds.dtype != torch.int64 or seeds.ndim != 1:
+        got = f"{seeds.dtype} {tuple(seeds.shape)}" if isinstance(seeds, Tensor) else type(seeds).__name__
+        raise InputError(f"seeds must be an int64 tensor (B,), got {got}")
+    if batch is not None and len(seeds) != batch:
+        raise InputError(f"seeds must hold {batch} values, one per image, got {len(seeds)}")
+    if seeds.device.type == "cpu" and not torch.compiler.is_compiling() and len(seeds) and int(seeds.min()) < 0:
+        raise InputError(f"seeds must be in [0, 2^63), got {int(seeds.min())}")
+
+
+def check_blocks(channels: int, height: int, width: int) -> None:
+    """The noise counter of an image has 32 bits: at most 2^32 blocks of 2x2 pixels."""
+    if channels * (height // 2) * (width // 2) > 2**32:
+        raise InputError(f"shape must hold at most 2^32 blocks of 2x2 pixels, got {(channels, height, width)}")
+
+
+def as_scalar(name: str, value: float | Tensor, device: torch.device) -> Tensor:
+    """A float32 tensor () on ``device``. Pass a tensor where the value varies: a float is frozen into a graph."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise InputError(f"{name} must be one number, got a tensor of shape {tuple(value.shape)}")
+        if value.device != device:
+            raise InputError(f"{name} must be on {device}, got {value.device}")
+        return value.to(torch.float32).reshape(())
+    return torch.tensor(float(value), dtype=torch.float32, device=device)
+
+
+def dense_like(y: Tensor, x: Tensor) -> Tensor:
+    """``y`` in the memory order of the dense tensor ``x``; copies only if it differs."""
+    return y.contiguous(memory_format=memory_order(x))
+
+
+def memory_order(x: Tensor) -> torch.memory_format:
+    """channels_last for a (B, C, H, W) tensor that is so and not contiguous, else contiguous_format."""
+    last = x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def dense(x: Tensor) -> Tensor:
+    """``x`` if its elements fill memory without gaps in NCHW or NHWC order, else a contiguous copy."""
+    return x.contiguous(memory_format=memory_order(x))

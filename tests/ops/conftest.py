@@ -1,0 +1,32 @@
+"""Backends of the ops under test: Triton on the GPU if there is one, else in its interpreter (tiny shapes)."""
+
+import pytest
+import torch
+
+from msdd_fast.backends import extension_status
+from tests.tolerances import assert_rounded_once
+
+HAS_GPU = torch.cuda.is_available()
+
+
+@pytest.fixture(params=["cpu", "triton"])
+def backend(request):
+    """A backend that is not the reference; skipped with its reason where it cannot run."""
+    if request.param == "cpu" and not extension_status()[0]:
+        pytest.skip(f"backend 'cpu': {extension_status()[1]}")
+    return request.param
+
+
+@pytest.fixture
+def device(backend):
+    return torch.device("cuda" if HAS_GPU and backend == "triton" else "cpu")
+
+
+@pytest.fixture
+def assert_rounded(backend):
+    """``tolerances.assert_rounded_once`` for this backend."""
+
+    def check(actual, exact, dtype):
+        assert_rounded_once(actual.cpu(), exact.cpu(), dtype, interpreted=backend == "triton" and not HAS_GPU)
+
+    return check

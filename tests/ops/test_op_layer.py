@@ -1,0 +1,141 @@
+"""Choosing a backend, and what every registered op promises torch.compile and autograd."""
+
+import logging
+
+import pytest
+import torch
+
+from msdd_fast import backends, ops
+from msdd_fast.backends import parse_choice, use_backend
+from msdd_fast.errors import BackendUnavailableError, InputError
+from msdd_fast.ops import _op
+
+SEEDS = torch.tensor([3, 4])
+X = torch.randn(2, 3, 4, 6, generator=torch.Generator().manual_seed(0))
+HALF = torch.tensor(0.5)
+ARGUMENTS = {
+    "start_noise": (SEEDS, 3, 4, 6, torch.float32),
+    "renoise_upsample": (X, HALF, HALF, SEEDS, 2, 0.25),
+    "euler_step": (X, X + 1, HALF),
+    "cfg_combine": (X, X + 1, HALF),
+    "cfg_euler": (X, X + 1, X - 1, HALF, HALF),
+}
+
+
+def op(name):
+    return __import__(f"msdd_fast.ops.{name}", fromlist=["OP"]).OP
+
+
+def needs(backend):
+    if backend == "cpu" and not backends.extension_status()[0]:
+        pytest.skip(f"backend 'cpu': {backends.extension_status()[1]}")
+
+
+def test_every_op_is_covered_here():
+    assert set(ARGUMENTS) == set(ops.__all__)
+    assert all(op(name).name == name for name in ARGUMENTS)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_opcheck(name, backend):
+    needs(backend)
+    torch.library.opcheck(op(name).implementations[backend].overload, ARGUMENTS[name])
+
+
+@pytest.mark.parametrize("backend", ["eager", "cpu"])
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_compiles_into_one_graph_without_recompiling(name, backend):
+    """fullgraph, error on recompile, and the compiled result is the same; scalars vary as tensors."""
+    needs(backend)
+    torch._dynamo.reset()
+    the_op = op(name)
+    compiled = torch.compile(lambda *a: the_op(*a, backend=backend), fullgraph=True, backend="aot_eager")
+    arguments = ARGUMENTS[name]
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for factor in (1, 2):
+            varied = [a * factor if isinstance(a, torch.Tensor) else a for a in arguments]
+            torch.testing.assert_close(compiled(*varied), the_op(*varied, backend=backend))
+
+
+def test_a_compiled_function_follows_use_backend():
+    needs("cpu")
+    torch._dynamo.reset()
+    seen = []
+    implementation = op("euler_step").implementations["cpu"]
+    compiled = torch.compile(
+        lambda x: ops.euler_step(x, x, HALF), fullgraph=True, backend=lambda g, _: seen.append(g) or g
+    )
+    with use_backend("eager"):
+        compiled(X)
+    with use_backend("cpu"):
+        compiled(X)
+    targets = [{str(n.target) for n in g.graph.nodes} for g in seen]
+    assert str(implementation.overload) not in targets[0] and str(implementation.overload) in targets[1]
+
+
+@pytest.mark.parametrize("name", [n for n in ARGUMENTS if n != "start_noise"])
+def test_gradients(name):
+    """auto takes eager; a named backend refuses at once, and at backward under compile."""
+    needs("cpu")
+    the_op, (x, *rest) = op(name), ARGUMENTS[name]
+    x = x.clone().requires_grad_()
+    assert the_op.select(x, *rest) == "eager"
+    the_op(x, *rest).sum().backward()
+    assert x.grad is not None
+    with pytest.raises(InputError, match=f"{name}: backend 'cpu' is for inference, but an argument requires grad"):
+        the_op(x, *rest, backend="cpu")
+    with torch.no_grad():
+        the_op(x, *rest, backend="cpu")
+    torch._dynamo.reset()
+    out = torch.compile(lambda *a: the_op(*a, backend="cpu"), fullgraph=True, backend="aot_eager")
+    with pytest.raises(Exception, match=f"{name}: backend 'cpu' is for inference and has no backward"):
+        out(x, *rest).sum().backward()
+
+
+def test_precedence(monkeypatch):
+    """Argument, then use_backend, then the environment's choice, then the best."""
+    needs("cpu")
+    euler, x = op("euler_step"), ARGUMENTS["euler_step"]
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert euler.select(*x) == "cpu"
+    monkeypatch.setattr(backends, "_choice", parse_choice("eager"))
+    assert euler.select(*x) == "eager"
+    with use_backend("eager,euler_step=cpu"):
+        assert euler.select(*x) == "cpu"
+        assert op("cfg_combine").select(*ARGUMENTS["cfg_combine"]) == "eager"
+        assert euler.select(*x, backend="eager") == "eager"
+    assert euler.select(*x) == "eager"
+
+
+def test_a_named_backend_never_falls_back(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(backends, "extension_status", lambda: (False, "was not built: no compiler. To build it: X"))
+    with pytest.raises(BackendUnavailableError) as caught:
+        op("euler_step")(*ARGUMENTS["euler_step"], backend="triton")
+    text = str(caught.value)
+    assert text.startswith("euler_step: backend 'triton' cannot run this call. triton: needs a CUDA tensor")
+    assert "cpu: was not built: no compiler. To build it: X" in text and "eager: ok" in text
+    assert op("euler_step").select(*ARGUMENTS["euler_step"]) == "eager"
+
+
+def test_the_choice_is_logged_once(caplog, monkeypatch):
+    monkeypatch.setattr(_op, "_logged", set())
+    with caplog.at_level(logging.INFO, logger="msdd_fast.ops"):
+        for _ in range(3):
+            ops.euler_step(X, X, 0.5)
+    chosen = op("euler_step").select(X, X, HALF)
+    assert [m for m in caplog.messages if m == f"euler_step: {chosen}"] == [f"euler_step: {chosen}"]
+
+
+@pytest.mark.parametrize("text", ["cuda9", "eager,euler_step=fast", ""])
+def test_bad_choices(text):
+    with pytest.raises(InputError, match="backend must be one of auto, eager, cpu, triton, got"):
+        parse_choice(text)
+    with pytest.raises(InputError, match="backend must be one of"):
+        ops.euler_step(X, X, 0.5, backend=text)
+
+
+def test_explain():
+    rows = {name: (ok, reason) for name, ok, reason in op("euler_step").explain(*ARGUMENTS["euler_step"])}
+    assert rows["eager"] == (True, "plain PyTorch") and {"cpu", "triton"} <= set(rows)
