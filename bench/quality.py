@@ -21,7 +21,7 @@ from torch import Tensor
 
 from msdd_fast.commands.common import chunks, load_batch
 from msdd_fast.images import CROP_DESCRIPTION, find_image_files
-from msdd_fast.metrics import Vgg19Distance, psnr, ssim
+from msdd_fast.metrics import Vgg19Distance, figures
 from msdd_fast.models.tokenizer import Tokenizer
 from msdd_fast.sampling import sample
 from msdd_fast.schedule import StageSchedule
@@ -49,10 +49,7 @@ def score(
     sums: dict[str, float] = {}
     for part in chunks(len(images), batch):
         x, y = images[part.start : part.stop], decode(part)
-        values = {"psnr_db": psnr(y, x), "ssim": ssim(y, x)}
-        if distance is not None:
-            values["vgg19_distance"] = distance(y.clamp(-1, 1), x)
-        for name, value in values.items():
+        for name, value in figures(y, x, distance).items():
             sums[name] = sums.get(name, 0.0) + float(value.sum())
     return {name: value / len(images) for name, value in sums.items()}
 

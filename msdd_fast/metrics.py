@@ -98,6 +98,15 @@ class Vgg19Distance(nn.Module):
         return torch.stack([(a - b).square().sum(dim=1).mean(dim=(1, 2)) for a, b in pairs]).mean(dim=0)
 
 
+@torch.no_grad()
+def figures(x: Tensor, y: Tensor, distance: Vgg19Distance | None = None) -> dict[str, Tensor]:
+    """What is measured of reconstructions ``x`` of ``y``, each (B,): psnr_db, ssim and, if given, vgg19_distance."""
+    result = {"psnr_db": psnr(x, y), "ssim": ssim(x, y)}
+    if distance is not None:
+        result["vgg19_distance"] = distance(x.clamp(-1, 1), y)
+    return result
+
+
 def _check_pair(x: Tensor, y: Tensor) -> None:
     if x.ndim != 4 or x.shape[1] != 3 or x.shape != y.shape:
         raise InputError(

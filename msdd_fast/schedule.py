@@ -19,8 +19,7 @@ from msdd_fast.config import ScheduleConfig
 from msdd_fast.errors import InputError
 
 NUM_TIMESTEPS = 1000
-# alpha and beta assume a 2x2 noise covariance with off-diagonal -GAMMA/(1+GAMMA)-like structure; the
-# paper and the authors use 1/3 whatever block_correlation is (SPEC A3).
+# gamma of the paper's renoising; alpha and beta keep it whatever block_correlation is (SPEC A3).
 GAMMA = 1.0 / 3.0
 
 

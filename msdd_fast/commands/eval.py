@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 
-import torch
 from tqdm import tqdm
 
 from msdd_fast.commands.common import (
@@ -22,7 +21,7 @@ from msdd_fast.commands.common import (
 )
 from msdd_fast.files import atomic_write, require_writable
 from msdd_fast.images import CROP_DESCRIPTION, find_image_files
-from msdd_fast.metrics import Vgg19Distance, psnr, ssim
+from msdd_fast.metrics import Vgg19Distance, figures
 
 HELP = "PSNR, SSIM and perceptual distance over a folder"
 
@@ -45,16 +44,13 @@ def run(args: argparse.Namespace) -> None:
     device, cfg = device_of(tokenizer), tokenizer.config
     if distance is not None:
         distance.to(device)
-    figures: dict[str, list[float]] = {"psnr_db": [], "ssim": []}
+    values: dict[str, list[float]] = {}
     with tqdm(total=len(files), unit="img", disable=None) as bar:
         for part in chunks(len(files), args.batch_size):
             x = load_batch([files[i] for i in part], cfg.image_size).to(device)
             y = tokenizer.decode(tokenizer.encode(x), args.seed + part.start, args.steps, args.cfg_scale)
-            figures["psnr_db"] += psnr(y, x).tolist()
-            figures["ssim"] += ssim(y, x).tolist()
-            if distance is not None:
-                with torch.no_grad():
-                    figures.setdefault("vgg19_distance", []).extend(distance(y.clamp(-1, 1), x).tolist())
+            for name, measured in figures(y, x, distance).items():
+                values.setdefault(name, []).extend(measured.tolist())
             bar.update(len(part))
     report = {
         "set": str(args.folder),
@@ -64,7 +60,7 @@ def run(args: argparse.Namespace) -> None:
         "steps_per_scale": args.steps or cfg.sampling.steps,
         "cfg_scale": cfg.sampling.cfg_scale if args.cfg_scale is None else args.cfg_scale,
         "seed": args.seed,
-        "mean": {name: sum(values) / len(values) for name, values in figures.items()},
+        "mean": {name: sum(v) / len(v) for name, v in values.items()},
     }
     for name, value in report.items():
         if name != "mean":
@@ -72,6 +68,6 @@ def run(args: argparse.Namespace) -> None:
     for name, value in report["mean"].items():
         print(f"{name:16} {value:.4f}")
     if args.json:
-        per_image = {str(f): {n: v[i] for n, v in figures.items()} for i, f in enumerate(files)}
+        per_image = {str(f): {n: v[i] for n, v in values.items()} for i, f in enumerate(files)}
         with atomic_write(args.json) as temporary:
             temporary.write_text(json.dumps({**report, "images": per_image}, indent=2) + "\n")
