@@ -74,3 +74,15 @@ def correlate(n0, n1, n2, n3, spread, common):
     m = 0.25 * (n0 + n1 + n2 + n3)
     shift = (common - spread) * m
     return spread * n0 + shift, spread * n1 + shift, spread * n2 + shift, spread * n3 + shift
+
+
+@triton.jit
+def interleave2(a0, b0, a1, b1):
+    """Two pixels each of two neighbouring blocks, [BLOCK] each, to rows of four, [BLOCK, 2, 2]: a0 b0 a1 b1."""
+    return tl.join(tl.join(a0, a1), tl.join(b0, b1))
+
+
+@triton.jit
+def interleave4(a0, b0, a1, b1, a2, b2, a3, b3):
+    """The same for four blocks: [BLOCK, 2, 2, 2] with rows a0 b0 a1 b1 a2 b2 a3 b3. Nothing leaves its lane."""
+    return tl.join(interleave2(a0, a1, a2, a3), interleave2(b0, b1, b2, b3))

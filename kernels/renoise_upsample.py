@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from msdd_fast.kernels._noise import PURPOSE_RENOISE, block_normals, correlate
+from msdd_fast.kernels._noise import PURPOSE_RENOISE, block_normals, correlate, interleave2, interleave4
 from msdd_fast.noise import correlation_factors
 
 BLOCK = 128
@@ -53,8 +53,8 @@ def renoise_upsample_kernel(
         b_x0, b_x1 = tl.split(b_x)
         t00, t01, l00, l01 = renoised_block(b_x0, seed, counter, stage, spread, common)
         t10, t11, l10, l11 = renoised_block(b_x1, seed, counter + 1, stage, spread, common)
-        b_top = tl.join(tl.join(t00, t10), tl.join(t01, t11))
-        b_low = tl.join(tl.join(l00, l10), tl.join(l01, l11))
+        b_top = interleave2(t00, t01, t10, t11)
+        b_low = interleave2(l00, l01, l10, l11)
     else:
         b_even, b_odd = tl.split(b_x.reshape(BLOCK, 2, 2))
         b_x0, b_x2 = tl.split(b_even)
@@ -63,8 +63,8 @@ def renoise_upsample_kernel(
         t10, t11, l10, l11 = renoised_block(b_x1, seed, counter + 1, stage, spread, common)
         t20, t21, l20, l21 = renoised_block(b_x2, seed, counter + 2, stage, spread, common)
         t30, t31, l30, l31 = renoised_block(b_x3, seed, counter + 3, stage, spread, common)
-        b_top = tl.join(tl.join(tl.join(t00, t20), tl.join(t10, t30)), tl.join(tl.join(t01, t21), tl.join(t11, t31)))
-        b_low = tl.join(tl.join(tl.join(l00, l20), tl.join(l10, l30)), tl.join(tl.join(l01, l21), tl.join(l11, l31)))
+        b_top = interleave4(t00, t01, t10, t11, t20, t21, t30, t31)
+        b_low = interleave4(l00, l01, l10, l11, l20, l21, l30, l31)
     o_wide = tl.arange(0, 2 * K)[None, :]
     m_out = (o_row < rows)[:, None] & (2 * o_col[:, None] + o_wide < 2 * width)
     p_top = p_out + 4 * i_image * rows * width + (4 * o_row * width + 2 * o_col)[:, None] + o_wide

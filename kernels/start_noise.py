@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from msdd_fast.kernels._noise import PURPOSE_START, block_normals
+from msdd_fast.kernels._noise import PURPOSE_START, block_normals, interleave2, interleave4
 from msdd_fast.kernels.renoise_upsample import blocks_per_lane
 
 BLOCK = 128
@@ -34,15 +34,15 @@ def start_noise_kernel(
     if K == 2:
         t00, t01, l00, l01 = block_normals(seed, counter, 0, PURPOSE_START)
         t10, t11, l10, l11 = block_normals(seed, counter + 1, 0, PURPOSE_START)
-        b_top = tl.join(tl.join(t00, t10), tl.join(t01, t11))
-        b_low = tl.join(tl.join(l00, l10), tl.join(l01, l11))
+        b_top = interleave2(t00, t01, t10, t11)
+        b_low = interleave2(l00, l01, l10, l11)
     else:
         t00, t01, l00, l01 = block_normals(seed, counter, 0, PURPOSE_START)
         t10, t11, l10, l11 = block_normals(seed, counter + 1, 0, PURPOSE_START)
         t20, t21, l20, l21 = block_normals(seed, counter + 2, 0, PURPOSE_START)
         t30, t31, l30, l31 = block_normals(seed, counter + 3, 0, PURPOSE_START)
-        b_top = tl.join(tl.join(tl.join(t00, t20), tl.join(t10, t30)), tl.join(tl.join(t01, t21), tl.join(t11, t31)))
-        b_low = tl.join(tl.join(tl.join(l00, l20), tl.join(l10, l30)), tl.join(tl.join(l01, l21), tl.join(l11, l31)))
+        b_top = interleave4(t00, t01, t10, t11, t20, t21, t30, t31)
+        b_low = interleave4(l00, l01, l10, l11, l20, l21, l30, l31)
     o_wide = tl.arange(0, 2 * K)[None, :]
     m_out = (o_row < rows)[:, None] & (2 * o_col[:, None] + o_wide < 2 * width)
     p_top = p_out + 4 * i_image * rows * width + (4 * o_row * width + 2 * o_col)[:, None] + o_wide

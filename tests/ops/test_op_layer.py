@@ -74,6 +74,7 @@ def test_a_compiled_function_follows_use_backend():
     assert str(implementation.overload) not in targets[0] and str(implementation.overload) in targets[1]
 
 
+@pytest.mark.filterwarnings("ignore:Error detected in")
 @pytest.mark.parametrize("name", [n for n in ARGUMENTS if n != "start_noise"])
 def test_gradients(name):
     """auto takes eager; a named backend refuses at once, and at backward under compile."""
