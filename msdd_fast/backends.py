@@ -12,7 +12,7 @@ import importlib.util
 import json
 import os
 import platform
-from collections.abc import Container, Iterator
+from collections.abc import Collection, Container, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -37,19 +37,40 @@ def parse_choice(text: str) -> dict[str, str]:
     return choice
 
 
+def check_ops(choice: dict[str, str], known: Collection[str]) -> None:
+    """Raise InputError if a backend is chosen for an op that does not exist."""
+    for op in choice:
+        if op != "*" and op not in known:
+            raise InputError(f"backend is chosen for the op {op!r}; known: {', '.join(sorted(known))}")
+
+
+def environment_choice() -> dict[str, str]:
+    """The choice of MSDD_FAST_BACKEND. Raises InputError that names the variable."""
+    try:
+        return parse_choice(os.environ.get("MSDD_FAST_BACKEND") or "auto")
+    except InputError as e:
+        raise InputError(f"MSDD_FAST_BACKEND: {e}") from e
+
+
 # Plain process-wide data: torch.compile guards on it, which it cannot do for a context variable.
-_choice: dict[str, str] = parse_choice(os.environ.get("MSDD_FAST_BACKEND") or "auto")
+_choice: dict[str, str] = environment_choice()
 
 
 @contextmanager
 def use_backend(text: str) -> Iterator[None]:
     """Choose backends inside a ``with`` block, for the whole process: "triton", "eager,renoise_upsample=cpu".
 
-    A backend named for one op never falls back. One named for all ops applies to those that have it; the others
-    take the best they can.
+    The block's choice replaces the one outside it, MSDD_FAST_BACKEND's too. A backend named for one op never falls
+    back. One named for all ops applies to those that have it; the others take the best they can. Raises InputError
+    for an unknown backend or op.
     """
+    from msdd_fast import ops
+
+    choice = parse_choice(text)
+    check_ops(choice, ops.__all__)
     before = dict(_choice)
-    _choice.update({"*": "auto", **parse_choice(text)})
+    _choice.clear()
+    _choice.update(choice)
     try:
         yield
     finally:

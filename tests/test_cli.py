@@ -19,19 +19,14 @@ from msdd_fast.config import SamplingConfig
 from msdd_fast.images import center_crop, load_image, save_image, to_tensor, to_uint8
 from msdd_fast.latents import Latents, load_latents, save_latents
 from msdd_fast.metrics import psnr, ssim
+from tests.perturbed import perturbed
 
 SIZE, TOKENS, DIM = 64, 16, 32  # of the tiny preset
 
 
 @pytest.fixture(scope="module")
 def tiny():
-    """Random weights with every parameter perturbed, so that the picture depends on everything."""
-    torch.manual_seed(0)
-    tok = msdd_fast.Tokenizer.from_config("tiny")
-    with torch.no_grad():
-        for p in tok.parameters():
-            p.add_(0.05 * torch.randn_like(p))
-    return tok
+    return perturbed()
 
 
 @pytest.fixture(scope="module")

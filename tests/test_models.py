@@ -16,17 +16,9 @@ from msdd_fast.models.rope import (
     latent_positions,
     rope_table,
 )
+from tests.perturbed import perturbed
 
 CPU = torch.device("cpu")
-
-
-def perturbed(config, seed=0):
-    torch.manual_seed(seed)
-    tok = Tokenizer.from_config(config)
-    with torch.no_grad():
-        for p in tok.parameters():
-            p.add_(0.05 * torch.randn_like(p))
-    return tok
 
 
 # --- RoPE ---------------------------------------------------------------------------------------------

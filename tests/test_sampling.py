@@ -13,17 +13,12 @@ from msdd_fast.errors import InputError
 from msdd_fast.noise import renoise_noise, resolve_seeds, start_noise
 from msdd_fast.sampling import clean_estimate, sample
 from msdd_fast.schedule import StageSchedule, build_stages
+from tests.perturbed import perturbed
 
 
 @pytest.fixture(scope="module")
 def tiny():
-    """Random weights with every parameter perturbed, so that no path is trivially zero."""
-    torch.manual_seed(0)
-    tok = msdd_fast.Tokenizer.from_config("tiny")
-    with torch.no_grad():
-        for p in tok.parameters():
-            p.add_(0.05 * torch.randn_like(p))
-    return tok
+    return perturbed()
 
 
 @pytest.fixture(scope="module")

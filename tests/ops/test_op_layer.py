@@ -1,6 +1,9 @@
 """Choosing a backend, and what every registered op promises torch.compile and autograd."""
 
 import logging
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -107,6 +110,37 @@ def test_precedence(monkeypatch):
         assert op("cfg_combine").select(*ARGUMENTS["cfg_combine"]) == "eager"
         assert euler.select(*x, backend="eager") == "eager"
     assert euler.select(*x) == "eager"
+
+
+def test_a_block_replaces_what_is_outside(monkeypatch):
+    """Also a choice for one op: use_backend goes before the environment."""
+    needs("cpu")
+    euler, x = op("euler_step"), ARGUMENTS["euler_step"]
+    monkeypatch.setattr(backends, "_choice", parse_choice("euler_step=cpu"))
+    assert euler.select(*x) == "cpu"
+    with use_backend("eager"):
+        assert euler.select(*x) == "eager"
+        with use_backend("euler_step=cpu"):
+            assert euler.select(*x) == "cpu"
+        assert euler.select(*x) == "eager"
+    assert euler.select(*x) == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("euler=cpu", "backend is chosen for the op 'euler'; known: cfg_combine, cfg_euler, euler_step"),
+        ("fast", "MSDD_FAST_BACKEND: backend must be one of auto, eager, cpu, triton, got 'fast'"),
+    ],
+)
+def test_a_wrong_environment_is_an_error(value, message):
+    environment = {**os.environ, "MSDD_FAST_BACKEND": value}
+    done = subprocess.run(
+        [sys.executable, "-c", "import msdd_fast"], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode != 0 and message in done.stderr
+    with pytest.raises(InputError, match=message.removeprefix("MSDD_FAST_BACKEND: ")), use_backend(value):
+        pass
 
 
 def test_a_named_backend_never_falls_back(monkeypatch):
