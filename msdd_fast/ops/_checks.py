@@ -54,9 +54,9 @@ def check_seeds(seeds: Tensor, batch: int | None = None) -> None:
 
 
 def check_blocks(channels: int, height: int, width: int) -> None:
-    """The noise counter of an image has 32 bits: at most 2^32 blocks of 2x2 pixels."""
-    if channels * (height // 2) * (width // 2) > 2**32:
-        raise InputError(f"shape must hold at most 2^32 blocks of 2x2 pixels, got {(channels, height, width)}")
+    """At most 2^30 blocks of 2x2 pixels in an image: inside one, kernels count in signed 32-bit integers."""
+    if channels * (height // 2) * (width // 2) > 2**30:
+        raise InputError(f"shape must hold at most 2^30 blocks of 2x2 pixels, got {(channels, height, width)}")
 
 
 def as_scalar(name: str, value: float | Tensor, device: torch.device) -> Tensor:

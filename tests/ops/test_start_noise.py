@@ -39,7 +39,7 @@ def test_any_split_of_the_batch_is_identical(backend, device):
         (dict(seeds=torch.tensor(3)), r"seeds must be an int64 tensor \(B,\), got torch.int64 \(\)"),
         (dict(seeds=torch.tensor([-3])), r"seeds must be in \[0, 2\^63\), got -3"),
         (dict(seeds=[1, 2]), r"seeds must be an int64 tensor \(B,\), got list"),
-        (dict(shape=(8, 2**16, 2**16)), r"shape must hold at most 2\^32 blocks of 2x2 pixels, got \(8, 65536, 65536\)"),
+        (dict(shape=(8, 2**16, 2**16)), r"shape must hold at most 2\^30 blocks of 2x2 pixels, got \(8, 65536, 65536\)"),
         (dict(dtype=torch.float64), "dtype must be float32, bfloat16 or float16, got torch.float64"),
     ],
 )
