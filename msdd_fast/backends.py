@@ -22,7 +22,7 @@ from torch import Tensor
 
 from msdd_fast.errors import BackendUnavailableError, InputError
 
-BACKENDS = ("auto", "eager", "cpu", "triton")
+BACKENDS = ("auto", "eager", "cpu", "triton", "cuda", "sdpa", "flash-attn", "xformers")
 _PACKAGE = Path(__file__).resolve().parent
 
 

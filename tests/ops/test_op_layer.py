@@ -130,7 +130,7 @@ def test_a_block_replaces_what_is_outside(monkeypatch):
     ("value", "message"),
     [
         ("euler=cpu", "backend is chosen for the op 'euler'; known: cfg_combine, cfg_euler, euler_step"),
-        ("fast", "MSDD_FAST_BACKEND: backend must be one of auto, eager, cpu, triton, got 'fast'"),
+        ("fast", "MSDD_FAST_BACKEND: backend must be one of auto, eager, cpu, triton, cuda, sdpa, flash-attn, xformers, got 'fast'"),
     ],
 )
 def test_a_wrong_environment_is_an_error(value, message):
@@ -165,7 +165,7 @@ def test_the_choice_is_logged_once(caplog, monkeypatch):
 
 @pytest.mark.parametrize("text", ["cuda9", "eager,euler_step=fast", ""])
 def test_bad_choices(text):
-    with pytest.raises(InputError, match="backend must be one of auto, eager, cpu, triton, got"):
+    with pytest.raises(InputError, match="backend must be one of auto, eager, cpu, triton, cuda, sdpa, flash-attn, xformers, got"):
         parse_choice(text)
     with pytest.raises(InputError, match="backend must be one of"):
         ops.euler_step(X, X, 0.5, backend=text)
