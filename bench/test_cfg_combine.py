@@ -1,0 +1,16 @@
+"""cfg_combine against torch.lerp, the same formula in one call."""
+
+import torch
+
+from msdd_fast import ops
+
+SCALE = 1.5
+BASELINES = {
+    "plain": lambda v_cond, v_uncond, scale: v_uncond + SCALE * (v_cond - v_uncond),
+    "lerp": lambda v_cond, v_uncond, scale: torch.lerp(v_uncond, v_cond, SCALE),
+}
+
+
+def test_cfg_combine(case, measure):
+    v_cond, v_uncond = case.image(), case.image()
+    measure(ops.cfg_combine, (v_cond, v_uncond, case.scalar(SCALE)), bytes_moved=3 * v_cond.nbytes)
