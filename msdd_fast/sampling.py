@@ -76,7 +76,7 @@ def sample(
     if noise is None:
         seeds = resolve_seeds(seed, batch, device)
     else:
-        _check_noise(noise, batch, shapes)
+        check_noise(noise, batch, shapes)
 
     states: list[Tensor] = []
     x = ops.start_noise(seeds, shapes[0], backend=backend) if noise is None else noise[0].float()
@@ -147,7 +147,8 @@ def check_latents(z: Tensor, num_tokens: int, dim: int) -> None:
         raise InputError(f"z must be floating point, got {z.dtype}")
 
 
-def _check_noise(noise: Sequence[Tensor], batch: int, shapes: list[tuple[int, int, int]]) -> None:
+def check_noise(noise: Sequence[Tensor], batch: int, shapes: list[tuple[int, int, int]]) -> None:
+    """Raise InputError unless there is one tensor (batch, *shape) for each of ``shapes``."""
     if len(noise) != len(shapes):
         raise InputError(f"noise must hold {len(shapes)} tensors, one per stage, got {len(noise)}")
     for s, (n, shape) in enumerate(zip(noise, shapes, strict=True)):

@@ -40,9 +40,12 @@ class TimestepEmbedder(nn.Module):
             nn.Linear(self.num_features, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
         )
 
-    def forward(self, t: Tensor) -> Tensor:
+    def features(self, t: Tensor) -> Tensor:
+        """Sinusoids float32 (B, num_features) of t (B,)."""
         half = self.num_features // 2
         index = torch.arange(half, device=t.device, dtype=torch.float32)
         angle = t.float()[:, None] * torch.exp(-math.log(10000.0) / half * index)
-        features = torch.cat([angle.cos(), angle.sin()], dim=1)
-        return self.mlp(features.to(next(self.mlp.parameters()).dtype))
+        return torch.cat([angle.cos(), angle.sin()], dim=1)
+
+    def forward(self, t: Tensor) -> Tensor:
+        return self.mlp(self.features(t).to(next(self.mlp.parameters()).dtype))

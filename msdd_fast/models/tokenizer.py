@@ -77,7 +77,7 @@ class Tokenizer(nn.Module):
             raise InputError(f"images must have shape (B, 3, {size}, {size}), got {got}")
         if not images.is_floating_point():
             raise InputError(f"images must be floating point in [-1, 1], got {images.dtype}")
-        _check_finite("images", images)
+        check_finite("images", images)
         return self.encoder(images)
 
     @torch.no_grad()
@@ -97,7 +97,7 @@ class Tokenizer(nn.Module):
         """
         sampling = self.config.sampling
         check_latents(z, self.config.num_latent_tokens, self.config.latent_dim)
-        _check_finite("z", z)
+        check_finite("z", z)
         out = sample(
             self.decoder,
             z,
@@ -113,7 +113,8 @@ class Tokenizer(nn.Module):
         return out
 
 
-def _check_finite(name: str, x: Tensor) -> None:
+def check_finite(name: str, x: Tensor) -> None:
+    """Raise InputError that names the first item of the batch with NaN or Inf. Waits for a GPU."""
     if not torch.isfinite(x).all():
         bad = int((~torch.isfinite(x)).flatten(1).any(dim=1).nonzero()[0])
         raise InputError(f"{name} must be finite, got NaN or Inf in item {bad}")

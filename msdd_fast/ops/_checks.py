@@ -49,7 +49,8 @@ def check_seeds(seeds: Tensor, batch: int | None = None) -> None:
         raise InputError(f"seeds must be an int64 tensor (B,), got {got}")
     if batch is not None and len(seeds) != batch:
         raise InputError(f"seeds must hold {batch} values, one per image, got {len(seeds)}")
-    if seeds.device.type == "cpu" and not torch.compiler.is_compiling() and len(seeds) and int(seeds.min()) < 0:
+    readable = seeds.device.type == "cpu" and not torch.compiler.is_compiling() and type(seeds) is Tensor
+    if readable and len(seeds) and int(seeds.min()) < 0:
         raise InputError(f"seeds must be in [0, 2^63), got {int(seeds.min())}")
 
 

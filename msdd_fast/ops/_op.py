@@ -8,7 +8,8 @@ inference. Each implementation is registered as ``torch.ops.msdd_fast.<op>.<back
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,21 @@ Verdict = tuple[bool, str]
 _LIBRARY = torch.library.Library("msdd_fast", "DEF")
 _log = logging.getLogger("msdd_fast.ops")
 _logged: set[tuple[str, str]] = set()
+Observer = Callable[["Op", str, tuple[Any, ...]], None]
+_observers: list[Observer] = []
+
+
+@contextmanager
+def observe(observer: Observer) -> Iterator[None]:
+    """Call ``observer(op, chosen backend, arguments)`` for every op that runs inside the ``with`` block.
+
+    For the whole process, as ``use_backend``; not under torch.compile.
+    """
+    _observers.append(observer)
+    try:
+        yield
+    finally:
+        _observers.remove(observer)
 
 
 @dataclass(frozen=True)
@@ -60,6 +76,9 @@ class Op:
     def __call__(self, *args: Any, backend: str | None = None) -> Any:
         """Run on the backend of the argument, else of ``use_backend``, else of MSDD_FAST_BACKEND, else the best."""
         chosen = self.select(*args, backend=backend)
+        if _observers:
+            for observer in _observers:
+                observer(self, chosen, args)
         return self.eager(*args) if chosen == "eager" else self.implementations[chosen].overload(*args)
 
     def select(self, *args: Any, backend: str | None = None) -> str:

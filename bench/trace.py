@@ -1,0 +1,49 @@
+"""Kernels that a piece of work would launch on a GPU, and the bytes they touch, counted where it runs.
+
+Counted, not measured: every operator that reaches the device and is not a view is one launch, and touches each of its
+tensor arguments and results once. A library call that launches several kernels counts as one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+# Allocation and metadata only.
+NO_KERNEL = {"empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "resolve_conj", "resolve_neg"}
+
+
+class LaunchCounter(TorchDispatchMode):
+    """Counts while it is entered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launches, self.bytes = 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if not func.is_view and func.overloadpacket.__name__.removesuffix("_") not in NO_KERNEL:
+            tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor)]
+            self.launches += 1
+            # An argument that is returned (out=, in place) is one tensor, not two.
+            regions = {(t.data_ptr(), _elements(t), t.element_size()) for t in tensors}
+            self.bytes += sum(elements * itemsize for _, elements, itemsize in regions)
+        return out
+
+
+def _elements(t: Tensor) -> int:
+    """Distinct elements: an expanded dimension is read from the cache."""
+    return math.prod(size for size, stride in zip(t.shape, t.stride(), strict=True) if stride)
+
+
+def count_launches(run: Callable[[], Any]) -> tuple[int, int]:
+    """(launches, bytes) of one call."""
+    with LaunchCounter() as counter, torch.no_grad():
+        run()
+    return counter.launches, counter.bytes

@@ -1,0 +1,186 @@
+"""Where the engine's speed comes from: img/s of one decode, one measure after the other, in one interleaved run.
+
+    python -m msdd_fast.bench.waterfall msdd-nano --batch 1 8 [--json FILE]
+
+Bars, each with everything before it: eager-bf16 (the eager tokenizer in bfloat16, no op of ours, nothing hoisted), the
+engine's compute dtype, hoisting and packing, fused ops, attention, and on a GPU the graph. Beside them torch.compile of
+eager-bf16 and of eager in the compute dtype, and the engine's matrix products alone, timed with its shapes and weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from msdd_fast.backends import use_backend
+from msdd_fast.bench.harness import Measurement, Provider, close_to, compare
+from msdd_fast.bench.machine import machine_info
+from msdd_fast.bench.timing import timer_for
+from msdd_fast.bench.trace import count_launches
+from msdd_fast.config import PRESETS
+from msdd_fast.engine import FastDecoder, accelerate
+from msdd_fast.engine.linear import DenseLinear
+from msdd_fast.errors import CheckpointError
+from msdd_fast.models.tokenizer import Tokenizer
+
+# bfloat16 eager differs from float32 by this much at most on decoded values of a few units.
+TOLERANCE = 1.0
+
+
+def load(name: str, device: torch.device) -> Tokenizer:
+    """A checkpoint, or a preset with random weights."""
+    try:
+        tokenizer = Tokenizer.from_pretrained(name)
+    except CheckpointError:
+        if name not in PRESETS:
+            raise
+        torch.manual_seed(0)
+        tokenizer = Tokenizer.from_config(name)
+    return tokenizer.to(device)
+
+
+def eager(tokenizer: Tokenizer, dtype: torch.dtype, compiled: bool = False) -> Callable[[Tensor], Tensor]:
+    """The plain decode of a copy in ``dtype``."""
+    copy = Tokenizer.from_config(tokenizer.config).to(next(tokenizer.parameters()).device, dtype)
+    copy.load_state_dict(tokenizer.state_dict())
+    if compiled:
+        copy.decoder.compile(dynamic=False)
+
+    def decode(z: Tensor) -> Tensor:
+        with use_backend("eager"):
+            return copy.decode(z.to(dtype)).float()
+
+    return decode
+
+
+def bare_products(engine: FastDecoder, z: Tensor) -> tuple[Callable[[], None], int]:
+    """All matrix products of one decode as a function, and their FLOP."""
+    calls: list[tuple[DenseLinear, Tensor, Tensor]] = []
+    original = DenseLinear.__call__
+
+    def record(self: DenseLinear, x: Tensor, out: Tensor | None = None) -> Tensor:
+        y = original(self, x, out)
+        calls.append((self, torch.randn_like(x), torch.empty_like(y)))
+        return y
+
+    DenseLinear.__call__ = record  # type: ignore[method-assign]
+    try:
+        engine.decode(z)
+    finally:
+        DenseLinear.__call__ = original  # type: ignore[method-assign]
+
+    def run() -> None:
+        with torch.no_grad():
+            for linear, x, out in calls:
+                linear(x, out)
+
+    return run, sum(2 * x.shape[0] * x.shape[1] * out.shape[1] for _, x, out in calls)
+
+
+def providers(tokenizer: Tokenizer, batch: int, with_compile: bool) -> tuple[list[Provider], FastDecoder, Tensor]:
+    """The bars for one batch size, the last engine, and the latents."""
+    cfg, device = tokenizer.config, next(tokenizer.parameters()).device
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(batch, cfg.num_latent_tokens, cfg.latent_dim, generator=generator).to(device)
+    fused = "triton" if device.type == "cuda" else "cpu"
+    options: dict[str, Any] = dict(batch_sizes=(batch,), graphs=False)
+    best = accelerate(tokenizer, **{**options, "graphs": "auto"})
+    bars: dict[str, Callable[[Tensor], Tensor]] = {"eager-bf16": eager(tokenizer, torch.bfloat16)}
+    if best.dtype != torch.bfloat16:
+        bars[f"eager-{_short(best.dtype)}"] = eager(tokenizer, best.dtype)
+    plain_attention = "attention=sdpa,context_attention=sdpa"
+    bars["hoist"] = accelerate(tokenizer, backend=f"eager,{plain_attention}", **options).decode
+    bars["fused ops"] = accelerate(tokenizer, backend=f"{fused},{plain_attention}", **options).decode
+    bars["attention"] = accelerate(tokenizer, **options).decode
+    if best.graphs:
+        best.warmup()
+        bars["graph"] = best.decode
+    if with_compile:
+        for dtype in dict.fromkeys((torch.bfloat16, best.dtype)):
+            bars[f"compile-{_short(dtype)}"] = eager(tokenizer, dtype, compiled=True)
+    return [Provider(name, _call(decode, z)) for name, decode in bars.items()], best, z
+
+
+def measure(tokenizer: Tokenizer, batch: int, rounds: int, with_compile: bool = True) -> dict[str, Any]:
+    """One waterfall as plain data."""
+    bars, engine, z = providers(tokenizer, batch, with_compile)
+    products, flops = bare_products(engine, z)
+    reference = tokenizer.decode(z)
+    near = close_to(reference, TOLERANCE)
+    results = compare(
+        [*bars, Provider("bare matmuls", products)],
+        lambda name, out: None if name == "bare matmuls" else near(name, out),
+        timer_for(z.device),
+        rounds,
+        warmup=1,
+    )
+    base = results["eager-bf16"]
+    rows = [_row(m, base, batch, flops) for m in results.values()]
+    for row, provider in zip(rows, bars, strict=False):
+        if not row["provider"].startswith("compile"):
+            row["launches"], row["bytes"] = count_launches(provider.function)
+    return {"batch": batch, "matmul_flop": flops, "rows": rows}
+
+
+def _row(m: Measurement, base: Measurement, batch: int, flops: int) -> dict[str, Any]:
+    return {
+        "provider": m.provider,
+        "median_s": m.median,
+        "p10_s": m.quantile(0.1),
+        "p90_s": m.quantile(0.9),
+        "images_per_second": batch / m.median,
+        "speedup": m.speedup(base),
+        "matmul_gflops": flops / m.median / 1e9,
+        "max_error": m.max_error,
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """Text of one waterfall. Launches and bytes are counted, not measured (bench/trace.py)."""
+    lines = [f"{'':>16} {'ms':>9} {'img/s':>8} {'x':>6} {'GFLOP/s':>8} {'error':>8} {'launches':>8} {'GB':>7}"]
+    for r in result["rows"]:
+        error = "-" if r["max_error"] is None else f"{r['max_error']:.1e}"
+        count = f"{r['launches']:>8} {r['bytes'] / 1e9:>7.2f}" if "launches" in r else ""
+        lines.append(
+            f"{r['provider']:>16} {r['median_s'] * 1e3:>9.1f} {r['images_per_second']:>8.2f} {r['speedup']:>6.2f} "
+            f"{r['matmul_gflops']:>8.0f} {error:>8} {count}".rstrip()
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args(arguments)
+    tokenizer = load(args.model, torch.device(args.device))
+    results = []
+    for batch in args.batch:
+        results.append(measure(tokenizer, batch, args.rounds, not args.no_compile))
+        print(f"{args.model}, batch {batch}\n{table(results[-1])}\n", flush=True)
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        document = {"model": args.model, "machine": machine_info(), "results": results}
+        args.json.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def _call(decode: Callable[[Tensor], Tensor], z: Tensor) -> Callable[[], Tensor]:
+    return lambda: decode(z)
+
+
+def _short(dtype: torch.dtype) -> str:
+    return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,12 @@
+"""The engine: one tokenizer's decode as fast as the hardware allows (DESIGN section 6).
+
+``weights`` packs, ``tables`` hoists what depends on time alone, ``network`` evaluates the velocity, ``program`` is the
+whole decode, ``graphs`` captures it, ``fast_decoder`` is what the user holds.
+"""
+
+from msdd_fast.engine.explain import Explanation, explain
+from msdd_fast.engine.fast_decoder import FastDecoder, accelerate
+from msdd_fast.engine.program import StageImages
+from msdd_fast.engine.report import Report
+
+__all__ = ["Explanation", "FastDecoder", "Report", "StageImages", "accelerate", "explain"]

@@ -1,0 +1,152 @@
+"""What an engine is made of, as text for people and as data for programs."""
+
+from __future__ import annotations
+
+import collections
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from msdd_fast.metrics import psnr
+from msdd_fast.ops._op import Op, observe
+
+if TYPE_CHECKING:
+    from msdd_fast.engine.fast_decoder import FastDecoder
+    from msdd_fast.models.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class OpChoice:
+    """Backend that an op took, how often in one decode, and why the backends before it were declined."""
+
+    op: str
+    backend: str
+    calls: int
+    declined: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Difference of two decodes of the same latents and seeds."""
+
+    against: str
+    max_abs: float
+    psnr: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """Answer of ``FastDecoder.report``; ``str`` of it is a table."""
+
+    model: str
+    device: str
+    dtype: str
+    tier: str
+    sampling: str
+    graphs: str
+    batch_sizes: tuple[int, ...]
+    memory: dict[str, int]
+    constant: tuple[str, ...]
+    accuracy: tuple[Accuracy, ...]
+    notes: tuple[str, ...]
+    ops: tuple[OpChoice, ...]
+
+    def __str__(self) -> str:
+        rows = [
+            ("model", self.model),
+            ("device", self.device),
+            ("dtype", self.dtype),
+            ("tier", self.tier),
+            ("sampling", self.sampling),
+            ("graphs", self.graphs),
+            ("batch sizes", ", ".join(map(str, self.batch_sizes))),
+            *(("memory", f"{size / 2**20:.1f} MiB {name}") for name, size in self.memory.items()),
+            *(("constant", line) for line in self.constant),
+            *((f"vs {a.against}", f"max difference {a.max_abs:.1e}, PSNR {a.psnr:.1f} dB") for a in self.accuracy),
+            *(("note", line) for line in self.notes),
+        ]
+        return "\n".join([f"{name:>14}  {text}" for name, text in rows] + ["", format_choices(self.ops)])
+
+
+def format_choices(choices: tuple[OpChoice, ...]) -> str:
+    """One line per op and backend: calls in one decode, and what speaks against the backends that come before."""
+    lines = [f"{'op':>28}  {'backend':<10}  {'calls':>5}  declined"]
+    lines += [f"{c.op:>28}  {c.backend:<10}  {c.calls:>5}  {'; '.join(c.declined)}".rstrip() for c in choices]
+    return "\n".join(lines)
+
+
+class Choices:
+    """An observer of ops (``ops.observe``) that counts which backend each takes and keeps why others were declined."""
+
+    def __init__(self) -> None:
+        self._calls: collections.Counter[tuple[str, str]] = collections.Counter()
+        self._declined: dict[tuple[str, str], dict[str, str]] = {}
+
+    def __call__(self, op: Op, backend: str, args: tuple[Any, ...]) -> None:
+        key = (op.name, backend)
+        self._calls[key] += 1
+        reasons = self._declined.setdefault(key, {})
+        for name, implementation in op.implementations.items():
+            if name == backend:
+                break
+            ok, reason = implementation.can_use(*args)
+            if not ok:
+                reasons.setdefault(name, reason)
+
+    def result(self) -> tuple[OpChoice, ...]:
+        return tuple(
+            OpChoice(op, backend, count, tuple(f"{b}: {r}" for b, r in self._declined[op, backend].items()))
+            for (op, backend), count in self._calls.items()
+        )
+
+
+@torch.no_grad()
+def describe(engine: FastDecoder, z: Tensor | None) -> Report:
+    """Report of ``engine``; runs one decode without graphs to see the ops, and one of the eager tokenizer."""
+    cfg = engine.config
+    if z is None:
+        generator = torch.Generator().manual_seed(0)
+        z = torch.randn(1, cfg.num_latent_tokens, cfg.latent_dim, generator=generator)
+    z = z.to(engine.device)
+    choices = Choices()
+    with observe(choices):
+        engine.program.decode(engine._inputs(z[:1], 0, None), engine._is_guided(None), torch.float32)
+    tokenizer = engine.tokenizer()
+    dec = cfg.decoder
+    return Report(
+        model=f"{dec.depth} layers of {dec.hidden_size}, {dec.conditioning}, {cfg.image_size} px, "
+        f"{cfg.schedule.num_stages} scales",
+        device=torch.cuda.get_device_name(engine.device)
+        if engine.device.type == "cuda"
+        else f"CPU, {torch.get_num_threads()} threads",
+        dtype=f"{_name(engine.dtype)} ({engine.dtype_reason})",
+        tier=engine.tier,
+        sampling=f"{engine.steps} step(s) per scale, CFG {engine.cfg_scale:g}",
+        graphs=f"{'yes' if engine.graphs else 'no'}: {engine.graphs_reason}",
+        batch_sizes=engine.batch_sizes,
+        memory=dict(engine.memory),
+        constant=(
+            "all adaLN vectors, so that their matrices need not be kept",
+            "context keys and values: once per image"
+            if dec.conditioning == "cross"
+            else "context embedding: once per image",
+            "position tables",
+        ),
+        accuracy=(_accuracy(engine, tokenizer, z),) if tokenizer is not None else (),
+        notes=tuple(engine.notes),
+        ops=choices.result(),
+    )
+
+
+def _accuracy(engine: FastDecoder, tokenizer: Tokenizer, z: Tensor) -> Accuracy:
+    parameter = next(tokenizer.parameters())
+    mine = engine.decode(z)
+    reference = tokenizer.decode(z.to(parameter.dtype), 0, engine.steps, engine.cfg_scale)
+    error = float((mine - reference).abs().max())
+    return Accuracy(f"eager {_name(parameter.dtype)}", error, float(psnr(mine, reference).min()))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
