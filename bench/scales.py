@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from typing import NamedTuple
 
 import torch
 
+from msdd_fast.config import TokenizerConfig
+from msdd_fast.engine import FastDecoder
 from msdd_fast.models.tokenizer import Tokenizer
 from msdd_fast.sampling import StageResult
 
@@ -39,6 +42,27 @@ def measure_scales(
             for s in range(cfg.schedule.num_stages):
                 samples[s].append(marks[s + 1] - marks[s])
             samples[-1].append(marks[-1] - marks[0])
+    return _timings(cfg, samples, batch)
+
+
+def measure_engine_scales(engine: FastDecoder, batch: int, rounds: int = 5) -> list[ScaleTiming]:
+    """The same for an engine: scales as ``stream`` delivers them, clean estimates included; the whole by ``decode``."""
+    cfg, device = engine.config, engine.device
+    z = torch.randn(batch, cfg.num_latent_tokens, cfg.latent_dim, generator=torch.Generator().manual_seed(0)).to(device)
+    samples: list[list[float]] = [[] for _ in range(cfg.schedule.num_stages + 1)]
+    for i in range(rounds + 1):
+        marks = [_now(device)]
+        for _ in engine.stream(z):
+            marks.append(_now(device))
+        engine.decode(z)
+        marks.append(_now(device))
+        if i > 0:  # the first round is the warm-up
+            for sample, (begin, end) in zip(samples, itertools.pairwise(marks), strict=True):
+                sample.append(end - begin)
+    return _timings(engine.config, samples, batch)
+
+
+def _timings(cfg: TokenizerConfig, samples: list[list[float]], batch: int) -> list[ScaleTiming]:
     resolutions = [cfg.stage_resolution(s) for s in range(cfg.schedule.num_stages)] + [0]
     medians = [statistics.median(x) for x in samples]
     return [ScaleTiming(r, m, batch / m) for r, m in zip(resolutions, medians, strict=True)]

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from PIL import Image
 from torch import Tensor
 
+from msdd_fast.engine import FastDecoder
 from msdd_fast.images import grid_image
 from msdd_fast.models.tokenizer import Tokenizer
 from msdd_fast.sampling import StageResult
@@ -21,16 +22,16 @@ class Reconstruction(NamedTuple):
 
 
 def reconstruct(
-    tokenizer: Tokenizer, images: Tensor, seed: int = 0, steps: int | None = None, cfg_scale: float | None = None
+    tokenizer: Tokenizer, images: Tensor, seed: int = 0, engine: FastDecoder | None = None
 ) -> Reconstruction:
-    """Round trip of images (B, 3, R, R) in [-1, 1] through ``tokenizer``."""
-    stages: list[Tensor] = []
-
-    def keep(result: StageResult) -> None:
-        stages.append(result.clean)
-
-    out = tokenizer.decode(tokenizer.encode(images), seed, steps, cfg_scale, stage_callback=keep)
-    return Reconstruction(images, stages, out)
+    """Round trip of images (B, 3, R, R) in [-1, 1], decoded by ``engine`` if there is one, else by the eager model."""
+    z = tokenizer.encode(images)
+    if engine is not None:
+        stages = [s.images for s in engine.stream(z, seed)]
+        return Reconstruction(images, stages, stages[-1])
+    results: list[StageResult] = []
+    out = tokenizer.decode(z, seed, stage_callback=results.append)
+    return Reconstruction(images, [r.clean for r in results], out)
 
 
 def reconstruction_grid(tokenizer: Tokenizer, images: Tensor, seed: int = 0) -> Image.Image:

@@ -9,11 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from msdd_fast.engine import FastDecoder, accelerate
 from msdd_fast.errors import InputError
 from msdd_fast.images import center_crop, load_image, to_tensor
 from msdd_fast.models.tokenizer import Tokenizer
 
 DEFAULT_CHECKPOINT = "msdd-nano"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:
@@ -28,6 +30,15 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=None, help="denoising steps per scale (default: the checkpoint's)")
     parser.add_argument(
         "--cfg-scale", type=float, default=None, help="classifier-free guidance (default: the checkpoint's)"
+    )
+
+
+def add_dtype(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dtype",
+        choices=sorted(DTYPES),
+        default=None,
+        help="arithmetic of the decoder (default: bfloat16 on a GPU, float32 on a CPU)",
     )
 
 
@@ -54,6 +65,18 @@ def load_tokenizer(args: argparse.Namespace) -> Tokenizer:
         reason = (str(e).splitlines() or [type(e).__name__])[0]
         raise InputError(f"--device must name a torch device that works here, got {name!r}: {reason}") from e
     return Tokenizer.from_pretrained(args.checkpoint).to(device)
+
+
+def load_engine(args: argparse.Namespace, tokenizer: Tokenizer, batch_size: int) -> FastDecoder:
+    """The engine for the command line's --dtype, --steps and --cfg-scale."""
+    default = "bfloat16" if device_of(tokenizer).type == "cuda" else "float32"
+    return accelerate(
+        tokenizer,
+        dtype=DTYPES[args.dtype or default],
+        steps=args.steps,
+        cfg_scale=args.cfg_scale,
+        batch_sizes=(batch_size,),
+    )
 
 
 def device_of(tokenizer: Tokenizer) -> torch.device:

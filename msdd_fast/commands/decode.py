@@ -15,9 +15,10 @@ from tqdm import tqdm
 from msdd_fast.commands.common import (
     add_batch_size,
     add_checkpoint,
+    add_dtype,
     add_sampling,
     chunks,
-    device_of,
+    load_engine,
     load_tokenizer,
 )
 from msdd_fast.errors import InputError
@@ -38,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="decode again what is already there")
     add_checkpoint(parser)
     add_sampling(parser)
+    add_dtype(parser)
     add_batch_size(parser)
 
 
@@ -51,6 +53,7 @@ def run(args: argparse.Namespace) -> None:
     check_latents(latents.z, cfg.num_latent_tokens, cfg.latent_dim)
     check_finite(latents)
     seeds = resolve_seeds(args.seed, len(latents.z))
+    engine = load_engine(args, tokenizer, args.batch_size)
     missing = [args.overwrite or not path.exists() for path in targets]
     if not all(missing):
         print(f"{len(targets) - sum(missing)} of {len(targets)} are already there")
@@ -60,8 +63,7 @@ def run(args: argparse.Namespace) -> None:
             if todo:
                 # All of the batch, as in a run from the start: rounding depends on the batch size.
                 index = slice(part.start, part.stop)
-                z = latents.z[index].to(device_of(tokenizer))
-                images = tokenizer.decode(z, seeds[index], args.steps, args.cfg_scale)
+                images = engine.decode(latents.z[index], seeds[index])
                 if not images.isfinite().all():
                     raise InputError(f"decoding gave NaN or Inf for one of {', '.join(latents.names[index])}")
                 for i in todo:

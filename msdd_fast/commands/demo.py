@@ -7,8 +7,16 @@ import argparse
 import torch
 from PIL import Image
 
-from msdd_fast.bench.scales import format_table, measure_scales
-from msdd_fast.commands.common import add_batch_size, add_checkpoint, add_sampling, device_of, load_tokenizer
+from msdd_fast.bench.scales import format_table, measure_engine_scales, measure_scales
+from msdd_fast.commands.common import (
+    add_batch_size,
+    add_checkpoint,
+    add_dtype,
+    add_sampling,
+    device_of,
+    load_engine,
+    load_tokenizer,
+)
 from msdd_fast.errors import InputError
 from msdd_fast.images import center_crop, require_picture_path, save_image, to_tensor
 from msdd_fast.metrics import psnr
@@ -23,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--out", default="out/demo.png", help="picture to write (default: %(default)s)")
     add_checkpoint(parser)
     add_sampling(parser)
+    add_dtype(parser)
     add_batch_size(parser, default=1)
 
 
@@ -36,7 +45,8 @@ def run(args: argparse.Namespace) -> None:
     cfg, device = tokenizer.config, device_of(tokenizer)
     pictures = [Image.fromarray(getattr(skimage.data, name)()) for name in PHOTOS]
     images = torch.stack([to_tensor(center_crop(p, cfg.image_size)) for p in pictures]).to(device)
-    r = reconstruct(tokenizer, images, args.seed, args.steps, args.cfg_scale)
+    engine = load_engine(args, tokenizer, args.batch_size)
+    r = reconstruct(tokenizer, images, args.seed, engine)
     save_image(draw(r, size=256), args.out)
     for name, value in zip(PHOTOS, psnr(r.result, r.original).tolist(), strict=True):
         print(f"{name:>12}: {value:.2f} dB")
@@ -44,5 +54,9 @@ def run(args: argparse.Namespace) -> None:
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     steps = args.steps or cfg.sampling.steps
     run_at = f"{cfg.image_size} px, batch {args.batch_size}, {steps} step(s) per scale"
-    print(f"eager decode, {args.checkpoint}, {run_at}, {where}")
+    dtypes = [str(d).removeprefix("torch.") for d in (next(tokenizer.parameters()).dtype, engine.dtype)]
+    print(f"{args.checkpoint}, {run_at}, {where}")
+    print(f"\neager decode, {dtypes[0]}")
     print(format_table(measure_scales(tokenizer, args.batch_size, args.steps, args.cfg_scale)))
+    print(f"\nengine, {dtypes[1]}")
+    print(format_table(measure_engine_scales(engine, args.batch_size)))
