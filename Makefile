@@ -5,7 +5,7 @@ CPP_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -n
 NATIVE := setup.py pyproject.toml CMakeLists.txt $(CPP_FILES)
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-full lint device-pack format clean
+.PHONY: help build demo test test-full bench-ops lint device-pack format clean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,6 +39,9 @@ test: lint ## Lint and the tests that need neither a GPU nor much time
 
 test-full: lint ## Lint and all tests
 	$(BIN)/python -m pytest -q -rs
+
+bench-ops: .venv/.installed ## Time every op against plain PyTorch; ARGS=--quick to see that it runs
+	$(BIN)/python -m pytest -q -rs bench $(ARGS)
 
 SHARED ?= $(firstword $(wildcard $(MSDD_FAST_SHARED) shared ../shared))
 device-pack: .venv/.installed ## Fixtures and small training data to carry to a GPU machine, in device-pack/

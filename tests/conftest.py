@@ -37,7 +37,7 @@ def shared_dir() -> Path:
 def _poisoned(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def empty(*args: Any, **kwargs: Any) -> Tensor:
         out = function(*args, **kwargs)
-        if not torch.compiler.is_compiling() and out.is_floating_point() and out.device.type == "cpu":
+        if not torch.compiler.is_compiling() and out.is_floating_point() and out.device.type in ("cpu", "cuda"):
             with torch.no_grad():
                 out.fill_(float("nan"))
         return out

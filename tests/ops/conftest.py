@@ -9,6 +9,18 @@ from tests.tolerances import assert_rounded_once
 HAS_GPU = torch.cuda.is_available()
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    mark_gpu(items, HAS_GPU)
+
+
+def mark_gpu(items, has_gpu):
+    """Mark the tests of the backend "triton" where there is a GPU; elsewhere the interpreter runs them."""
+    for item in items:
+        if has_gpu and hasattr(item, "callspec") and item.callspec.params.get("backend") == "triton":
+            item.add_marker(pytest.mark.gpu)
+
+
 @pytest.fixture(params=["cpu", "triton"])
 def backend(request):
     """A backend that is not the reference; skipped with its reason where it cannot run."""

@@ -12,6 +12,7 @@ from msdd_fast import backends, ops
 from msdd_fast.backends import BACKENDS, parse_choice, use_backend
 from msdd_fast.errors import BackendUnavailableError, InputError
 from msdd_fast.ops import _op
+from tests.ops.conftest import HAS_GPU
 
 SEEDS = torch.tensor([3, 4])
 X = torch.randn(2, 3, 4, 6, generator=torch.Generator().manual_seed(0))
@@ -43,7 +44,9 @@ def test_every_op_is_covered_here():
 @pytest.mark.parametrize("name", ARGUMENTS)
 def test_opcheck(name, backend):
     needs(backend)
-    torch.library.opcheck(op(name).implementations[backend].overload, ARGUMENTS[name])
+    device = "cuda" if backend == "triton" and HAS_GPU else "cpu"
+    arguments = [a.to(device) if isinstance(a, torch.Tensor) else a for a in ARGUMENTS[name]]
+    torch.library.opcheck(op(name).implementations[backend].overload, tuple(arguments))
 
 
 @pytest.mark.parametrize("backend", ["eager", "cpu"])
