@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -57,4 +56,4 @@ def floor_seconds(device: torch.device, dtype: torch.dtype, num_bytes: int, flop
 def _seconds(function: Callable[[], Any], device: torch.device) -> float:
     timer = timer_for(device)
     function()
-    return statistics.median(timer.seconds(function, 1) for _ in range(SAMPLES))
+    return min(timer.seconds(function, 1) for _ in range(SAMPLES))

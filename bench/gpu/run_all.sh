@@ -92,6 +92,7 @@ tests() {
 # The comparisons of tests/ops are the small shapes: odd sizes, tails, strides. Without PyTorch's caching allocator,
 # since inside its large blocks memcheck cannot see an access out of bounds.
 sanitize() {
+  local tool limit=$((limit / 2))
   for tool in memcheck racecheck; do
     has "$tool" compute-sanitizer || continue
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 run "$tool" compute-sanitizer --tool "$tool" --error-exitcode 99 \
