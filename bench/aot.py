@@ -37,6 +37,7 @@ bandwidth. By this count the noise kernels are bound by instruction issue, not b
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 NVIDIA = ("80", "90", "100")
 AMD = ("gfx942", "gfx950")
+WIDTH, HEAD_DIM, HIDDEN = 768, 64, 2048
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,9 @@ class Case:
 
     kernel: str
     signature: Callable[[str], dict[str, str]]
-    constants: Callable[[str], dict[str, int]]
+    constants: Callable[[str], dict[str, Any]]
     num_warps: int
-    outputs: Callable[[dict[str, int]], int]
+    outputs: Callable[[dict[str, Any]], int]
     """Elements that one program writes."""
 
     def load(self) -> Any:
@@ -73,7 +74,7 @@ class Facts:
 
 def cases() -> list[Case]:
     """Every shipped kernel with its default launch configuration."""
-    from msdd_fast.kernels import _elementwise, renoise_upsample, start_noise
+    from msdd_fast.kernels import _elementwise, _norm, qk_norm_rope, renoise_upsample, start_noise, swiglu
 
     def pointwise(*pointers: str, scalars: tuple[str, ...]) -> Callable[[str], dict[str, str]]:
         return lambda d: {
@@ -89,6 +90,20 @@ def cases() -> list[Case]:
     noise = {"p_alpha": "*fp32", "p_beta": "*fp32", "p_seeds": "*i64", "stage": "i32"}
     factors = {"spread": "fp32", "common": "fp32"}
     flat = lambda _: {"BLOCK": _elementwise.BLOCK}  # noqa: E731
+
+    # The transformer's ops at the sizes of msdd-d12, with float32 tables, as an engine has them.
+    rows = _norm.row_config(WIDTH)
+    norm = {"WIDTH": WIDTH, "EPS": 1e-6, "BLOCK": rows["BLOCK"]}
+    hidden = swiglu.block_config(HIDDEN)
+    heads = qk_norm_rope.heads_config(WIDTH // HEAD_DIM, HEAD_DIM)
+    attention = {"PARTS": 2, "HEADS": WIDTH // HEAD_DIM, "DIM": HEAD_DIM, "EPS": 1e-6}
+
+    def tables(*names: str) -> dict[str, str]:
+        return {f"p_{n}": "*fp32" for n in names}
+
+    def runs(*names: str) -> dict[str, str]:
+        return {"run": "i32", "last": "i32", **{f"stride_{n}": "i32" for n in names}}
+
     return [
         Case(
             "start_noise.start_noise_kernel",
@@ -135,6 +150,43 @@ def cases() -> list[Case]:
             _elementwise.NUM_WARPS,
             lambda c: c["BLOCK"],
         ),
+        Case(
+            "norm_modulate.norm_modulate_kernel",
+            lambda d: {"p_x": f"*{d}", **tables("shift", "scale"), "p_out": f"*{d}", **runs("shift", "scale")},
+            lambda _: norm,
+            rows["num_warps"],
+            lambda c: c["WIDTH"],
+        ),
+        Case(
+            "gate_residual_norm_modulate.gate_residual_norm_modulate_kernel",
+            lambda d: {
+                **{"p_x": f"*{d}", "p_y": f"*{d}", **tables("gate", "shift", "scale")},
+                **{"p_sum": f"*{d}", "p_out": f"*{d}", **runs("gate", "shift", "scale")},
+            },
+            lambda _: norm,
+            rows["num_warps"],
+            lambda c: 2 * c["WIDTH"],
+        ),
+        Case(
+            "qk_norm_rope.qk_norm_rope_kernel",
+            lambda d: {
+                **{"p_x": f"*{d}", "p_weight": f"*{d}", "p_bias": f"*{d}", **tables("cos", "sin"), "p_out": f"*{d}"},
+                **{"inner": "i32", "stride_outer": "i32", "stride_inner": "i32", "split": "i32"},
+            },
+            lambda _: {**attention, "TOKEN_MAJOR": True, "COSINE": False, "BLOCK": heads["BLOCK"]},
+            heads["num_warps"],
+            lambda c: c["HEADS"] * c["DIM"],
+        ),
+        Case(
+            "swiglu.swiglu_kernel",
+            lambda d: {
+                **{"p_a": f"*{d}", "p_b": f"*{d}", "p_out": f"*{d}"},
+                **{"width": "i32", "stride_a": "i32", "stride_b": "i32"},
+            },
+            lambda _: {"BLOCK": hidden["BLOCK"]},
+            hidden["num_warps"],
+            lambda c: c["BLOCK"],
+        ),
     ]
 
 
@@ -151,7 +203,7 @@ def compile_case(case: Case, dtype: str, target: str) -> Facts:
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, n in enumerate(names)
-        if n.startswith("p_") or n in ("n", "rows", "width")
+        if n.startswith(("p_", "stride_")) or n in ("n", "rows", "width")
     }
     source = ASTSource(
         fn=case.load(),

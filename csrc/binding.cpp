@@ -11,7 +11,10 @@
 #include "msdd_fast/cfg_euler.h"
 #include "msdd_fast/check.h"
 #include "msdd_fast/noise.h"
+#include "msdd_fast/norm_modulate.h"
 #include "msdd_fast/philox.h"
+#include "msdd_fast/qk_norm_rope.h"
+#include "msdd_fast/swiglu.h"
 
 namespace py = pybind11;
 
@@ -63,6 +66,37 @@ void cfg_euler(const Operand& out, const Operand& x, const Operand& v_cond, cons
                          operand_of(v_uncond), count, scale, dt, threads);
 }
 
+using Table = std::tuple<Address, int, std::int64_t>;  // address (0: absent), dtype and stride between rows
+
+msdd_fast::Table table_of(const Table& table) {
+    return {operand_of({std::get<0>(table), std::get<1>(table)}), std::get<2>(table)};
+}
+
+void norm_modulate(Address h, Address x_new, const Operand& x, const Operand& y, const Table& gate, const Table& shift,
+                   const Table& scale, std::int64_t rows, std::int64_t width, std::int64_t run, std::int64_t groups,
+                   float eps, int threads) {
+    msdd_fast::norm_modulate(pointer<void>(h), pointer<void>(x_new), pointer<const void>(std::get<0>(x)),
+                             dtype_of(std::get<1>(x)), operand_of(y), table_of(gate), table_of(shift), table_of(scale),
+                             {rows, width, run, groups, eps}, threads);
+}
+
+void qk_norm_rope(Address out, Address x, int dtype, Address weight, Address bias, Address cos, Address sin,
+                  std::int64_t batch, std::int64_t tokens, std::int64_t parts, std::int64_t heads, int head_dim,
+                  std::int64_t stride_batch, std::int64_t stride_token, bool token_major, std::int64_t split, float eps,
+                  int threads) {
+    msdd_fast::qk_norm_rope(
+        pointer<void>(out), pointer<const void>(x), dtype_of(dtype),
+        {pointer<const float>(weight), pointer<const float>(bias), pointer<const float>(cos),
+         pointer<const float>(sin)},
+        {batch, tokens, parts, heads, head_dim, stride_batch, stride_token, token_major, split, eps}, threads);
+}
+
+void swiglu(Address out, Address a, Address b, int dtype, std::int64_t rows, std::int64_t width, std::int64_t stride_a,
+            std::int64_t stride_b, int threads) {
+    msdd_fast::swiglu(pointer<void>(out), pointer<const void>(a), pointer<const void>(b), dtype_of(dtype), rows, width,
+                      stride_a, stride_b, threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -82,4 +116,17 @@ PYBIND11_MODULE(_C, m) {
     m.def("cfg_euler", &cfg_euler, no_gil, py::arg("out"), py::arg("x"), py::arg("v_cond"), py::arg("v_uncond"),
           py::arg("count"), py::arg("scale"), py::arg("dt"), py::arg("threads") = 1,
           "x + dt * (v_uncond + scale * (v_cond - v_uncond)); operands are (address or 0, dtype); see cfg_euler.h.");
+    m.def(
+        "norm_modulate", &norm_modulate, no_gil, py::arg("h"), py::arg("x_new"), py::arg("x"), py::arg("y"),
+        py::arg("gate"), py::arg("shift"), py::arg("scale"), py::arg("rows"), py::arg("width"), py::arg("run"),
+        py::arg("groups"), py::arg("eps"), py::arg("threads") = 1,
+        "LayerNorm and adaLN of x, or of x + gate * y; tables are (address or 0, dtype, stride); see norm_modulate.h.");
+    m.def("qk_norm_rope", &qk_norm_rope, no_gil, py::arg("out"), py::arg("x"), py::arg("dtype"), py::arg("weight"),
+          py::arg("bias"), py::arg("cos"), py::arg("sin"), py::arg("batch"), py::arg("tokens"), py::arg("parts"),
+          py::arg("heads"), py::arg("head_dim"), py::arg("stride_batch"), py::arg("stride_token"),
+          py::arg("token_major"), py::arg("split"), py::arg("eps"), py::arg("threads") = 1,
+          "Per-head LayerNorm and rotary embedding of the leading parts of x; see qk_norm_rope.h.");
+    m.def("swiglu", &swiglu, no_gil, py::arg("out"), py::arg("a"), py::arg("b"), py::arg("dtype"), py::arg("rows"),
+          py::arg("width"), py::arg("stride_a"), py::arg("stride_b"), py::arg("threads") = 1,
+          "silu(a) * b; see swiglu.h.");
 }

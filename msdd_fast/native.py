@@ -74,6 +74,112 @@ def cfg_euler(
     return out
 
 
+def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, run: int, eps: float) -> Tensor:
+    """LayerNorm over the last dimension of x, contiguous, then * (1 + scale) + shift; row r takes min(r // run, G - 1).
+
+    Tables (G, D), the elements of a row adjacent.
+    """
+    h = _like(x)
+    _norm_modulate(h, None, x, None, None, shift, scale, run, eps)
+    return h
+
+
+def gate_residual_norm_modulate(
+    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, run: int, eps: float
+) -> tuple[Tensor, Tensor]:
+    """x_new = x + gate * y and norm_modulate(x_new); y like x, but of any dtype."""
+    x_new, h = _like(x), _like(x)
+    _norm_modulate(h, x_new, x, y, gate, shift, scale, run, eps)
+    return x_new, h
+
+
+def _norm_modulate(
+    h: Tensor,
+    x_new: Tensor | None,
+    x: Tensor,
+    y: Tensor | None,
+    gate: Tensor | None,
+    shift: Tensor,
+    scale: Tensor,
+    run: int,
+    eps: float,
+) -> None:
+    width = x.shape[-1]
+    if y is not None:
+        _check_contiguous("y", y)
+        if y.shape != x.shape:
+            raise InputError(f"y must have the shape of x, {tuple(x.shape)}, got {tuple(y.shape)}")
+    tables = []
+    for name, t in (("gate", gate), ("shift", shift), ("scale", scale)):
+        if t is not None:
+            _check_cpu(name, t)
+            if t.shape != (len(shift), width) or t.stride(1) != 1:
+                raise InputError(
+                    f"{name} must be {(len(shift), width)} with adjacent elements in a row, "
+                    f"got {tuple(t.shape)}, strides {t.stride()}"
+                )
+        tables.append((0, 0, 0) if t is None else (*_operand(t), t.stride(0)))
+    if x.numel():
+        out = 0 if x_new is None else x_new.data_ptr()
+        y_operand = (0, 0) if y is None else _operand(y)
+        sizes = (x.numel() // width, width, run, len(shift), eps)
+        _call("norm_modulate", h.data_ptr(), out, _operand(x), y_operand, *tables, *sizes)
+
+
+def swiglu(a: Tensor, b: Tensor) -> Tensor:
+    """silu(a) * b for a and b (R, I) of one dtype, the elements of a row adjacent; contiguous."""
+    for name, x in (("a", a), ("b", b)):
+        _check_cpu(name, x)
+        if x.shape != a.shape or x.dtype != a.dtype or x.ndim != 2 or x.stride(1) != 1:
+            expected = "(R, I), of the shape and dtype of a, with adjacent elements in a row"
+            raise InputError(f"{name} must be {expected}, got {x.dtype} {tuple(x.shape)}, strides {x.stride()}")
+    out = torch.empty(a.shape, dtype=a.dtype, device="cpu")
+    addresses = (out.data_ptr(), a.data_ptr(), b.data_ptr(), _DTYPES[a.dtype])
+    _call("swiglu", *addresses, *a.shape, a.stride(0), b.stride(0))
+    return out
+
+
+def qk_norm_rope(
+    out: Tensor,
+    qkv: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    cos: Tensor,
+    sin: Tensor | None,
+    split: int,
+    eps: float,
+) -> None:
+    """Fill ``out`` (B, N, P - 1, H, d), dense in (B, N) or (N, B) order, from the leading parts of qkv (B, N, P, H, d).
+
+    The inner (P, H, d) of qkv is contiguous; weight and bias float32 (S, P - 1, d), cos and sin float32 (N, d / 2), all
+    contiguous; S is 2 if ``split`` < N.
+    """
+    _check_cpu("qkv", qkv)
+    b, n, parts, heads, d = qkv.shape
+    token_major = not out.is_contiguous()
+    fits = out.shape == (b, n, parts - 1, heads, d) and out.dtype == qkv.dtype
+    if not fits or not (out.transpose(0, 1) if token_major else out).is_contiguous():
+        raise InputError(f"out must be {(b, n, parts - 1, heads, d)} {qkv.dtype}, dense, got {tuple(out.shape)}")
+    if qkv.stride()[2:] != (heads * d, d, 1):
+        raise InputError(f"qkv must be contiguous in (P, H, d), got strides {qkv.stride()}")
+    entries = 1 if split >= n else 2
+    for name, t, shape in (
+        ("weight", weight, (parts - 1, d)),
+        ("bias", bias, (parts - 1, d)),
+        ("cos", cos, (n, d // 2)),
+        ("sin", sin, (n, d // 2)),
+    ):
+        if t is not None:
+            _check_contiguous(name, t)
+            rows = (entries,) if t.ndim == 3 else ()
+            if t.dtype != torch.float32 or t.shape[-2:] != shape or (rows and len(t) < entries):
+                raise InputError(f"{name} must be float32 {(*rows, *shape)}, got {t.dtype} {tuple(t.shape)}")
+    addresses = [0 if t is None else t.data_ptr() for t in (weight, bias, cos, sin)]
+    strides = (qkv.stride(0), qkv.stride(1), token_major, split, eps)
+    sizes = (b, n, parts - 1, heads, d)
+    _call("qk_norm_rope", out.data_ptr(), qkv.data_ptr(), _DTYPES[qkv.dtype], *addresses, *sizes, *strides)
+
+
 def _call(name: str, *args: Any) -> None:
     """Run a function of the extension on as many threads as torch uses; what it refuses becomes an InputError."""
     function = getattr(load_extension(), name)
@@ -85,14 +191,34 @@ def _call(name: str, *args: Any) -> None:
 
 def _check(name: str, x: Tensor) -> torch.memory_format:
     """Memory order of a CPU tensor that is dense and of a dtype that the extension knows. Raises InputError."""
-    if not isinstance(x, Tensor) or x.device.type != "cpu" or x.dtype not in _DTYPES:
-        got = f"{x.dtype} on {x.device}" if isinstance(x, Tensor) else type(x).__name__
-        raise InputError(f"{name} must be a float32, bfloat16 or float16 tensor on the CPU, got {got}")
+    _check_cpu(name, x)
     if x.is_contiguous():
         return torch.contiguous_format
     if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
         return torch.channels_last
     raise InputError(f"{name} must be contiguous or channels-last, got shape {tuple(x.shape)}, strides {x.stride()}")
+
+
+def _check_cpu(name: str, x: Tensor) -> None:
+    if not isinstance(x, Tensor) or x.device.type != "cpu" or x.dtype not in _DTYPES:
+        got = f"{x.dtype} on {x.device}" if isinstance(x, Tensor) else type(x).__name__
+        raise InputError(f"{name} must be a float32, bfloat16 or float16 tensor on the CPU, got {got}")
+
+
+def _check_contiguous(name: str, x: Tensor) -> None:
+    _check_cpu(name, x)
+    if not x.is_contiguous():
+        raise InputError(f"{name} must be contiguous, got shape {tuple(x.shape)}, strides {x.stride()}")
+
+
+def _like(x: Tensor) -> Tensor:
+    """An empty tensor like ``x``, which must be contiguous."""
+    _check_contiguous("x", x)
+    return torch.empty_like(x)
+
+
+def _operand(x: Tensor) -> tuple[int, int]:
+    return x.data_ptr(), _DTYPES[x.dtype]
 
 
 def _check_seeds(seeds: Tensor) -> Tensor:

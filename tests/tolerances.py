@@ -19,3 +19,17 @@ def assert_rounded_once(actual, exact, dtype, interpreted=False):
     if error.numel() and excess.max() > 0:
         i = int(excess.argmax())
         raise AssertionError(f"flat index {i}: {actual.flatten()[i].item()} against {exact.flatten()[i].item()}")
+
+
+def assert_no_worse(actual, eager, exact, dtype, interpreted=False):
+    """``actual`` errs at most twice as much as plain torch does in ``dtype``, and as rounding ``exact`` once may."""
+    assert actual.dtype == dtype and actual.shape == exact.shape
+    if exact.numel() == 0:
+        return
+    rounding = (INTERPRETER_ROUNDING if interpreted else ROUNDING)[dtype]
+    error, allowed = ((t.double() - exact).abs() for t in (actual, eager))
+    limit = 2 * allowed.max() + FLOAT32_SLACK + rounding * exact.abs()
+    excess = (error - limit).flatten()
+    if not excess.max() <= 0:  # NaN too
+        i = int(excess.nan_to_num(torch.inf).argmax())
+        raise AssertionError(f"flat index {i}: {actual.flatten()[i].item()} against {exact.flatten()[i].item()}")

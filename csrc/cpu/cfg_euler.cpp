@@ -18,22 +18,6 @@ struct CfgEuler {
     float scale, dt;
 };
 
-// Elements [begin, begin + count) as float32: in place if they are, else in `buffer`; null if there is no operand.
-MSDD_INLINE const float* floats(const Operand& operand, std::int64_t begin, std::int64_t count, float* buffer) {
-    if (operand.data == nullptr) return nullptr;
-    switch (operand.dtype) {
-        case DType::bfloat16:
-            widen(static_cast<const BFloat16*>(operand.data) + begin, count, buffer);
-            return buffer;
-        case DType::float16:
-            widen(static_cast<const Float16*>(operand.data) + begin, count, buffer);
-            return buffer;
-        case DType::float32:
-            break;
-    }
-    return static_cast<const float*>(operand.data) + begin;
-}
-
 MSDD_SIMD_CLONES void cfg_euler_range(const CfgEuler& job, std::int64_t begin, std::int64_t end) {
     alignas(64) float buffers[4][CHUNK];
     const float scale = job.scale, dt = job.dt;
@@ -42,15 +26,14 @@ MSDD_SIMD_CLONES void cfg_euler_range(const CfgEuler& job, std::int64_t begin, s
         const float* x = floats(job.x, at, count, buffers[0]);
         const float* cond = floats(job.v_cond, at, count, buffers[1]);
         const float* uncond = floats(job.v_uncond, at, count, buffers[2]);
-        float* __restrict out = job.out_dtype == DType::float32 ? static_cast<float*>(job.out) + at : buffers[3];
+        float* __restrict out = place(job.out, job.out_dtype, at, buffers[3]);
         for (std::int64_t i = 0; i < count; ++i) {
             float v = cond[i];
             if (uncond != nullptr) v = uncond[i] + scale * (v - uncond[i]);
             if (x != nullptr) v = x[i] + dt * v;
             out[i] = v;
         }
-        if (job.out_dtype == DType::bfloat16) narrow(out, count, static_cast<BFloat16*>(job.out) + at);
-        if (job.out_dtype == DType::float16) narrow(out, count, static_cast<Float16*>(job.out) + at);
+        store(out, count, job.out, job.out_dtype, at);
     }
 }
 

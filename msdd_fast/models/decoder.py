@@ -10,7 +10,6 @@ from msdd_fast.errors import InputError
 from msdd_fast.models.embeddings import PatchEmbed, TimestepEmbedder, unpatchify
 from msdd_fast.models.encoder import context_rope_table
 from msdd_fast.models.mmdit import (
-    NORM_EPS,
     AdaLN,
     ContextKeyValue,
     CrossBlock,
@@ -20,6 +19,7 @@ from msdd_fast.models.mmdit import (
 )
 from msdd_fast.models.position_prior import init_position_prior
 from msdd_fast.models.rope import RopeTable, image_grid_positions, rope_table
+from msdd_fast.ops.norm_modulate import NORM_EPS
 
 
 class Decoder(nn.Module):

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from msdd_fast.config import TokenizerConfig
 from msdd_fast.models.embeddings import PatchEmbed
-from msdd_fast.models.mmdit import NORM_EPS, JointBlock, Stream
+from msdd_fast.models.mmdit import JointBlock, Stream
 from msdd_fast.models.position_prior import init_position_prior
 from msdd_fast.models.rope import RopeTable, image_grid_positions, latent_positions, rope_table
+from msdd_fast.ops.norm_modulate import NORM_EPS
 
 
 class Encoder(nn.Module):

@@ -2,7 +2,8 @@
 
 Both share the same parts: pre-LayerNorm, adaLN modulation from the time embedding, per-head LayerNorm
 on q and k, two-axis RoPE, SwiGLU. Shapes: tokens (B, N, D), q, k, v (B, N, heads, head_dim).
-SPEC A0-A2 (joint) and head (cross).
+SPEC A0-A2 (joint) and head (cross). What lies between the matrix products are the fused ops (msdd_fast/ops), plain
+PyTorch where a gradient is needed.
 """
 
 from __future__ import annotations
@@ -11,14 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from msdd_fast.models.rope import RopeTable, apply_rope
-
-NORM_EPS = 1e-6
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x * (1 + scale) + shift with per-image shift and scale (B, D)."""
-    return x * (1 + scale[:, None]) + shift[:, None]
+from msdd_fast import ops
+from msdd_fast.models.rope import RopeTable
+from msdd_fast.ops.norm_modulate import NORM_EPS
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -44,7 +40,7 @@ class SwiGLU(nn.Module):
         self.w2 = nn.Linear(inner, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        return self.w2(ops.swiglu(self.w1(x), self.w3(x)))
 
 
 class AdaLN(nn.Module):
@@ -76,6 +72,17 @@ class HeadNorm(nn.LayerNorm):
         super().__init__(head_dim, eps=NORM_EPS)
 
 
+def norm_rope(
+    qkv: Tensor, q_norm: HeadNorm | None, k_norm: HeadNorm, rope: RopeTable
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """(B, N, 3 D), or (B, N, 2 D) without ``q_norm``, to q (None without), k, v: each (B, N, heads, head_dim)."""
+    norms = [norm for norm in (q_norm, k_norm) if norm is not None]
+    parts = qkv.unflatten(-1, (len(norms) + 1, -1, k_norm.normalized_shape[0]))
+    weight, bias = (torch.stack([getattr(norm, name) for norm in norms])[None] for name in ("weight", "bias"))
+    qk = ops.qk_norm_rope(parts, weight, bias, rope.cos, rope.sin)
+    return None if q_norm is None else qk[:, :, 0], qk[:, :, -1], parts[:, :, -1]
+
+
 class Stream(nn.Module):
     """One of the two token streams of a joint block, with its own weights.
 
@@ -92,7 +99,7 @@ class Stream(nn.Module):
         self.head_dim = head_dim
         self.kv_only = kv_only
         self.adaln = AdaLN(hidden_size, 2 if kv_only else 6) if adaln else None
-        self.norm1 = nn.LayerNorm(hidden_size, eps=NORM_EPS, elementwise_affine=not adaln)
+        self.norm1 = None if adaln else nn.LayerNorm(hidden_size, eps=NORM_EPS)
         self.k_norm = HeadNorm(head_dim)
         if kv_only:
             self.kv = nn.Linear(hidden_size, 2 * hidden_size)
@@ -100,7 +107,7 @@ class Stream(nn.Module):
             self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
             self.q_norm = HeadNorm(head_dim)
             self.proj = nn.Linear(hidden_size, hidden_size)
-            self.norm2 = nn.LayerNorm(hidden_size, eps=NORM_EPS, elementwise_affine=not adaln)
+            self.norm2 = None if adaln else nn.LayerNorm(hidden_size, eps=NORM_EPS)
             self.mlp = SwiGLU(hidden_size, mlp_multiple_of)
 
     def modulation(self, c: Tensor | None) -> tuple[Tensor, ...]:
@@ -109,26 +116,20 @@ class Stream(nn.Module):
 
     def qkv_heads(self, x: Tensor, mod: tuple[Tensor, ...], rope: RopeTable) -> tuple[Tensor | None, Tensor, Tensor]:
         """q (None when kv_only), k, v: each (B, N, heads, head_dim), normalised and rotated."""
-        h = self.norm1(x)
-        if mod:
-            h = modulate(h, mod[0], mod[1])
+        h = ops.norm_modulate(x, mod[0], mod[1]) if self.norm1 is None else self.norm1(x)
         if self.kv_only:
-            k, v = self.kv(h).unflatten(-1, (2, -1, self.head_dim)).unbind(2)
-            q = None
-        else:
-            q, k, v = self.qkv(h).unflatten(-1, (3, -1, self.head_dim)).unbind(2)
-            q = apply_rope(self.q_norm(q), rope)
-        return q, apply_rope(self.k_norm(k), rope), v
+            return norm_rope(self.kv(h), None, self.k_norm, rope)
+        return norm_rope(self.qkv(h), self.q_norm, self.k_norm, rope)
 
     def update(self, x: Tensor, attn: Tensor, mod: tuple[Tensor, ...]) -> Tensor:
         """Residual update from this stream's rows of the attention output."""
         out = self.proj(attn)
-        if not mod:
+        if self.norm2 is not None:
             x = x + out
             return x + self.mlp(self.norm2(x))
         _, _, gate_msa, shift_mlp, scale_mlp, gate_mlp = mod
-        x = x + gate_msa[:, None] * out
-        return x + gate_mlp[:, None] * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
+        x, h = ops.gate_residual_norm_modulate(x, out, gate_msa, shift_mlp, scale_mlp)
+        return x + gate_mlp[:, None] * self.mlp(h)
 
 
 class JointBlock(nn.Module):
@@ -169,8 +170,8 @@ class ContextKeyValue(nn.Module):
         self.k_norm = HeadNorm(head_dim)
 
     def forward(self, context: Tensor, rope: RopeTable) -> tuple[Tensor, Tensor]:
-        k, v = self.kv(context).unflatten(-1, (2, -1, self.head_dim)).unbind(2)
-        return apply_rope(self.k_norm(k), rope), v
+        _, k, v = norm_rope(self.kv(context), None, self.k_norm, rope)
+        return k, v
 
 
 class CrossBlock(nn.Module):
@@ -196,10 +197,9 @@ class FinalLayer(nn.Module):
 
     def __init__(self, hidden_size: int, out_features: int) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(hidden_size, eps=NORM_EPS, elementwise_affine=False)
         self.adaln = AdaLN(hidden_size, 2)
         self.linear = nn.Linear(hidden_size, out_features)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift, scale = self.adaln(c)
-        return self.linear(modulate(self.norm(x), shift, scale))
+        return self.linear(ops.norm_modulate(x, shift, scale))

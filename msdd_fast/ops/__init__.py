@@ -4,9 +4,23 @@ from msdd_fast.backends import check_ops, environment_choice
 from msdd_fast.ops.cfg_combine import cfg_combine
 from msdd_fast.ops.cfg_euler import cfg_euler
 from msdd_fast.ops.euler_step import euler_step
+from msdd_fast.ops.gate_residual_norm_modulate import gate_residual_norm_modulate
+from msdd_fast.ops.norm_modulate import norm_modulate
+from msdd_fast.ops.qk_norm_rope import qk_norm_rope
 from msdd_fast.ops.renoise_upsample import renoise_upsample
 from msdd_fast.ops.start_noise import start_noise
+from msdd_fast.ops.swiglu import swiglu
 
-__all__ = ["cfg_combine", "cfg_euler", "euler_step", "renoise_upsample", "start_noise"]
+__all__ = [
+    "cfg_combine",
+    "cfg_euler",
+    "euler_step",
+    "gate_residual_norm_modulate",
+    "norm_modulate",
+    "qk_norm_rope",
+    "renoise_upsample",
+    "start_noise",
+    "swiglu",
+]
 
 check_ops(environment_choice(), __all__)

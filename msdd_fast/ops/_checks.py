@@ -17,6 +17,14 @@ def check_image(name: str, x: Tensor) -> None:
         raise InputError(f"{name} must be a tensor (B, C, H, W), got {tuple(x.shape)}")
 
 
+def check_floating(name: str, x: Tensor) -> None:
+    """A tensor of any floating point dtype: eager takes all of them, a kernel says which it takes."""
+    if not isinstance(x, Tensor):
+        raise InputError(f"{name} must be a tensor, got {type(x).__name__}")
+    if not x.dtype.is_floating_point:
+        raise InputError(f"{name} must have a floating point dtype, got {x.dtype}")
+
+
 def check_float(name: str, x: Tensor) -> None:
     """A tensor in float32, bfloat16 or float16."""
     if not isinstance(x, Tensor):

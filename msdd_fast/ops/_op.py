@@ -129,5 +129,10 @@ class Op:
             _log.info("%s: %s", self.name, message)
 
 
+def both(first: Verdict, second: Verdict) -> Verdict:
+    """The first verdict unless the second alone is no."""
+    return first if second[0] or not first[0] else second
+
+
 def _needs_grad(args: tuple[Any, ...]) -> bool:
     return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)

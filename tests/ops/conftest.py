@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from msdd_fast.backends import extension_status
-from tests.tolerances import assert_rounded_once
+from tests.tolerances import assert_no_worse, assert_rounded_once
 
 HAS_GPU = torch.cuda.is_available()
 
@@ -40,5 +40,16 @@ def assert_rounded(backend):
 
     def check(actual, exact, dtype):
         assert_rounded_once(actual.cpu(), exact.cpu(), dtype, interpreted=backend == "triton" and not HAS_GPU)
+
+    return check
+
+
+@pytest.fixture
+def assert_near(backend):
+    """``tolerances.assert_no_worse`` for this backend."""
+
+    def check(actual, eager, exact, dtype):
+        interpreted = backend == "triton" and not HAS_GPU
+        assert_no_worse(actual.cpu(), eager.cpu(), exact.cpu(), dtype, interpreted=interpreted)
 
     return check

@@ -3,14 +3,9 @@
 
 #include <cstdint>
 
-#include "msdd_fast/dtype.h"
+#include "msdd_fast/operand.h"
 
 namespace msdd_fast {
-
-struct Operand {
-    const void* data = nullptr;  // null where the operand is absent
-    DType dtype = DType::float32;
-};
 
 // v = v_cond, or v_uncond + scale * (v_cond - v_uncond) if v_uncond is given; out = v, or x + dt * v if x is given.
 // All of `count` elements in one memory order, float32 inside, rounded once to `out_dtype`. `out` must not overlap.

@@ -1,8 +1,9 @@
 // Element types of tensors and their conversions to and from float32.
 //
 // Plain integer arithmetic, the same instructions for every value: any vector unit can do it, and no element type of
-// the compiler's (gcc 12 has no _Float16 in C++) or F16C instruction is needed. The bits do not depend on the SIMD
-// level. A NaN keeps its sign and the bits there is room for, and is quiet after narrowing.
+// the compiler's is needed (gcc 12 has no _Float16 in C++). Arrays of float16 take the F16C instructions where the
+// machine has them. The bits depend neither on that nor on the SIMD level. A NaN keeps its sign and the bits there is
+// room for, and is quiet after narrowing.
 #pragma once
 
 #include <cstdint>
@@ -89,5 +90,9 @@ template <class T>
 MSDD_INLINE void narrow(const float* __restrict source, std::int64_t count, T* __restrict target) {
     for (std::int64_t i = 0; i < count; ++i) target[i] = from_float<T>(source[i]);
 }
+
+// In csrc/cpu/dtype.cpp; a call each, so best with some tens of elements or more.
+void widen(const Float16* source, std::int64_t count, float* target);
+void narrow(const float* source, std::int64_t count, Float16* target);
 
 }  // namespace msdd_fast

@@ -1,0 +1,87 @@
+#include "msdd_fast/qk_norm_rope.h"
+
+#include <algorithm>
+
+#include "msdd_fast/check.h"
+#include "msdd_fast/layer_norm.h"
+#include "msdd_fast/parallel.h"
+#include "msdd_fast/simd.h"
+
+namespace msdd_fast {
+
+constexpr int HEADS_CHUNK = 2048;                       // elements widened at a time: both buffers fit in L1
+constexpr std::int64_t HEADS_GRAIN_ELEMENTS = 1 << 14;  // about 0.02 ms
+
+struct QkNormRope {
+    void* out;
+    Operand x;
+    HeadsTables tables;
+    HeadsShape shape;
+};
+
+template <int D>
+MSDD_INLINE void head(const float* x, const float* weight, const float* bias, const float* cos, const float* sin,
+                      float eps, float* __restrict out) {
+    const auto [mean, rstd] = moments<16>(x, D, eps);
+    alignas(64) float y[D];
+    for (int i = 0; i < D; ++i) y[i] = (x[i] - mean) * rstd * weight[i] + bias[i];
+    for (int i = 0; i < D / 2; ++i) {
+        const float even = y[2 * i], odd = y[2 * i + 1];
+        out[2 * i] = sin == nullptr ? even * cos[i] : even * cos[i] - odd * sin[i];
+        out[2 * i + 1] = sin == nullptr ? odd * cos[i] : even * sin[i] + odd * cos[i];
+    }
+}
+
+// Tokens [begin, end) in the memory order of the output.
+template <int D>
+MSDD_INLINE void tokens_of(const QkNormRope& job, std::int64_t begin, std::int64_t end) {
+    alignas(64) float in[HEADS_CHUNK], results[HEADS_CHUNK];
+    const HeadsShape& s = job.shape;
+    const std::int64_t per_token = s.parts * s.heads * D;
+    for (std::int64_t t = begin; t < end; ++t) {
+        const std::int64_t token = s.token_major ? t / s.batch : t % s.tokens;
+        const std::int64_t image = s.token_major ? t % s.batch : t / s.tokens;
+        const std::int64_t from = image * s.stride_batch + token * s.stride_token, to = t * per_token;
+        const std::int64_t entry = token < s.split ? 0 : s.parts * D;
+        const float* cos = job.tables.cos + token * (D / 2);
+        const float* sin = job.tables.sin == nullptr ? nullptr : job.tables.sin + token * (D / 2);
+        for (std::int64_t at = 0; at < per_token; at += HEADS_CHUNK) {
+            const std::int64_t count = std::min<std::int64_t>(HEADS_CHUNK, per_token - at);
+            const float* x = floats(job.x, from + at, count, in);
+            float* out = place(job.out, job.x.dtype, to + at, results);
+            for (std::int64_t i = 0; i < count; i += D) {
+                const std::int64_t part = entry + (at + i) / (s.heads * D) * D;
+                head<D>(x + i, job.tables.weight + part, job.tables.bias + part, cos, sin, s.eps, out + i);
+            }
+            store(out, count, job.out, job.x.dtype, to + at);
+        }
+    }
+}
+
+MSDD_SIMD_CLONES void qk_norm_rope_tokens(const QkNormRope& job, std::int64_t begin, std::int64_t end) {
+    switch (job.shape.head_dim) {
+        case 16:
+            return tokens_of<16>(job, begin, end);
+        case 32:
+            return tokens_of<32>(job, begin, end);
+        case 64:
+            return tokens_of<64>(job, begin, end);
+        case 128:
+            return tokens_of<128>(job, begin, end);
+    }
+}
+
+void qk_norm_rope(void* out, const void* x, DType dtype, const HeadsTables& tables, const HeadsShape& shape,
+                  int threads) {
+    const int d = shape.head_dim;
+    expect(shape.batch >= 0 && shape.tokens >= 0 && shape.parts >= 0 && shape.heads >= 0, "sizes must not be negative");
+    expect(d == 16 || d == 32 || d == 64 || d == 128, "head_dim must be 16, 32, 64 or 128, got " + std::to_string(d));
+    expect_threads(threads);
+    const std::int64_t per_token = shape.parts * shape.heads * d;
+    if (shape.batch * shape.tokens * per_token == 0) return;
+    const QkNormRope job{out, {x, dtype}, tables, shape};
+    parallel_for(shape.batch * shape.tokens, std::max<std::int64_t>(1, HEADS_GRAIN_ELEMENTS / per_token), threads,
+                 [&](std::int64_t begin, std::int64_t end) { qk_norm_rope_tokens(job, begin, end); });
+}
+
+}  // namespace msdd_fast

@@ -1,0 +1,46 @@
+// Statistics of LayerNorm in two passes: the mean, then the mean square about it.
+//
+// Sums run in LANES independent lanes that are added up as a tree: vectors of any width do that in the same order, so
+// the bits do not depend on the SIMD level, and no -ffast-math is needed.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "msdd_fast/bits.h"
+
+namespace msdd_fast {
+namespace detail {
+
+template <int LANES>
+MSDD_INLINE float add_up(float (&lanes)[LANES]) {
+    for (int width = LANES / 2; width > 0; width /= 2)
+        for (int j = 0; j < width; ++j) lanes[j] += lanes[j + width];
+    return lanes[0];
+}
+
+}  // namespace detail
+
+struct Moments {
+    float mean, rstd;  // rstd: 1 / sqrt(variance + eps)
+};
+
+// `count` at least 1. What is left over after whole groups of LANES is added one by one.
+template <int LANES>
+MSDD_INLINE Moments moments(const float* x, std::int64_t count, float eps) {
+    const std::int64_t whole = count - count % LANES;
+    float lanes[LANES] = {}, rest = 0.0f;
+    for (std::int64_t i = 0; i < whole; i += LANES)
+        for (int j = 0; j < LANES; ++j) lanes[j] += x[i + j];
+    for (std::int64_t i = whole; i < count; ++i) rest += x[i];
+    const float mean = (detail::add_up(lanes) + rest) / static_cast<float>(count);
+
+    float squares[LANES] = {}, more = 0.0f;
+    for (std::int64_t i = 0; i < whole; i += LANES)
+        for (int j = 0; j < LANES; ++j) squares[j] += (x[i + j] - mean) * (x[i + j] - mean);
+    for (std::int64_t i = whole; i < count; ++i) more += (x[i] - mean) * (x[i] - mean);
+    const float variance = (detail::add_up(squares) + more) / static_cast<float>(count);
+    return {mean, 1.0f / std::sqrt(variance + eps)};
+}
+
+}  // namespace msdd_fast

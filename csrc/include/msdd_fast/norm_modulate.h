@@ -1,0 +1,31 @@
+// LayerNorm and adaLN modulation on the CPU, with or without the gated residual before it.
+#pragma once
+
+#include <cstdint>
+
+#include "msdd_fast/operand.h"
+
+namespace msdd_fast {
+
+constexpr std::int64_t MAX_NORM_WIDTH = 8192;  // a row's buffers lie on the stack
+
+struct Table {
+    Operand values;           // row g begins `stride * g` elements on
+    std::int64_t stride = 0;  // between rows; the elements of a row are adjacent
+};
+
+struct NormShape {
+    std::int64_t rows, width;
+    std::int64_t run, groups;  // row r takes row min(r / run, groups - 1) of the tables
+    float eps;
+};
+
+// x_new = x + gate * y, rounded to `dtype`, or x if y is absent (then x_new and gate are not touched);
+// h = (x_new - mean) / sqrt(variance + eps) * (1 + scale) + shift over the last dimension. x, x_new, h: `rows` x
+// `width`, contiguous, of `dtype`; y likewise, of any. float32 inside, each result rounded once. Nothing may overlap.
+// Throws std::invalid_argument on negative sizes, width above MAX_NORM_WIDTH, run or groups < 1, threads < 1, or a
+// missing table.
+void norm_modulate(void* h, void* x_new, const void* x, DType dtype, const Operand& y, const Table& gate,
+                   const Table& shift, const Table& scale, const NormShape& shape, int threads);
+
+}  // namespace msdd_fast

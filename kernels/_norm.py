@@ -1,0 +1,21 @@
+"""What the LayerNorm kernels share: a whole row in the registers of one program, statistics in two passes."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def normalise(b_x, m, WIDTH: tl.constexpr, EPS: tl.constexpr):
+    """(b_x - mean) / sqrt(var + EPS) over the last axis, where ``m`` marks WIDTH elements; b_x is 0 elsewhere."""
+    b_mean = tl.sum(b_x, axis=-1, keep_dims=True) / WIDTH
+    b_centred = tl.where(m, b_x - b_mean, 0.0)
+    b_var = tl.sum(b_centred * b_centred, axis=-1, keep_dims=True) / WIDTH
+    return b_centred * tl.rsqrt(b_var + EPS)
+
+
+def row_config(width: int) -> dict[str, int]:
+    """BLOCK and num_warps for rows of ``width``: up to 1024 elements a warp, so that no sum leaves it."""
+    block = max(32, triton.next_power_of_2(width))
+    return {"BLOCK": block, "num_warps": max(1, min(8, block // 1024))}

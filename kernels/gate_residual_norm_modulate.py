@@ -1,0 +1,58 @@
+"""Gated residual, LayerNorm and adaLN of a row in one pass: two reads, two writes (ops of the same name)."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from msdd_fast.kernels._norm import normalise, row_config
+
+
+@triton.jit
+def gate_residual_norm_modulate_kernel(
+    p_x,  # (rows, WIDTH)
+    p_y,  # (rows, WIDTH)
+    p_gate,  # (last + 1, WIDTH), rows stride_gate apart; shift and scale likewise
+    p_shift,
+    p_scale,
+    p_sum,  # (rows, WIDTH): x + gate * y
+    p_out,  # (rows, WIDTH)
+    run,  # row r takes row min(r // run, last) of the tables
+    last,
+    stride_gate,
+    stride_shift,
+    stride_scale,
+    WIDTH: tl.constexpr,
+    EPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    i = tl.program_id(0).to(tl.int64)
+    i_group = tl.minimum(i // run, last)
+    o = tl.arange(0, BLOCK)
+    m = o < WIDTH
+    b_x = tl.load(p_x + i * WIDTH + o, mask=m, other=0.0).to(tl.float32)  # [BLOCK]
+    b_y = tl.load(p_y + i * WIDTH + o, mask=m, other=0.0).to(tl.float32)  # [BLOCK]
+    b_gate = tl.load(p_gate + i_group * stride_gate + o, mask=m, other=0.0).to(tl.float32)  # [BLOCK]
+    b_shift = tl.load(p_shift + i_group * stride_shift + o, mask=m, other=0.0).to(tl.float32)  # [BLOCK]
+    b_scale = tl.load(p_scale + i_group * stride_scale + o, mask=m, other=0.0).to(tl.float32)  # [BLOCK]
+    b_sum = (b_x + b_gate * b_y).to(p_sum.dtype.element_ty)
+    tl.store(p_sum + i * WIDTH + o, b_sum, mask=m)
+    b_h = normalise(b_sum.to(tl.float32), m, WIDTH, EPS) * (1.0 + b_scale) + b_shift
+    tl.store(p_out + i * WIDTH + o, b_h.to(p_out.dtype.element_ty), mask=m)
+
+
+def gate_residual_norm_modulate(
+    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, run: int, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Launch on contiguous x and y (*, D) and tables (G, D) whose rows have adjacent elements."""
+    x_new, h = torch.empty_like(x), torch.empty_like(x)
+    width = x.shape[-1]
+    if h.numel() > 0:
+        gate_residual_norm_modulate_kernel[(x.numel() // width,)](
+            *(x, y, gate, shift, scale, x_new, h),
+            *(run, len(shift) - 1, gate.stride(0), shift.stride(0), scale.stride(0)),
+            **dict(WIDTH=width, EPS=eps, **row_config(width), enable_fp_fusion=True),
+        )
+    return x_new, h

@@ -1,0 +1,66 @@
+"""norm_modulate: LayerNorm without affine, then adaLN (SPEC A0).
+
+    h = (x - mean) / sqrt(var + 1e-6) * (1 + scale) + shift        over the last dimension, var about the mean
+
+x (*, D) is treated as R rows; shift and scale (G, D) are tables, G of them spread over the rows: G equal runs, so for
+x (B, N, D) and G = B every image has its own, or two runs cut at row ``split``, so for two token streams in one
+token-major buffer. x, shift and scale each float32, bfloat16 or float16 (eager: any float dtype); tables may be views
+whose rows are apart. h has x's shape and dtype and is contiguous. Kernels compute in float32, the variance in a second
+pass, and round once; they take D up to 8192. Moves 2 R D elements of x's dtype and, once each, the tables. Eager is
+differentiable.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from msdd_fast.backends import can_use_cpu, can_use_triton
+from msdd_fast.ops._adaln import can_use_adaln, check_adaln, runs, spread
+from msdd_fast.ops._op import Op, both
+
+NORM_EPS = 1e-6
+
+
+def norm_modulate(
+    x: Tensor, shift: Tensor, scale: Tensor, split: int | None = None, *, backend: str | None = None
+) -> Tensor:
+    """LayerNorm(x) * (1 + scale) + shift; see the module. Raises InputError for sizes that do not fit together."""
+    check_adaln(x, split, shift=shift, scale=scale)
+    h: Tensor = OP(x, shift, scale, split, backend=backend)
+    return h
+
+
+def norm_modulate_eager(x: Tensor, shift: Tensor, scale: Tensor, split: int | None) -> Tensor:
+    """Reference: plain torch, rounded after every operation as the dtype has it."""
+    rows = x.shape[:-1].numel()
+    shift, scale = spread(shift, rows, split), spread(scale, rows, split)
+    h = F.layer_norm(x, x.shape[-1:], eps=NORM_EPS)
+    h = h.reshape(len(scale), rows // max(1, len(scale)), x.shape[-1])
+    return (h * (1 + scale) + shift).reshape(x.shape).to(x.dtype)
+
+
+def _triton(x: Tensor, shift: Tensor, scale: Tensor, split: int | None) -> Tensor:
+    from msdd_fast.kernels.norm_modulate import norm_modulate as launch
+
+    (shift, scale), run = runs([shift, scale], x.shape[:-1].numel(), split)
+    return launch(x.contiguous(), shift, scale, run, NORM_EPS)
+
+
+def _cpu(x: Tensor, shift: Tensor, scale: Tensor, split: int | None) -> Tensor:
+    from msdd_fast import native
+
+    (shift, scale), run = runs([shift, scale], x.shape[:-1].numel(), split)
+    return native.norm_modulate(x.contiguous(), shift, scale, run, NORM_EPS)
+
+
+OP = Op(
+    "norm_modulate",
+    "(Tensor x, Tensor shift, Tensor scale, int? split) -> Tensor",
+    norm_modulate_eager,
+    lambda x, *_: torch.empty_like(x, memory_format=torch.contiguous_format),
+)
+# The C++ first: with TRITON_INTERPRET=1 the other could run on CPU tensors too, very slowly.
+OP.register("cpu", _cpu, lambda *args: both(can_use_cpu(args[0]), can_use_adaln(*args[:3])))
+OP.register("triton", _triton, lambda *args: both(can_use_triton(args[0]), can_use_adaln(*args[:3])))

@@ -1,0 +1,139 @@
+"""qk_norm_rope: per-head LayerNorm and two-axis rotary embedding of q and k, as the linear layer left them (SPEC A0).
+
+    y = (x - mean) / sqrt(var + 1e-6) * weight + bias             over each head's d elements
+    (out[2i], out[2i+1]) = (y[2i] cos_i - y[2i+1] sin_i, y[2i] sin_i + y[2i+1] cos_i)
+
+qkv is (B, N, P, H, d): P = 3 parts (q, k, v) or 2 (k, v), of which the first P - 1 are worked on; v is neither read nor
+copied. The inner (P, H, d) is contiguous (else qkv is copied), B and N have any strides. weight and bias are
+(S, P - 1, d): S = 1, or with ``split`` S = 2, entry 0 for tokens n < split and entry 1 for the others, so for two token
+streams. cos and sin are float32 (N, d / 2); sin None is the "cosine" variant, out = y cos. The result
+(B, N, P - 1, H, d) is dense in the memory order of qkv, (B, N, ...) or token-major (N, B, ...).
+
+qkv, weight and bias each float32, bfloat16 or float16 (eager: any float dtype). Kernels compute in float32, the
+variance in a second pass, and round once; they take d of 16, 32, 64 and 128, eager every multiple of 4. Moves
+2 B N (P - 1) H d elements and, once each, the tables. Eager is differentiable.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from msdd_fast.backends import can_use_cpu, can_use_triton
+from msdd_fast.errors import InputError
+from msdd_fast.models.rope import RopeTable, apply_rope
+from msdd_fast.ops._adaln import check_split
+from msdd_fast.ops._checks import FLOAT_DTYPES, check_device, check_floating
+from msdd_fast.ops._op import Op, Verdict, both
+from msdd_fast.ops.norm_modulate import NORM_EPS
+
+HEAD_DIMS = (16, 32, 64, 128)  # as in csrc/cpu/qk_norm_rope.cpp
+
+
+def qk_norm_rope(
+    qkv: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    cos: Tensor,
+    sin: Tensor | None,
+    split: int | None = None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """q and k, or k alone, normalised and rotated; see the module. Raises InputError for sizes that do not fit."""
+    check_floating("qkv", qkv)
+    if qkv.ndim != 5 or qkv.shape[2] not in (2, 3) or qkv.shape[4] < 4 or qkv.shape[4] % 4:
+        expected = "(B, N, 2 or 3, heads, head_dim) with head_dim a multiple of 4"
+        raise InputError(f"qkv must be {expected}, got {tuple(qkv.shape)}")
+    _, tokens, parts, _, d = qkv.shape
+    if split is not None:
+        check_split(split, tokens, "tokens")
+    for name, t in (("weight", weight), ("bias", bias)):
+        check_floating(name, t)
+        shape = (1 if split is None else 2, parts - 1, d)
+        if t.shape != shape:
+            raise InputError(f"{name} must be {shape}, (entries, parts, head_dim), got {tuple(t.shape)}")
+        check_device(name, t, "qkv", qkv)
+    for name, table in (("cos", cos), ("sin", sin)):
+        if name == "sin" and table is None:
+            continue
+        if not isinstance(table, Tensor) or table.dtype != torch.float32 or table.shape != (tokens, d // 2):
+            got = f"{table.dtype} {tuple(table.shape)}" if isinstance(table, Tensor) else type(table).__name__
+            raise InputError(f"{name} must be a float32 tensor {(tokens, d // 2)}, (tokens, head_dim / 2), got {got}")
+        check_device(name, table, "qkv", qkv)
+    out: Tensor = OP(qkv, weight, bias, cos, sin, split, backend=backend)
+    return out
+
+
+def qk_norm_rope_eager(
+    qkv: Tensor, weight: Tensor, bias: Tensor, cos: Tensor, sin: Tensor | None, split: int | None
+) -> Tensor:
+    """Reference: plain torch; the norm is rounded to the dtype before the rotation."""
+    _, tokens, parts, _, d = qkv.shape
+    cuts = [0, tokens] if split is None else [0, split, tokens]
+    streams = [
+        torch.stack([F.layer_norm(x[:, :, p], (d,), weight[s, p], bias[s, p], NORM_EPS) for p in range(parts - 1)], 2)
+        for s, x in enumerate(qkv.split([b - a for a, b in itertools.pairwise(cuts)], dim=1))
+    ]
+    heads = torch.cat(streams, dim=1) if len(streams) > 1 else streams[0]
+    out = apply_rope(heads.flatten(2, 3), RopeTable(cos, sin)).view_as(heads).to(qkv.dtype)
+    return out.transpose(0, 1).contiguous().transpose(0, 1) if is_token_major(qkv) else out
+
+
+def is_token_major(qkv: Tensor) -> bool:
+    """Whether the tokens are the outer dimension in memory; False where there is no telling."""
+    return qkv.shape[0] > 1 and qkv.shape[1] > 1 and qkv.stride(1) > qkv.stride(0)
+
+
+def _inner_dense(qkv: Tensor) -> Tensor:
+    return qkv if qkv.stride()[2:] == (qkv.shape[3] * qkv.shape[4], qkv.shape[4], 1) else qkv.contiguous()
+
+
+def _output(qkv: Tensor) -> Tensor:
+    b, n, parts, heads, d = qkv.shape
+    if is_token_major(qkv):
+        return qkv.new_empty(n, b, parts - 1, heads, d).transpose(0, 1)
+    return qkv.new_empty(b, n, parts - 1, heads, d)
+
+
+def _triton(qkv: Tensor, weight: Tensor, bias: Tensor, cos: Tensor, sin: Tensor | None, split: int | None) -> Tensor:
+    from msdd_fast.kernels.qk_norm_rope import qk_norm_rope as launch
+
+    sin = None if sin is None else sin.contiguous()
+    out = _output(qkv)
+    limit = qkv.shape[1] if split is None else split
+    launch(out, _inner_dense(qkv), weight.contiguous(), bias.contiguous(), cos.contiguous(), sin, limit, NORM_EPS)
+    return out
+
+
+def _cpu(qkv: Tensor, weight: Tensor, bias: Tensor, cos: Tensor, sin: Tensor | None, split: int | None) -> Tensor:
+    from msdd_fast import native
+
+    weight, bias = weight.float().contiguous(), bias.float().contiguous()
+    sin = None if sin is None else sin.contiguous()
+    out = _output(qkv)
+    limit = qkv.shape[1] if split is None else split
+    native.qk_norm_rope(out, _inner_dense(qkv), weight, bias, cos.contiguous(), sin, limit, NORM_EPS)
+    return out
+
+
+def _can_use(qkv: Tensor, weight: Tensor, bias: Tensor) -> Verdict:
+    for t in (qkv, weight, bias):
+        if t.dtype not in FLOAT_DTYPES:
+            return False, f"works in float32, bfloat16 and float16, got {t.dtype}"
+    d = qkv.shape[4]
+    return d in HEAD_DIMS, f"works with head_dim 16, 32, 64 or 128, got {d}"
+
+
+OP = Op(
+    "qk_norm_rope",
+    "(Tensor qkv, Tensor weight, Tensor bias, Tensor cos, Tensor? sin, int? split) -> Tensor",
+    qk_norm_rope_eager,
+    lambda qkv, *_: _output(qkv),
+)
+# The C++ first: with TRITON_INTERPRET=1 the other could run on CPU tensors too, very slowly.
+OP.register("cpu", _cpu, lambda *args: both(can_use_cpu(args[0]), _can_use(*args[:3])))
+OP.register("triton", _triton, lambda *args: both(can_use_triton(args[0]), _can_use(*args[:3])))

@@ -1,0 +1,69 @@
+"""swiglu: the activation of the MLP (SPEC A0).
+
+    out = silu(a) * b,        silu(a) = a / (1 + e^-a)
+
+a and b (*, I), of one shape and dtype: float32, bfloat16 or float16 (eager: any float dtype). Their rows may be apart,
+so the two halves of one packed (R, 2 I) tensor need no copy. out is contiguous, of a's dtype; kernels compute in
+float32 and round once. Moves 3 elements per element: two reads, one write. Eager is differentiable.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from msdd_fast.backends import can_use_cpu, can_use_triton
+from msdd_fast.errors import InputError
+from msdd_fast.ops._checks import FLOAT_DTYPES, check_device, check_floating
+from msdd_fast.ops._op import Op, Verdict, both
+
+
+def swiglu(a: Tensor, b: Tensor, *, backend: str | None = None) -> Tensor:
+    """silu(a) * b. Raises InputError if b is not like a."""
+    check_floating("a", a)
+    check_floating("b", b)
+    if a.ndim < 1 or b.shape != a.shape or b.dtype != a.dtype:
+        expected = f"the shape (*, I) and dtype of a, {tuple(a.shape)} {a.dtype}"
+        raise InputError(f"b must have {expected}, got {tuple(b.shape)} {b.dtype}")
+    check_device("b", b, "a", a)
+    out: Tensor = OP(a, b, backend=backend)
+    return out
+
+
+def swiglu_eager(a: Tensor, b: Tensor) -> Tensor:
+    """Reference: plain torch, rounded after every operation as the dtype has it."""
+    return (F.silu(a) * b).contiguous()
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(R, I) with adjacent elements in a row; copies only what strides cannot express."""
+    x = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _triton(a: Tensor, b: Tensor) -> Tensor:
+    from msdd_fast.kernels.swiglu import swiglu as launch
+
+    return launch(_rows(a), _rows(b)).view(a.shape)
+
+
+def _cpu(a: Tensor, b: Tensor) -> Tensor:
+    from msdd_fast import native
+
+    return native.swiglu(_rows(a), _rows(b)).view(a.shape)
+
+
+def _can_use(a: Tensor) -> Verdict:
+    return a.dtype in FLOAT_DTYPES, f"works in float32, bfloat16 and float16, got {a.dtype}"
+
+
+OP = Op(
+    "swiglu",
+    "(Tensor a, Tensor b) -> Tensor",
+    swiglu_eager,
+    lambda a, _: torch.empty_like(a, memory_format=torch.contiguous_format),
+)
+# The C++ first: with TRITON_INTERPRET=1 the other could run on CPU tensors too, very slowly.
+OP.register("cpu", _cpu, lambda a, _: both(can_use_cpu(a), _can_use(a)))
+OP.register("triton", _triton, lambda a, _: both(can_use_triton(a), _can_use(a)))

@@ -1,0 +1,106 @@
+"""norm_modulate on every backend against its formula in float64."""
+
+import pytest
+import torch
+
+from msdd_fast import ops
+from msdd_fast.errors import BackendUnavailableError, InputError
+from tests.ops.adaln import DTYPES, LARGE, LAYOUTS, bad_splits, formula, randn, tables
+
+
+def case(shape, groups, device, dtype, mean=0.0, table_dtype=None):
+    x = randn(*shape, seed=0, mean=mean).to(device, dtype)
+    return x, *tables(groups, shape[-1], 2, device, table_dtype or dtype)
+
+
+def check(assert_near, backend, args, split):
+    out = ops.norm_modulate(*args, split, backend=backend)
+    eager = ops.norm_modulate(*args, split, backend="eager")
+    assert out.is_contiguous()
+    assert_near(out, eager, formula(*args, split), args[0].dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("shape", "groups", "split"), LAYOUTS)
+def test_against_the_formula(backend, device, assert_near, shape, groups, split, dtype):
+    check(assert_near, backend, case(shape, groups, device, dtype), split)
+
+
+@pytest.mark.parametrize(("shape", "groups", "split"), LARGE)
+def test_wide_rows_and_float32_tables(backend, device, assert_near, shape, groups, split):
+    check(assert_near, backend, case(shape, groups, device, torch.bfloat16, table_dtype=torch.float32), split)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_large_mean_does_not_swallow_the_variance(backend, device, assert_near, dtype):
+    check(assert_near, backend, case((4, 200), 1, device, dtype, mean=1000.0), None)
+
+
+def test_eager_is_the_formula_and_rows_do_not_mix():
+    args = case((4, 3, 24), 4, "cpu", torch.float64)
+    whole = ops.norm_modulate(*args, backend="eager")
+    torch.testing.assert_close(whole, formula(*args, None))
+    for b in range(4):
+        alone = ops.norm_modulate(args[0][b], args[1][b : b + 1], args[2][b : b + 1], backend="eager")
+        assert torch.equal(alone, whole[b])
+
+
+def test_rows_do_not_depend_on_their_batch(backend, device):
+    x, shift, scale = case((5, 33), 1, device, torch.bfloat16)
+    whole = ops.norm_modulate(x, shift, scale, backend=backend)
+    parts = [ops.norm_modulate(part, shift, scale, backend=backend) for part in (x[:2], x[2:])]
+    assert torch.equal(torch.cat(parts), whole)
+
+
+def test_strided_x_and_tables(backend, device):
+    x, shift, scale = case((4, 3, 24), 4, device, torch.float32)
+    expected = ops.norm_modulate(x, shift, scale, backend=backend)
+    strided = x.transpose(1, 2).contiguous().transpose(1, 2)
+    sparse = [t.repeat_interleave(2, dim=1)[:, ::2] for t in (shift, scale)]
+    assert torch.equal(ops.norm_modulate(strided, *sparse, backend=backend), expected)
+
+
+@pytest.mark.parametrize(("shape", "groups", "split"), [((0, 4, 8), 0, None), ((0, 8), 1, None), ((0, 2, 8), 2, 0)])
+@pytest.mark.parametrize("name", ["eager", "cpu", "triton"])
+def test_empty_batches(shape, groups, split, name):
+    assert ops.norm_modulate(*case(shape, groups, "cpu", torch.bfloat16), split, backend=name).shape == shape
+
+
+def test_eager_is_differentiable():
+    args = [a.requires_grad_() for a in case((2, 3, 8), 2, "cpu", torch.float64)]
+    assert torch.autograd.gradcheck(ops.norm_modulate, args)
+
+
+def test_limits_of_the_kernels_have_a_reason():
+    x, shift, scale = case((1, 8193), 1, "cpu", torch.float32)
+    for name in ("cpu", "triton"):
+        with pytest.raises(BackendUnavailableError, match="works on rows of at most 8192 elements, got 8193"):
+            ops.norm_modulate(x, shift, scale, backend=name)
+        with pytest.raises(
+            BackendUnavailableError, match=r"works in float32, bfloat16 and float16, got torch\.float64"
+        ):
+            ops.norm_modulate(x.double(), shift, scale, backend=name)
+
+
+@pytest.mark.parametrize("name", ["eager", "cpu", "triton"])
+@bad_splits
+def test_rows_that_cannot_be_shared_out(name, split, groups, message):
+    x, shift, scale = case((4, 8), groups, "cpu", torch.float32)
+    with pytest.raises(InputError, match=message):
+        ops.norm_modulate(x, shift, scale, split, backend=name)
+
+
+@pytest.mark.parametrize("name", ["eager", "cpu", "triton"])
+def test_bad_input_has_one_text_on_every_backend(name):
+    good = dict(x=torch.zeros(4, 8), shift=torch.zeros(2, 8), scale=torch.zeros(2, 8))
+    for change, message in (
+        (dict(x=None), "x must be a tensor, got NoneType"),
+        (dict(x=torch.zeros(4, 8, dtype=torch.int32)), r"x must have a floating point dtype, got torch\.int32"),
+        (dict(x=torch.zeros(())), r"x must be \(\*, D\) with D at least 1, got \(\)"),
+        (dict(shift=torch.zeros(2, 7)), r"shift must be \(groups, 8\), got \(2, 7\)"),
+        (dict(shift=torch.zeros(8)), r"shift must be \(groups, 8\), got \(8,\)"),
+        (dict(scale=torch.zeros(4, 8)), r"scale must be \(2, 8\), got \(4, 8\)"),
+        (dict(scale=torch.zeros(2, 8, device="meta")), "scale must be on the device of x, cpu, got meta"),
+    ):
+        with pytest.raises(InputError, match=message):
+            ops.norm_modulate(**{**good, **change}, backend=name)
