@@ -8,6 +8,7 @@
 #include <string>
 #include <tuple>
 
+#include "msdd_fast/attention.h"
 #include "msdd_fast/cfg_euler.h"
 #include "msdd_fast/check.h"
 #include "msdd_fast/noise.h"
@@ -97,6 +98,20 @@ void swiglu(Address out, Address a, Address b, int dtype, std::int64_t rows, std
                       stride_a, stride_b, threads);
 }
 
+using Heads = std::tuple<Address, std::int64_t, std::int64_t, std::int64_t>;  // address (0: absent) and three strides
+
+msdd_fast::HeadsView heads_of(const Heads& heads) {
+    const auto& [address, batch, token, head] = heads;
+    return {pointer<void>(address), batch, token, head};
+}
+
+void attention(const Heads& out, const Heads& q, const Heads& k, const Heads& v, const Heads& accumulate, int dtype,
+               std::int64_t batch, std::int64_t queries, std::int64_t keys, std::int64_t heads, std::int64_t head_size,
+               const std::string& level, int threads) {
+    msdd_fast::attention(heads_of(out), heads_of(q), heads_of(k), heads_of(v), heads_of(accumulate), dtype_of(dtype),
+                         {batch, queries, keys, heads, head_size}, level, threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -129,4 +144,9 @@ PYBIND11_MODULE(_C, m) {
     m.def("swiglu", &swiglu, no_gil, py::arg("out"), py::arg("a"), py::arg("b"), py::arg("dtype"), py::arg("rows"),
           py::arg("width"), py::arg("stride_a"), py::arg("stride_b"), py::arg("threads") = 1,
           "silu(a) * b; see swiglu.h.");
+    m.def("attention", &attention, no_gil, py::arg("out"), py::arg("q"), py::arg("k"), py::arg("v"),
+          py::arg("accumulate"), py::arg("dtype"), py::arg("batch"), py::arg("queries"), py::arg("keys"),
+          py::arg("heads"), py::arg("head_size"), py::arg("level") = "", py::arg("threads") = 1,
+          "softmax(q k^T / sqrt(d)) v; tensors are (address, strides of batch, token, head); see attention.h.");
+    m.def("attention_level", &msdd_fast::attention_level, "SIMD level that attention takes here; see attention.h.");
 }

@@ -180,6 +180,39 @@ def qk_norm_rope(
     _call("qk_norm_rope", out.data_ptr(), qkv.data_ptr(), _DTYPES[qkv.dtype], *addresses, *sizes, *strides)
 
 
+def attention_result(q: Tensor) -> Tensor:
+    """Uninitialised result for queries (B, N, H, d): dense, token-major if q is so, else batch-major.
+
+    Token-major: tokens lie further apart than images, as in a view of a buffer (N, B, H, d).
+    """
+    b, n, h, d = q.shape
+    if b > 1 and q.stride(1) > q.stride(0):
+        return q.new_empty(n, b, h, d).transpose(0, 1)
+    return q.new_empty(b, n, h, d)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, accumulate: Tensor | None = None, level: str = "") -> Tensor:
+    """softmax(q k^T / sqrt(d)) v, plus ``accumulate``, rounded once; memory order of ``attention_result(q)``.
+
+    q (B, Nq, H, d), k and v (B, Nk, H, d), accumulate like q: one dtype, any strides but the last, which is 1. Nothing
+    is copied. Nk >= 1; d a multiple of 16 up to 128. ``level`` ("plain", "avx2", "avx512") is for tests.
+    """
+    operands = {"q": q, "k": k, "v": v} if accumulate is None else {"q": q, "k": k, "v": v, "accumulate": accumulate}
+    for name, x in operands.items():
+        _check_cpu(name, x)
+        if x.ndim != 4 or x.dtype != q.dtype or (x.stride(3) != 1 and x.numel()):
+            expected = f"(B, N, H, d) in q's dtype, {q.dtype}, with the last dimension contiguous"
+            raise InputError(f"{name} must be {expected}, got {x.dtype} {tuple(x.shape)}, strides {x.stride()}")
+        shape = q.shape if name == "accumulate" else (q.shape[0], k.shape[1], *q.shape[2:])
+        if name != "q" and x.shape != shape:
+            raise InputError(f"{name} must have the shape {tuple(shape)}, got {tuple(x.shape)}")
+    out = attention_result(q)
+    views = [(0, 0, 0, 0) if x is None else (x.data_ptr(), *x.stride()[:3]) for x in (out, q, k, v, accumulate)]
+    b, n, h, d = q.shape
+    _call("attention", *views, _DTYPES[q.dtype], b, n, k.shape[1], h, d, level)
+    return out
+
+
 def _call(name: str, *args: Any) -> None:
     """Run a function of the extension on as many threads as torch uses; what it refuses becomes an InputError."""
     function = getattr(load_extension(), name)
@@ -200,6 +233,7 @@ def _check(name: str, x: Tensor) -> torch.memory_format:
 
 
 def _check_cpu(name: str, x: Tensor) -> None:
+    """A CPU tensor of a dtype that the extension knows."""
     if not isinstance(x, Tensor) or x.device.type != "cpu" or x.dtype not in _DTYPES:
         got = f"{x.dtype} on {x.device}" if isinstance(x, Tensor) else type(x).__name__
         raise InputError(f"{name} must be a float32, bfloat16 or float16 tensor on the CPU, got {got}")

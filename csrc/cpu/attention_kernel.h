@@ -1,0 +1,212 @@
+// Attention of one head in terms of vectors. Each SIMD level's file defines what a vector is and then includes this:
+//
+//   MSDD_SIMD            attribute of functions that use the level's instructions
+//   Vec, LANES, ROWS     vector of floats; ROWS x 2 of them are the sums that the registers hold
+//   load store set fma add sub mul max scale_by_power reduce_max reduce_add transpose_8x8
+//
+// All of it has internal linkage, so that the levels do not meet. For one task (up to 384 queries of a head), block by
+// block of keys: K^T and V are converted to float32 and packed in panels two vectors wide, then for each tile of 24
+// queries scores = q K^T, weights = exp(scores - maximum), sums = sums * correction + weights V. Both products are the
+// same routine. A row's arithmetic depends on nothing but the row and the keys.
+//
+// Included more than once by nobody: no guard.
+
+#include <algorithm>
+#include <cmath>
+
+#include "attention_job.h"
+
+namespace msdd_fast {
+namespace {
+
+constexpr std::int64_t PANEL = 2 * LANES;
+static_assert(TILE_QUERIES % ROWS == 0 && BLOCK_KEYS % PANEL == 0, "blocks are whole");
+
+// c[ROWS][PANEL] = a[ROWS][depth] b[depth][PANEL], or c += that.
+MSDD_SIMD inline void multiply(const float* a, std::int64_t a_stride, const float* b, std::int64_t depth, float* c,
+                               std::int64_t c_stride, bool accumulate) {
+    Vec sums[ROWS][2];
+#pragma GCC unroll 16
+    for (int row = 0; row < ROWS; ++row)
+        for (int half = 0; half < 2; ++half)
+            sums[row][half] = accumulate ? load(c + row * c_stride + half * LANES) : set(0.0f);
+#pragma GCC unroll 4
+    for (std::int64_t i = 0; i < depth; ++i) {
+        const Vec left = load(b + i * PANEL), right = load(b + i * PANEL + LANES);
+#pragma GCC unroll 16
+        for (int row = 0; row < ROWS; ++row) {
+            const Vec factor = set(a[row * a_stride + i]);
+            sums[row][0] = fma(factor, left, sums[row][0]);
+            sums[row][1] = fma(factor, right, sums[row][1]);
+        }
+    }
+#pragma GCC unroll 16
+    for (int row = 0; row < ROWS; ++row)
+        for (int half = 0; half < 2; ++half) store(c + row * c_stride + half * LANES, sums[row][half]);
+}
+
+// 2^y for y <= 0, relative error 1.1e-7: 2^n by the exponent's bits times 2^r, |r| <= 1/2, by a polynomial (minimax,
+// 1 at 0, evaluated by pairs of terms since the chain of operations is what takes the time). Below 2^-100 it stays
+// there: next to the largest weight, 1, that is nothing, and subnormals are slow.
+MSDD_SIMD inline Vec exp2_negative(Vec y) {
+    y = max(set(-100.0f), y);            // a NaN goes through
+    const Vec magic = set(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, in the lowest bits
+    const Vec rounded = add(y, magic);
+    const Vec r = sub(y, sub(rounded, magic)), r2 = mul(r, r);
+    const Vec p01 = fma(set(0.6931470036506653f), r, set(1.0f));
+    const Vec p23 = fma(set(0.05550733581185341f), r, set(0.24022242426872253f));
+    const Vec p45 = fma(set(0.001326472731307149f), r, set(0.009671512991189957f));
+    return scale_by_power(fma(fma(p45, r2, p23), r2, p01), rounded);
+}
+
+// One row of scores to weights exp(scale * (score - maximum)); the width is a whole number of panels. `maximum` and
+// `total` go on from the earlier blocks' keys, whose sums must be multiplied by the value returned.
+MSDD_SIMD inline float softmax_row(float* row, std::int64_t width, float scale, bool first, float& maximum,
+                                   float& total) {
+    Vec highest[2] = {load(row), load(row + LANES)};
+    for (std::int64_t i = PANEL; i < width; i += PANEL)
+        for (int half = 0; half < 2; ++half) highest[half] = max(highest[half], load(row + i + half * LANES));
+    const float before = maximum;
+    maximum = reduce_max(max(highest[0], highest[1]));
+    if (!first) maximum = std::max(before, maximum);
+    // The difference first, which is exact at the maximum: scores of any size leave the weights accurate.
+    const Vec shift = set(maximum), factor = set(scale);
+    Vec sums[2] = {set(0.0f), set(0.0f)};
+    for (std::int64_t i = 0; i < width; i += PANEL)
+        for (int half = 0; half < 2; ++half) {
+            float* const these = row + i + half * LANES;
+            const Vec weights = exp2_negative(mul(sub(load(these), shift), factor));
+            store(these, weights);
+            sums[half] = add(sums[half], weights);
+        }
+    const float sum = reduce_add(add(sums[0], sums[1]));
+    if (first) {
+        total = sum;
+        return 1.0f;
+    }
+    float correction[LANES];
+    store(correction, exp2_negative(set((before - maximum) * scale)));
+    total = total * correction[0] + sum;
+    return correction[0];
+}
+
+// Rows [0, count) of `from`, and zeros up to `padded`, as float32 [padded][width].
+template <class T>
+MSDD_SIMD void pack_rows(const T* from, std::int64_t stride, std::int64_t count, std::int64_t padded,
+                         std::int64_t width, float* to) {
+    for (std::int64_t i = 0; i < count; ++i) widen(from + i * stride, width, to + i * width);
+    std::fill(to + count * width, to + padded * width, 0.0f);
+}
+
+// Keys to K^T in panels [width][PANEL], zeros in the last one's rest.
+template <class T>
+MSDD_SIMD void pack_keys(const T* from, std::int64_t stride, std::int64_t count, std::int64_t width, float* to) {
+    alignas(64) float rows[8 * MAX_HEAD_SIZE];
+    for (std::int64_t key = 0; key < (count + PANEL - 1) / PANEL * PANEL; key += 8) {
+        const std::int64_t there = std::clamp<std::int64_t>(count - key, 0, 8);
+        pack_rows(from + key * stride, stride, there, 8, width, rows);
+        float* const panel = to + key / PANEL * PANEL * width + key % PANEL;
+        for (std::int64_t i = 0; i < width; i += 8) transpose_8x8(rows + i, width, panel + i * PANEL, PANEL);
+    }
+}
+
+// Values in panels [count][PANEL] of the width, zeros in the last one's rest.
+template <class T>
+MSDD_SIMD void pack_values(const T* from, std::int64_t stride, std::int64_t count, std::int64_t width, float* to) {
+    for (std::int64_t i = 0; i < width; i += PANEL) {
+        const std::int64_t there = std::min(PANEL, width - i);
+        for (std::int64_t key = 0; key < count; ++key, to += PANEL) {
+            // The common case apart: a count that the compiler knows.
+            if (there == PANEL) {
+                widen(from + key * stride + i, PANEL, to);
+            } else {
+                widen(from + key * stride + i, there, to);
+                std::fill(to + there, to + PANEL, 0.0f);
+            }
+        }
+    }
+}
+
+template <class T>
+MSDD_SIMD void write_row(const float* sums, float total, const T* accumulate, std::int64_t width, T* out) {
+    alignas(64) float row[MAX_HEAD_SIZE];
+    const float inverse = 1.0f / total;
+    if (accumulate == nullptr) {
+        for (std::int64_t i = 0; i < width; ++i) row[i] = sums[i] * inverse;
+    } else {
+        alignas(64) float base[MAX_HEAD_SIZE];
+        widen(accumulate, width, base);
+        for (std::int64_t i = 0; i < width; ++i) row[i] = base[i] + sums[i] * inverse;
+    }
+    narrow(row, width, out);
+}
+
+template <class T>
+T* row_of(const HeadsView& view, std::int64_t image, std::int64_t token, std::int64_t head) {
+    return static_cast<T*>(view.data) + image * view.batch + token * view.token + head * view.head;
+}
+
+template <class T>
+MSDD_SIMD void attend(const AttentionJob& job, std::int64_t image, std::int64_t head, std::int64_t first,
+                      std::int64_t count, float* scratch) {
+    const std::int64_t d = job.shape.head_size, width = (d + PANEL - 1) / PANEL * PANEL;
+    // exp(s / sqrt(d)) = 2^(scale * s)
+    const float scale = static_cast<float>(1.4426950408889634 / std::sqrt(static_cast<double>(d)));
+    float* const keys = scratch;
+    float* const values = keys + BLOCK_KEYS * d;
+    float* const queries = values + BLOCK_KEYS * width;
+    float* const sums = queries + TASK_QUERIES * d;
+    float* const scores = sums + TASK_QUERIES * width;
+    float* const maxima = scores + TILE_QUERIES * BLOCK_KEYS;
+    float* const totals = maxima + TASK_QUERIES;
+
+    const std::int64_t padded = (count + ROWS - 1) / ROWS * ROWS;
+    pack_rows<T>(row_of<T>(job.q, image, first, head), job.q.token, count, padded, d, queries);
+    for (std::int64_t begin = 0; begin < job.shape.keys; begin += BLOCK_KEYS) {
+        const bool is_first = begin == 0;
+        const std::int64_t block = std::min(BLOCK_KEYS, job.shape.keys - begin);
+        const std::int64_t columns = (block + PANEL - 1) / PANEL * PANEL;
+        pack_keys<T>(row_of<T>(job.k, image, begin, head), job.k.token, block, d, keys);
+        pack_values<T>(row_of<T>(job.v, image, begin, head), job.v.token, block, d, values);
+        for (std::int64_t tile = 0; tile < padded; tile += TILE_QUERIES) {
+            const std::int64_t rows = std::min(TILE_QUERIES, padded - tile);
+            for (std::int64_t column = 0; column < columns; column += PANEL)
+                for (std::int64_t row = 0; row < rows; row += ROWS)
+                    multiply(queries + (tile + row) * d, d, keys + column * d, d, scores + row * columns + column,
+                             columns, false);
+            for (std::int64_t row = 0; row < rows; ++row) {
+                float* const these = scores + row * columns;
+                std::fill(these + block, these + columns, -INFINITY);
+                const std::int64_t at = tile + row;
+                const float correction = softmax_row(these, columns, scale, is_first, maxima[at], totals[at]);
+                if (is_first || correction == 1.0f) continue;
+                const Vec factor = set(correction);
+                for (std::int64_t i = 0; i < width; i += LANES)
+                    store(sums + at * width + i, mul(load(sums + at * width + i), factor));
+            }
+            for (std::int64_t i = 0; i < width; i += PANEL)
+                for (std::int64_t row = 0; row < rows; row += ROWS)
+                    multiply(scores + row * columns, columns, values + i * block, block,
+                             sums + (tile + row) * width + i, width, !is_first);
+        }
+    }
+    for (std::int64_t i = 0; i < count; ++i) {
+        const T* base = job.accumulate.data ? row_of<T>(job.accumulate, image, first + i, head) : nullptr;
+        write_row<T>(sums + i * width, totals[i], base, d, row_of<T>(job.out, image, first + i, head));
+    }
+}
+
+MSDD_SIMD inline void attend_any(const AttentionJob& job, std::int64_t image, std::int64_t head, std::int64_t first,
+                                 std::int64_t count, float* scratch) {
+    switch (job.dtype) {
+        case DType::float32:
+            return attend<float>(job, image, head, first, count, scratch);
+        case DType::bfloat16:
+            return attend<BFloat16>(job, image, head, first, count, scratch);
+        case DType::float16:
+            return attend<Float16>(job, image, head, first, count, scratch);
+    }
+}
+
+}  // namespace
+}  // namespace msdd_fast

@@ -1,0 +1,36 @@
+// Softmax attention on the CPU.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "msdd_fast/dtype.h"
+
+namespace msdd_fast {
+
+// (batch, tokens, heads, head size) in any memory order: the strides of the first three in elements, the last is 1.
+struct HeadsView {
+    void* data = nullptr;  // null where the tensor is absent
+    std::int64_t batch = 0, token = 0, head = 0;
+};
+
+struct AttentionShape {
+    std::int64_t batch, queries, keys, heads, head_size;
+};
+
+constexpr std::int64_t MAX_HEAD_SIZE = 128;
+
+// "avx512", "avx2" or "plain": the best that this machine can run.
+std::string attention_level();
+
+// out = softmax(q k^T / sqrt(head size)) v, plus `accumulate` where it is given (it may be `out`). All of one dtype,
+// float32 inside, rounded once. `out` must not overlap q, k or v.
+//
+// `level` names the code to run, for tests; empty means attention_level(). Neither the number of threads nor the other
+// images and heads change a bit of the result. Allocates some 0.4 MB a thread, whatever the shape, and keeps it.
+// Throws std::invalid_argument on negative sizes, no keys, a head size that is not a multiple of 16 up to 128,
+// threads < 1 or a level that cannot run here.
+void attention(HeadsView out, HeadsView q, HeadsView k, HeadsView v, HeadsView accumulate, DType dtype,
+               const AttentionShape& shape, const std::string& level, int threads);
+
+}  // namespace msdd_fast
