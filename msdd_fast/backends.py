@@ -99,20 +99,29 @@ def can_use_cpu(x: Tensor) -> tuple[bool, str]:
 
 def can_use_triton(x: Tensor) -> tuple[bool, str]:
     """Whether Triton kernels can work on ``x``: on a GPU, or anywhere under TRITON_INTERPRET=1 (for tests)."""
-    if not _has_triton():
+    if not _has_module("triton"):
         return False, "Triton is not installed: pip install triton"
     if x.device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
         return True, "Triton kernel"
     return False, f"needs a CUDA tensor (or TRITON_INTERPRET=1, for tests), got {x.device}"
 
 
-def _has_triton() -> bool:
-    return _find_triton()
+def can_use_package(x: Tensor, package: str, module: str, command: str) -> tuple[bool, str]:
+    """Whether an optional GPU library is installed and can work on ``x``; ``command`` installs it."""
+    if not _has_module(module):
+        return False, f"{package} is not installed: {command}"
+    if x.device.type != "cuda":
+        return False, f"needs a CUDA tensor, got {x.device}"
+    return True, package
+
+
+def _has_module(name: str) -> bool:
+    return _find_module(name)
 
 
 @functools.cache
-def _find_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def _find_module(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
 
 
 def load_extension() -> ModuleType:
@@ -169,5 +178,5 @@ def _rebuild_command() -> str:
 
 # A compiled function asks these two once, when it is traced. This is what torch.compiler.assume_constant_result does,
 # but the decorator imports all of Dynamo, and Triton with it.
-for _function in (extension_status, _has_triton):
+for _function in (extension_status, _has_module):
     vars(_function)["_dynamo_marked_constant"] = True

@@ -57,14 +57,20 @@ def positive_int(text: str) -> int:
 
 def load_tokenizer(args: argparse.Namespace) -> Tokenizer:
     """The checkpoint of the command line on its device."""
-    name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = pick_device(args.device)
+    return Tokenizer.from_pretrained(args.checkpoint).to(device)
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device named by --device, else the default; InputError if it does not work here."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).cpu()
     except (RuntimeError, AssertionError, ImportError) as e:  # a device that is unknown, absent, or holds no data
         reason = (str(e).splitlines() or [type(e).__name__])[0]
         raise InputError(f"--device must name a torch device that works here, got {name!r}: {reason}") from e
-    return Tokenizer.from_pretrained(args.checkpoint).to(device)
+    return device
 
 
 def load_engine(args: argparse.Namespace, tokenizer: Tokenizer, batch_size: int) -> FastDecoder:

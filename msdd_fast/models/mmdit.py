@@ -19,8 +19,7 @@ from msdd_fast.ops.norm_modulate import NORM_EPS
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Softmax attention over (B, N, heads, head_dim), scale head_dim^-1/2 -> (B, N, heads * head_dim)."""
-    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-    return out.transpose(1, 2).flatten(2)
+    return ops.attention(q, k, v).flatten(2)
 
 
 def swiglu_hidden_size(hidden_size: int, multiple_of: int) -> int:

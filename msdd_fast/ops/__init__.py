@@ -1,6 +1,7 @@
 """The fused ops: one file each with formula, eager reference and registration. Kernels have the same stem."""
 
 from msdd_fast.backends import check_ops, environment_choice
+from msdd_fast.ops.attention import attention
 from msdd_fast.ops.cfg_combine import cfg_combine
 from msdd_fast.ops.cfg_euler import cfg_euler
 from msdd_fast.ops.euler_step import euler_step
@@ -12,6 +13,7 @@ from msdd_fast.ops.start_noise import start_noise
 from msdd_fast.ops.swiglu import swiglu
 
 __all__ = [
+    "attention",
     "cfg_combine",
     "cfg_euler",
     "euler_step",

@@ -2,7 +2,8 @@
 
 An op is a plain eager function, which autograd and Inductor see through, and any number of named implementations for
 inference. Each implementation is registered as ``torch.ops.msdd_fast.<op>.<backend>`` (define, impl, fake), so that
-``torch.compile(fullgraph=True)`` and CUDA graphs hold; its backward raises.
+``torch.compile(fullgraph=True)`` and CUDA graphs hold; its backward raises. One that is made of differentiable PyTorch
+functions needs none of this: it stays a plain function like eager, and goes before it when a gradient is needed.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ class Implementation:
 
     can_use: Callable[..., Verdict]
     overload: Callable[..., Any]
+    differentiable: bool = False
 
 
 class Op:
@@ -57,20 +59,34 @@ class Op:
         schema: arguments and result in PyTorch's schema language, "(Tensor x, ...) -> Tensor".
         eager: the reference; same arguments.
         fake: result's metadata for the same arguments.
+        fastest: backend that measured fastest for the same arguments, which ``auto`` tries first; None if unknown.
     """
 
-    def __init__(self, name: str, schema: str, eager: Callable[..., Any], fake: Callable[..., Any]) -> None:
-        self.name, self.schema, self.eager, self.fake = name, schema, eager, fake
+    def __init__(
+        self,
+        name: str,
+        schema: str,
+        eager: Callable[..., Any],
+        fake: Callable[..., Any],
+        fastest: Callable[..., str | None] = lambda *_: None,
+    ) -> None:
+        self.name, self.schema, self.eager, self.fake, self.fastest = name, schema, eager, fake, fastest
         self.implementations: dict[str, Implementation] = {}
 
-    def register(self, backend: str, function: Callable[..., Any], can_use: Callable[..., Verdict]) -> None:
+    def register(
+        self, backend: str, function: Callable[..., Any], can_use: Callable[..., Verdict], differentiable: bool = False
+    ) -> None:
         """Add an implementation; ``auto`` tries them in the order in which they were added, then eager."""
-        qualified = f"{self.name}.{backend}"
+        if differentiable:
+            self.implementations[backend] = Implementation(can_use, function, True)
+            return
+        overload_name = backend.replace("-", "_")  # the schema language knows no hyphens
+        qualified = f"{self.name}.{overload_name}"
         _LIBRARY.define(qualified + self.schema)
         _LIBRARY.impl(qualified, function, "CompositeExplicitAutograd")
         torch.library.register_fake(f"msdd_fast::{qualified}", self.fake, lib=_LIBRARY)
         torch.library.register_autograd(f"msdd_fast::{qualified}", self._refuse_backward(backend), lib=_LIBRARY)
-        overload = getattr(getattr(torch.ops.msdd_fast, self.name), backend)
+        overload = getattr(getattr(torch.ops.msdd_fast, self.name), overload_name)
         self.implementations[backend] = Implementation(can_use, overload)
 
     def __call__(self, *args: Any, backend: str | None = None) -> Any:
@@ -88,21 +104,25 @@ class Op:
             return name
         needs_grad = _needs_grad(args)
         if name == "auto":
-            if needs_grad:
-                return "eager"
-            for candidate, implementation in self.implementations.items():
+            first = self.fastest(*args)
+            for candidate in sorted(self.implementations, key=lambda b: b != first):
+                implementation = self.implementations[candidate]
+                if needs_grad and not implementation.differentiable:
+                    continue
                 ok, reason = implementation.can_use(*args)
                 if ok:
                     self._log_once(candidate)
                     return candidate
                 self._log_once(f"not {candidate} ({reason})")
             return "eager"
-        if needs_grad and not torch.compiler.is_compiling():
+        known = name in self.implementations
+        differentiable = known and self.implementations[name].differentiable
+        if needs_grad and not differentiable and not torch.compiler.is_compiling():
             raise InputError(
                 f"{self.name}: backend {name!r} is for inference, but an argument requires grad; "
                 "use backend='eager' or 'auto', or torch.no_grad()"
             )
-        if name not in self.implementations or not self.implementations[name].can_use(*args)[0]:
+        if not known or not self.implementations[name].can_use(*args)[0]:
             lines = "; ".join(f"{b}: {'ok' if ok else why}" for b, ok, why in self.explain(*args))
             raise BackendUnavailableError(f"{self.name}: backend {name!r} cannot run this call. {lines}")
         return name

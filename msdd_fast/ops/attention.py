@@ -1,0 +1,146 @@
+"""attention: softmax attention without a mask, over any two sets of tokens.
+
+    out = softmax(q k^T / sqrt(d)) v        per image and head
+
+q (B, Nq, H, d), k and v (B, Nk, H, d), one dtype: float32, bfloat16 or float16 (eager and sdpa: float64 too, to check
+gradients); strides as they come, so views of a packed (B, N, 3, H, d) or token-major (N, B, 3, H, d) buffer cost no
+copy. out (B, Nq, H, d) is dense in q's memory order, token-major if tokens lie further apart than images: then
+``out.transpose(0, 1).flatten(2)`` is a view (Nq, B, H * d). Under autocast the three are cast to its dtype, as in
+``F.scaled_dot_product_attention``.
+
+Scores, softmax and sums are float32 in eager and cpu, rounded once; the others keep their own rules. Moves
+(2 Nq + 2 Nk) B H d elements and does 4 B H Nq Nk d FLOP; eager also stores the scores. eager and sdpa are
+differentiable, and training takes sdpa. SPEC A0 (joint attention) and head ("cross").
+
+Backends of ``auto``: the one that measured fastest here (msdd_fast/selection.py), else sdpa.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from msdd_fast import selection
+from msdd_fast.backends import can_use_cpu, can_use_package
+from msdd_fast.errors import InputError
+from msdd_fast.native import attention_result, is_token_major
+from msdd_fast.ops._checks import FLOAT_DTYPES, check_device
+from msdd_fast.ops._op import Op, Verdict
+
+CPU_HEAD_SIZES = range(16, 129, 16)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v. Raises InputError for tensors that do not fit together, and for no keys."""
+    _check_heads("q", q)
+    if torch.is_autocast_enabled(q.device.type):
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = (t.to(dtype) if isinstance(t, Tensor) and t.dtype in FLOAT_DTYPES else t for t in (q, k, v))
+    for name, x in (("k", k), ("v", v)):
+        _check_heads(name, x)
+        check_device(name, x, "q", q)
+        if x.dtype != q.dtype:
+            raise InputError(f"{name} must have the dtype of q, {q.dtype}, got {x.dtype}")
+        expected = (q.shape[0], k.shape[1], q.shape[2], q.shape[3])
+        if x.shape != expected:
+            raise InputError(f"{name} must have the shape {tuple(expected)}, got {tuple(x.shape)}")
+    if k.shape[1] == 0:
+        raise InputError(f"k must hold at least one key, got the shape {tuple(k.shape)}")
+    out: Tensor = OP(q, k, v, backend=backend)
+    return out
+
+
+def _check_heads(name: str, x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise InputError(f"{name} must be a tensor, got {type(x).__name__}")
+    if x.dtype not in (*FLOAT_DTYPES, torch.float64):
+        raise InputError(f"{name} must be float32, bfloat16, float16 or float64, got {x.dtype}")
+    if x.ndim != 4 or x.shape[3] == 0:
+        raise InputError(f"{name} must be a tensor (B, N, heads, head size), got {tuple(x.shape)}")
+
+
+def attention_eager(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Reference: plain torch, float32 (or wider) throughout."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    qw, kw, vw = (x.transpose(1, 2).to(wide) for x in (q, k, v))
+    weights = (qw @ kw.transpose(2, 3) * q.shape[3] ** -0.5).softmax(dim=-1)
+    return _in_order_of(q, (weights @ vw).transpose(1, 2).to(q.dtype))
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+    return _in_order_of(q, out.transpose(1, 2))
+
+
+def _cpu(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from msdd_fast import native
+
+    return native.attention(q, k, v)
+
+
+def _xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from xformers.ops import memory_efficient_attention
+
+    return _in_order_of(q, memory_efficient_attention(q, k, v))
+
+
+def _flash_attn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from flash_attn import flash_attn_func
+
+    return _in_order_of(q, flash_attn_func(q, k, v))
+
+
+def _in_order_of(q: Tensor, out: Tensor) -> Tensor:
+    """``out``, dense in q's memory order; copied only if it is not so."""
+    return out.transpose(0, 1).contiguous().transpose(0, 1) if is_token_major(q) else out.contiguous()
+
+
+def _can_use_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Verdict:
+    return True, "F.scaled_dot_product_attention"
+
+
+def _can_use_cpu(q: Tensor, k: Tensor, v: Tensor) -> Verdict:
+    if q.device.type == "cpu":
+        if q.dtype not in FLOAT_DTYPES:
+            return False, f"works in float32, bfloat16 and float16, got {q.dtype}"
+        if q.shape[3] not in CPU_HEAD_SIZES:
+            return False, f"needs a head size that is a multiple of 16 up to 128, got {q.shape[3]}"
+        if not _rows_are_dense(q, k, v):
+            return False, "needs the last dimension of q, k and v to be contiguous"
+    return can_use_cpu(q)
+
+
+def _can_use_xformers(q: Tensor, k: Tensor, v: Tensor) -> Verdict:
+    verdict = can_use_package(q, "xformers", "xformers", "pip install 'xformers>=0.0.35'")
+    if verdict[0] and q.dtype not in FLOAT_DTYPES:
+        return False, f"works in float32, bfloat16 and float16, got {q.dtype}"
+    if verdict[0] and not _rows_are_dense(q, k, v):
+        return False, "needs the last dimension of q, k and v to be contiguous"
+    return verdict
+
+
+def _can_use_flash_attn(q: Tensor, k: Tensor, v: Tensor) -> Verdict:
+    verdict = can_use_package(q, "flash-attn", "flash_attn", "pip install flash-attn --no-build-isolation")
+    if verdict[0] and q.dtype not in (torch.bfloat16, torch.float16):
+        return False, f"works in bfloat16 and float16, got {q.dtype}"
+    if verdict[0] and (q.shape[3] % 8 or q.shape[3] > 256):
+        return False, f"needs a head size that is a multiple of 8 up to 256, got {q.shape[3]}"
+    return verdict
+
+
+def _rows_are_dense(*tensors: Tensor) -> bool:
+    return all(x.stride(3) == 1 for x in tensors)
+
+
+OP = Op(
+    "attention",
+    "(Tensor q, Tensor k, Tensor v) -> Tensor",
+    attention_eager,
+    lambda q, k, v: attention_result(q),
+    fastest=lambda q, k, v: selection.fastest("attention", q.device, q.dtype, q.shape[3], q.shape[1]),
+)
+OP.register("sdpa", _sdpa, _can_use_sdpa, differentiable=True)
+OP.register("cpu", _cpu, _can_use_cpu)
+OP.register("flash-attn", _flash_attn, _can_use_flash_attn)
+OP.register("xformers", _xformers, _can_use_xformers)
