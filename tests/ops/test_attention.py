@@ -287,7 +287,7 @@ def test_reasons():
     strided = [torch.zeros(1, 2, 1, 32)[..., ::2]] * 3
     assert "last dimension" in {n: why for n, _, why in module.OP.explain(*strided)}["cpu"]
     assert ops.attention(*strided).shape == (1, 2, 1, 16)
-    with pytest.raises(BackendUnavailableError, match="cpu: works in .* got torch.float64"):
+    with pytest.raises(BackendUnavailableError, match=r"cpu: works in .* got torch.float64"):
         ops.attention(*(x.double() for x in qkv((1, 2, 3, 1, 16))), backend="cpu")
 
 
