@@ -76,7 +76,10 @@ class Op:
     def register(
         self, backend: str, function: Callable[..., Any], can_use: Callable[..., Verdict], differentiable: bool = False
     ) -> None:
-        """Add an implementation; ``auto`` tries them in the order in which they were added, then eager."""
+        """Add an implementation; ``auto`` tries them in the order in which they were added, then eager.
+
+        "cpu" comes before "triton": on a CPU tensor Triton means its interpreter, which is for tests.
+        """
         if differentiable:
             self.implementations[backend] = Implementation(can_use, function, True)
             return

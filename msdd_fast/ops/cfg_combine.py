@@ -49,5 +49,5 @@ OP = Op(
     cfg_combine_eager,
     lambda v, *_: torch.empty_like(dense(v)),
 )
-OP.register("triton", _triton, lambda v, *_: can_use_triton(v))
 OP.register("cpu", _cpu, lambda v, *_: can_use_cpu(v))
+OP.register("triton", _triton, lambda v, *_: can_use_triton(v))

@@ -60,5 +60,5 @@ OP = Op(
     cfg_euler_eager,
     lambda x, *_: torch.empty_like(dense(x)),
 )
-OP.register("triton", _triton, lambda x, *_: can_use_triton(x))
 OP.register("cpu", _cpu, lambda x, *_: can_use_cpu(x))
+OP.register("triton", _triton, lambda x, *_: can_use_triton(x))

@@ -62,5 +62,5 @@ OP = Op(
     start_noise_eager,
     _fake,
 )
-OP.register("triton", _triton, lambda seeds, *_: can_use_triton(seeds))
 OP.register("cpu", _cpu, lambda seeds, *_: can_use_cpu(seeds))
+OP.register("triton", _triton, lambda seeds, *_: can_use_triton(seeds))
