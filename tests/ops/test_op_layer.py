@@ -17,14 +17,11 @@ from tests.ops.conftest import HAS_GPU
 SEEDS = torch.tensor([3, 4])
 X = torch.randn(2, 3, 4, 6, generator=torch.Generator().manual_seed(0))
 HALF = torch.tensor(0.5)
-<<<<<<< HEAD
 ROWS = X.reshape(2, 3, 24)
 TABLE = X.reshape(2, 72)[:, :24]
 HEADS = X.expand(16, 2, 3, 4, 6).permute(1, 4, 2, 3, 0)  # (B, N, P, H, d)
 NORM, ANGLE = torch.ones(1, 2, 16), torch.ones(6, 8)
-=======
 QKV = torch.randn(2, 5, 3, 2, 16, generator=torch.Generator().manual_seed(1)).unbind(2)
->>>>>>> 4f823bd (The attention op: eager, sdpa, cpu, flash-attn and xformers; the table of the fastest and msdd-fast tune)
 ARGUMENTS = {
     "attention": QKV,
     "start_noise": (SEEDS, 3, 4, 6, torch.float32),
@@ -106,13 +103,8 @@ def test_gradients(name):
     needs("cpu")
     the_op, (x, *rest) = op(name), ARGUMENTS[name]
     x = x.clone().requires_grad_()
-<<<<<<< HEAD
-    assert the_op.select(x, *rest) == "eager"
-    total(the_op(x, *rest)).backward()
-=======
     assert the_op.select(x, *rest) == ("sdpa" if name == "attention" else "eager")
-    the_op(x, *rest).sum().backward()
->>>>>>> 4f823bd (The attention op: eager, sdpa, cpu, flash-attn and xformers; the table of the fastest and msdd-fast tune)
+    total(the_op(x, *rest)).backward()
     assert x.grad is not None
     with pytest.raises(InputError, match=f"{name}: backend 'cpu' is for inference, but an argument requires grad"):
         the_op(x, *rest, backend="cpu")
