@@ -171,7 +171,8 @@ def test_a_named_backend_never_falls_back(monkeypatch):
     with pytest.raises(BackendUnavailableError) as caught:
         op("euler_step")(*ARGUMENTS["euler_step"], backend="triton")
     text = str(caught.value)
-    assert text.startswith("euler_step: backend 'triton' cannot run this call. triton: needs a CUDA tensor")
+    assert text.startswith("euler_step: backend 'triton' cannot run this call. ")
+    assert "; triton: needs a CUDA tensor" in text
     assert "cpu: was not built: no compiler. To build it: X" in text and "eager: ok" in text
     assert op("euler_step").select(*ARGUMENTS["euler_step"]) == "eager"
 
