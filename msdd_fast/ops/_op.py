@@ -44,9 +44,13 @@ def observe(observer: Observer) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Implementation:
-    """One backend of one op. ``can_use`` takes the op's arguments and answers (ok, reason) from metadata alone."""
+    """One backend of one op. ``can_use`` takes the op's arguments and answers (ok, reason) from metadata alone.
+
+    ``function`` does the work; ``overload`` is the same as an operator that PyTorch knows.
+    """
 
     can_use: Callable[..., Verdict]
+    function: Callable[..., Any]
     overload: Callable[..., Any]
     differentiable: bool = False
 
@@ -81,7 +85,7 @@ class Op:
         "cpu" comes before "triton": on a CPU tensor Triton means its interpreter, which is for tests.
         """
         if differentiable:
-            self.implementations[backend] = Implementation(can_use, function, True)
+            self.implementations[backend] = Implementation(can_use, function, function, True)
             return
         overload_name = backend.replace("-", "_")  # the schema language knows no hyphens
         qualified = f"{self.name}.{overload_name}"
@@ -90,7 +94,7 @@ class Op:
         torch.library.register_fake(f"msdd_fast::{qualified}", self.fake, lib=_LIBRARY)
         torch.library.register_autograd(f"msdd_fast::{qualified}", self._refuse_backward(backend), lib=_LIBRARY)
         overload = getattr(getattr(torch.ops.msdd_fast, self.name), overload_name)
-        self.implementations[backend] = Implementation(can_use, overload)
+        self.implementations[backend] = Implementation(can_use, function, overload)
 
     def __call__(self, *args: Any, backend: str | None = None) -> Any:
         """Run on the backend of the argument, else of ``use_backend``, else of MSDD_FAST_BACKEND, else the best."""
@@ -98,7 +102,10 @@ class Op:
         if _observers:
             for observer in _observers:
                 observer(self, chosen, args)
-        return self.eager(*args) if chosen == "eager" else self.implementations[chosen].overload(*args)
+        if chosen == "eager":
+            return self.eager(*args)
+        implementation = self.implementations[chosen]
+        return (implementation.function if _nobody_watches(args) else implementation.overload)(*args)
 
     def select(self, *args: Any, backend: str | None = None) -> str:
         """Name of the backend that would run. Raises BackendUnavailableError for a named one that cannot."""
@@ -150,6 +157,23 @@ class Op:
         if not torch.compiler.is_compiling() and (self.name, message) not in _logged:
             _logged.add((self.name, message))
             _log.info("%s: %s", self.name, message)
+
+
+def _nobody_watches(args: tuple[Any, ...]) -> bool:
+    """Whether only the work counts: no tracing, mode, transform or tensor subclass has to see an operator.
+
+    Then the function is called directly: the way through the dispatcher costs more than a small op on a CPU.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and not _needs_grad(args)
+        and all(type(a) in _PLAIN for a in args if isinstance(a, Tensor))
+    )
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def both(first: Verdict, second: Verdict) -> Verdict:
