@@ -1,4 +1,5 @@
-// Attention by AVX-512: 8 x 32 sums in 16 of the 32 registers.
+// Attention by AVX-512: 8 x 32 sums in 16 of the 32 registers. Compiled, but not run yet, for want of such a machine;
+// the plain level runs the same panels and tiles.
 #include "attention_job.h"
 
 #ifdef MSDD_X86_LEVELS

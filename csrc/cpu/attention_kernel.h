@@ -91,9 +91,10 @@ MSDD_SIMD inline float softmax_row(float* row, std::int64_t width, float scale, 
 }
 
 // A row as float32, 16 elements at a time: a count that the compiler knows makes plain vector instructions of the loop.
+// <T>: inline, where the overload for float16 would be a call.
 template <class T>
 MSDD_SIMD inline void widen_row(const T* from, std::int64_t width, float* to) {
-    for (std::int64_t i = 0; i < width; i += 16) widen(from + i, 16, to + i);
+    for (std::int64_t i = 0; i < width; i += 16) widen<T>(from + i, 16, to + i);
 }
 
 // Rows [0, count) of `from`, and zeros up to `padded`, as float32 [padded][width].
@@ -133,9 +134,9 @@ MSDD_SIMD void write_row(const float* sums, float total, const T* accumulate, st
     const float inverse = 1.0f / total;
     for (std::int64_t i = 0; i < width; i += 16) {
         alignas(64) float part[16], base[16] = {};
-        if (accumulate != nullptr) widen(accumulate + i, 16, base);
+        if (accumulate != nullptr) widen<T>(accumulate + i, 16, base);
         for (int j = 0; j < 16; ++j) part[j] = sums[i + j] * inverse + base[j];
-        narrow(part, 16, out + i);
+        narrow<T>(part, 16, out + i);
     }
 }
 

@@ -28,8 +28,6 @@ from msdd_fast.native import attention_result, is_token_major
 from msdd_fast.ops._checks import FLOAT_DTYPES, check_device
 from msdd_fast.ops._op import Op, Verdict
 
-CPU_HEAD_SIZES = range(16, 129, 16)
-
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str | None = None) -> Tensor:
     """softmax(q k^T / sqrt(d)) v. Raises InputError for tensors that do not fit together, and for no keys."""
@@ -104,7 +102,7 @@ def _can_use_cpu(q: Tensor, k: Tensor, v: Tensor) -> Verdict:
     if q.device.type == "cpu":
         if q.dtype not in FLOAT_DTYPES:
             return False, f"works in float32, bfloat16 and float16, got {q.dtype}"
-        if q.shape[3] not in CPU_HEAD_SIZES:
+        if q.shape[3] % 16 or q.shape[3] > 128:
             return False, f"needs a head size that is a multiple of 16 up to 128, got {q.shape[3]}"
         if not _rows_are_dense(q, k, v):
             return False, "needs the last dimension of q, k and v to be contiguous"
