@@ -32,6 +32,9 @@ from msdd_fast.sampling import sample
 
 # bfloat16 eager differs from float32 by this much at most on decoded values of a few units.
 TOLERANCE = 1.0
+# PyTorch without us; its attention is SDPA, since the eager reference stores all scores.
+SDPA = "attention=sdpa,context_attention=sdpa"
+PLAIN = f"eager,{SDPA}"
 
 
 def load(name: str, device: torch.device) -> Tokenizer:
@@ -57,11 +60,12 @@ def eager(tokenizer: Tokenizer, dtype: torch.dtype, compiled: bool = False) -> C
     copy.load_state_dict(tokenizer.state_dict())
     if compiled:
         copy.decoder.compile(dynamic=False)
-    noise = "triton" if device.type == "cuda" else "cpu"
+    fused = "triton" if device.type == "cuda" else "cpu"
+    choice = f"{PLAIN},start_noise={fused},renoise_upsample={fused}"
     sampling = tokenizer.config.sampling
 
     def decode(z: Tensor) -> Tensor:
-        with use_backend(f"eager,start_noise={noise},renoise_upsample={noise}"), torch.no_grad():
+        with use_backend(choice), torch.no_grad():
             out = sample(
                 copy.decoder, z.to(dtype), copy.schedule, steps=sampling.steps, cfg_scale=sampling.cfg_scale, seed=0
             )
@@ -106,9 +110,8 @@ def providers(tokenizer: Tokenizer, batch: int, with_compile: bool) -> tuple[lis
     bars: dict[str, Callable[[Tensor], Tensor]] = {"eager-bf16": eager(tokenizer, torch.bfloat16)}
     if best.dtype != torch.bfloat16:
         bars[f"eager-{_short(best.dtype)}"] = eager(tokenizer, best.dtype)
-    plain_attention = "attention=sdpa,context_attention=sdpa"
-    bars["hoist"] = accelerate(tokenizer, backend=f"eager,{plain_attention}", **options).decode
-    bars["fused ops"] = accelerate(tokenizer, backend=f"{fused},{plain_attention}", **options).decode
+    bars["hoist"] = accelerate(tokenizer, backend=PLAIN, **options).decode
+    bars["fused ops"] = accelerate(tokenizer, backend=f"{fused},{SDPA}", **options).decode
     bars["attention"] = accelerate(tokenizer, **options).decode
     if best.graphs:
         best.warmup()

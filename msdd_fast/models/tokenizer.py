@@ -20,8 +20,9 @@ from msdd_fast.schedule import StageSchedule
 class Tokenizer(nn.Module):
     """Images to latent tokens and back.
 
-    ``encode`` and ``decode`` run the plain eager model; this is the specification that every fast
-    path is tested against.
+    ``encode`` and ``decode`` run the model as it is written, op by op. The fused ops take their best backend
+    (``backends.use_backend``); under ``use_backend("eager")`` all is plain PyTorch, and that is the specification which
+    every fast path is tested against.
     """
 
     def __init__(self, config: TokenizerConfig) -> None:
@@ -107,7 +108,6 @@ class Tokenizer(nn.Module):
             seed=seed,
             noise=noise,
             stage_callback=stage_callback,
-            backend="eager",
         )
         assert isinstance(out, Tensor)
         return out
