@@ -13,6 +13,7 @@
 #include "msdd_fast/check.h"
 #include "msdd_fast/noise.h"
 #include "msdd_fast/norm_modulate.h"
+#include "msdd_fast/patch_rows.h"
 #include "msdd_fast/philox.h"
 #include "msdd_fast/qk_norm_rope.h"
 #include "msdd_fast/swiglu.h"
@@ -55,29 +56,59 @@ void renoise_upsample(Address out, Address x, int dtype, bool channels_last, Add
                                 {alpha, beta, stage, correlation}, threads);
 }
 
-using Operand = std::tuple<Address, int>;  // address (0: absent) and dtype
+using Operand = std::tuple<Address, int>;             // address (0: absent) and dtype
+using Rows = std::tuple<Address, int, std::int64_t>;  // the same and the stride between rows
 
 msdd_fast::Operand operand_of(const Operand& operand) {
     return {pointer<const void>(std::get<0>(operand)), dtype_of(std::get<1>(operand))};
 }
 
-void cfg_euler(const Operand& out, const Operand& x, const Operand& v_cond, const Operand& v_uncond, std::int64_t count,
-               float scale, float dt, int threads) {
-    msdd_fast::cfg_euler(pointer<void>(std::get<0>(out)), dtype_of(std::get<1>(out)), operand_of(x), operand_of(v_cond),
-                         operand_of(v_uncond), count, scale, dt, threads);
+msdd_fast::Rows rows_of(const Rows& rows) {
+    const auto& [address, dtype, stride] = rows;
+    return {operand_of({address, dtype}), stride};
 }
 
-using Table = std::tuple<Address, int, std::int64_t>;  // address (0: absent), dtype and stride between rows
-
-msdd_fast::Table table_of(const Table& table) {
-    return {operand_of({std::get<0>(table), std::get<1>(table)}), std::get<2>(table)};
+void cfg_euler(Address out, int dtype, const Rows& x, const Rows& v_cond, const Rows& v_uncond, std::int64_t rows,
+               std::int64_t columns, float scale, float dt, int threads) {
+    msdd_fast::cfg_euler(pointer<void>(out), dtype_of(dtype), rows_of(x), rows_of(v_cond), rows_of(v_uncond), rows,
+                         columns, scale, dt, threads);
 }
 
-void norm_modulate(Address h, Address x_new, const Operand& x, const Operand& y, const Table& gate, const Table& shift,
-                   const Table& scale, std::int64_t rows, std::int64_t width, std::int64_t run, std::int64_t groups,
+using PatchRows = std::tuple<Address, int, std::int64_t, std::int64_t>;  // address (0: absent), dtype, two strides
+using PatchShape = std::array<std::int64_t, 4>;                          // grid, batch, channels, patch
+
+msdd_fast::PatchRows patch_rows_of(const PatchRows& rows) {
+    const auto& [address, dtype, token_stride, image_stride] = rows;
+    return {pointer<const void>(address), dtype_of(dtype), token_stride, image_stride};
+}
+
+void stage_transition(Address out, const PatchRows& x, const PatchRows& v, const PatchRows& v_uncond,
+                      const PatchShape& shape, float dt, float scale, Address seeds, float alpha, float beta,
+                      std::int64_t stage, double correlation, int threads) {
+    msdd_fast::stage_transition(pointer<void>(out), patch_rows_of(x), patch_rows_of(v), patch_rows_of(v_uncond),
+                                {shape[0], shape[1], shape[2], shape[3]}, {dt, scale},
+                                pointer<const std::int64_t>(seeds), {alpha, beta, stage, correlation}, threads);
+}
+
+void final_step(Address out, int type, bool channels_last, const PatchRows& x, const PatchRows& v,
+                const PatchRows& v_uncond, const PatchShape& shape, float dt, float scale, int threads) {
+    msdd_fast::expect(type >= 0 && type <= 3, "type must be 0 to 3, got " + std::to_string(type));
+    msdd_fast::final_step(pointer<void>(out), static_cast<msdd_fast::PixelType>(type), channels_last, patch_rows_of(x),
+                          patch_rows_of(v), patch_rows_of(v_uncond), {shape[0], shape[1], shape[2], shape[3]},
+                          {dt, scale}, threads);
+}
+
+void start_noise_rows(Address out, int dtype, Address seeds, std::int64_t batch, std::int64_t channels,
+                      std::int64_t height, std::int64_t width, std::int64_t patch, int threads) {
+    msdd_fast::start_noise_rows(pointer<void>(out), dtype_of(dtype), pointer<const std::int64_t>(seeds), batch,
+                                channels, height, width, patch, threads);
+}
+
+void norm_modulate(Address h, Address x_new, const Operand& x, const Operand& y, const Rows& gate, const Rows& shift,
+                   const Rows& scale, std::int64_t rows, std::int64_t width, std::int64_t run, std::int64_t groups,
                    float eps, int threads) {
     msdd_fast::norm_modulate(pointer<void>(h), pointer<void>(x_new), pointer<const void>(std::get<0>(x)),
-                             dtype_of(std::get<1>(x)), operand_of(y), table_of(gate), table_of(shift), table_of(scale),
+                             dtype_of(std::get<1>(x)), operand_of(y), rows_of(gate), rows_of(shift), rows_of(scale),
                              {rows, width, run, groups, eps}, threads);
 }
 
@@ -128,9 +159,6 @@ PYBIND11_MODULE(_C, m) {
           py::arg("width"), py::arg("alpha"), py::arg("beta"), py::arg("stage"), py::arg("correlation"),
           py::arg("threads") = 1,
           "alpha * nearest_x2(x) + beta * noise into `out`; the sizes are those of x; see noise.h.");
-    m.def("cfg_euler", &cfg_euler, no_gil, py::arg("out"), py::arg("x"), py::arg("v_cond"), py::arg("v_uncond"),
-          py::arg("count"), py::arg("scale"), py::arg("dt"), py::arg("threads") = 1,
-          "x + dt * (v_uncond + scale * (v_cond - v_uncond)); operands are (address or 0, dtype); see cfg_euler.h.");
     m.def(
         "norm_modulate", &norm_modulate, no_gil, py::arg("h"), py::arg("x_new"), py::arg("x"), py::arg("y"),
         py::arg("gate"), py::arg("shift"), py::arg("scale"), py::arg("rows"), py::arg("width"), py::arg("run"),
@@ -149,4 +177,20 @@ PYBIND11_MODULE(_C, m) {
           py::arg("heads"), py::arg("head_size"), py::arg("level") = "", py::arg("threads") = 1,
           "softmax(q k^T / sqrt(d)) v; tensors are (address, strides of batch, token, head); see attention.h.");
     m.def("attention_level", &msdd_fast::attention_level, "SIMD level that attention takes here; see attention.h.");
+    m.def("cfg_euler", &cfg_euler, no_gil, py::arg("out"), py::arg("dtype"), py::arg("x"), py::arg("v_cond"),
+          py::arg("v_uncond"), py::arg("rows"), py::arg("columns"), py::arg("scale"), py::arg("dt"),
+          py::arg("threads") = 1,
+          "x + dt * (v_uncond + scale * (v_cond - v_uncond)); operands are (address or 0, dtype, row stride); see "
+          "cfg_euler.h.");
+    m.def("stage_transition", &stage_transition, no_gil, py::arg("out"), py::arg("x"), py::arg("v"),
+          py::arg("v_uncond"), py::arg("shape"), py::arg("dt"), py::arg("scale"), py::arg("seeds"), py::arg("alpha"),
+          py::arg("beta"), py::arg("stage"), py::arg("correlation"), py::arg("threads") = 1,
+          "Euler step, upsampling and renoising of patch rows: operands (address or 0, dtype, token stride, image "
+          "stride), shape (grid, batch, channels, patch); see patch_rows.h.");
+    m.def("final_step", &final_step, no_gil, py::arg("out"), py::arg("type"), py::arg("channels_last"), py::arg("x"),
+          py::arg("v"), py::arg("v_uncond"), py::arg("shape"), py::arg("dt"), py::arg("scale"), py::arg("threads") = 1,
+          "Euler step of patch rows to an image; type 3 is uint8; see patch_rows.h.");
+    m.def("start_noise_rows", &start_noise_rows, no_gil, py::arg("out"), py::arg("dtype"), py::arg("seeds"),
+          py::arg("batch"), py::arg("channels"), py::arg("height"), py::arg("width"), py::arg("patch"),
+          py::arg("threads") = 1, "The numbers of start_noise as patch rows; see patch_rows.h.");
 }

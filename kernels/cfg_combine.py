@@ -2,36 +2,36 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from msdd_fast.kernels._elementwise import BLOCK, NUM_WARPS, flat_grid
+from msdd_fast.kernels._rows import launch_for, result_like, row_and_columns
 
 
 @triton.jit
 def cfg_combine_kernel(
-    p_cond,  # (n,)
-    p_uncond,  # (n,)
+    p_cond,  # (rows, columns)
+    p_uncond,  # (rows, columns)
     p_scale,  # () fp32
-    p_out,  # (n,)
-    n,
+    p_out,  # (rows, columns), contiguous
+    columns,
+    stride_cond,  # of rows; columns are contiguous
+    stride_uncond,
     BLOCK: tl.constexpr,
 ):
-    o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    m = o < n
-    b_cond = tl.load(p_cond + o, mask=m, other=0.0).to(tl.float32)  # [BLOCK]
-    b_uncond = tl.load(p_uncond + o, mask=m, other=0.0).to(tl.float32)  # [BLOCK]
+    i_row, o = row_and_columns(columns, BLOCK)
+    m = o < columns
+    b_cond = tl.load(p_cond + i_row * stride_cond + o, mask=m, other=0.0).to(tl.float32)  # [BLOCK]
+    b_uncond = tl.load(p_uncond + i_row * stride_uncond + o, mask=m, other=0.0).to(tl.float32)  # [BLOCK]
     b_v = b_uncond + tl.load(p_scale) * (b_cond - b_uncond)
-    tl.store(p_out + o, b_v.to(p_out.dtype.element_ty), mask=m)
+    tl.store(p_out + i_row * columns + o, b_v.to(p_out.dtype.element_ty), mask=m)
 
 
 def cfg_combine(v_cond: Tensor, v_uncond: Tensor, scale: Tensor) -> Tensor:
-    """Launch on velocities of one shape and memory order; returns the dtype and memory order of ``v_cond``."""
-    out = torch.empty_like(v_cond)
+    """Launch on velocities as ``as_rows`` makes them; returns the dtype and memory order of ``v_cond``."""
+    grid, layout, options = launch_for(v_cond, v_uncond)
+    out = result_like(v_cond, layout)
     if out.numel() > 0:
-        cfg_combine_kernel[flat_grid(out)](
-            v_cond, v_uncond, scale, out, out.numel(), BLOCK=BLOCK, num_warps=NUM_WARPS, enable_fp_fusion=True
-        )
+        cfg_combine_kernel[grid](v_cond, v_uncond, scale, out, layout.columns, *layout.strides, **options)
     return out

@@ -2,39 +2,41 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from msdd_fast.kernels._elementwise import BLOCK, NUM_WARPS, flat_grid
+from msdd_fast.kernels._rows import launch_for, result_like, row_and_columns
 
 
 @triton.jit
 def cfg_euler_kernel(
-    p_x,  # (n,)
-    p_cond,  # (n,)
-    p_uncond,  # (n,)
+    p_x,  # (rows, columns)
+    p_cond,  # (rows, columns)
+    p_uncond,  # (rows, columns)
     p_scale,  # () fp32
     p_dt,  # () fp32
-    p_out,  # (n,)
-    n,
+    p_out,  # (rows, columns), contiguous
+    columns,
+    stride_x,  # of rows; columns are contiguous
+    stride_cond,
+    stride_uncond,
     BLOCK: tl.constexpr,
 ):
-    o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    m = o < n
-    b_x = tl.load(p_x + o, mask=m, other=0.0).to(tl.float32)  # [BLOCK]
-    b_cond = tl.load(p_cond + o, mask=m, other=0.0).to(tl.float32)  # [BLOCK]
-    b_uncond = tl.load(p_uncond + o, mask=m, other=0.0).to(tl.float32)  # [BLOCK]
+    i_row, o = row_and_columns(columns, BLOCK)
+    m = o < columns
+    b_x = tl.load(p_x + i_row * stride_x + o, mask=m, other=0.0).to(tl.float32)  # [BLOCK]
+    b_cond = tl.load(p_cond + i_row * stride_cond + o, mask=m, other=0.0).to(tl.float32)  # [BLOCK]
+    b_uncond = tl.load(p_uncond + i_row * stride_uncond + o, mask=m, other=0.0).to(tl.float32)  # [BLOCK]
     b_v = b_uncond + tl.load(p_scale) * (b_cond - b_uncond)
-    tl.store(p_out + o, (b_x + tl.load(p_dt) * b_v).to(p_out.dtype.element_ty), mask=m)
+    b_out = b_x + tl.load(p_dt) * b_v
+    tl.store(p_out + i_row * columns + o, b_out.to(p_out.dtype.element_ty), mask=m)
 
 
 def cfg_euler(x: Tensor, v_cond: Tensor, v_uncond: Tensor, scale: Tensor, dt: Tensor) -> Tensor:
-    """Launch on tensors of one shape and memory order; returns x's dtype and memory order."""
-    out = torch.empty_like(x)
+    """Launch on tensors as ``as_rows`` makes them; returns x's dtype and memory order."""
+    grid, layout, options = launch_for(x, v_cond, v_uncond)
+    out = result_like(x, layout)
     if out.numel() > 0:
-        cfg_euler_kernel[flat_grid(x)](
-            x, v_cond, v_uncond, scale, dt, out, x.numel(), BLOCK=BLOCK, num_warps=NUM_WARPS, enable_fp_fusion=True
-        )
+        cfg_euler_kernel[grid](x, v_cond, v_uncond, scale, dt, out, layout.columns, *layout.strides, **options)
     return out

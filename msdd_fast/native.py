@@ -5,6 +5,7 @@ CPU tensors only. The ops of the same names (msdd_fast.ops) state formulas and c
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -12,13 +13,20 @@ from torch import Tensor
 
 from msdd_fast.backends import load_extension
 from msdd_fast.errors import InputError
+from msdd_fast.ops._rows import RowLayout, row_layout
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in csrc/include/msdd_fast/dtype.h
 
 
-def start_noise(seeds: Tensor, channels: int, height: int, width: int, dtype: torch.dtype) -> Tensor:
+_PIXEL_TYPES = {**_DTYPES, torch.uint8: 3}  # as in csrc/include/msdd_fast/patch_rows.h
+
+
+def start_noise(
+    seeds: Tensor, channels: int, height: int, width: int, dtype: torch.dtype, patch_size: int | None = None
+) -> Tensor:
     """White unit normals (B, C, H, W) for int64 seeds (B,), H and W even, dtype float32, bfloat16 or float16.
 
+    With ``patch_size`` the same numbers as patch rows (H/p * W/p, B, C*p*p), p even.
     Raises InputError on anything else, BackendUnavailableError if the extension is missing, as all functions here.
     """
     seeds = _check_seeds(seeds)
@@ -26,8 +34,16 @@ def start_noise(seeds: Tensor, channels: int, height: int, width: int, dtype: to
         raise InputError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
     if min(channels, height, width) < 0:
         raise InputError(f"channels, height and width must not be negative, got {(channels, height, width)}")
-    out = torch.empty(len(seeds), channels, height, width, dtype=dtype, device="cpu")
-    _call("start_noise", out.data_ptr(), _DTYPES[dtype], seeds.data_ptr(), *out.shape)
+    sizes = (len(seeds), channels, height, width)
+    if patch_size is None:
+        out = torch.empty(sizes, dtype=dtype, device="cpu")
+        _call("start_noise", out.data_ptr(), _DTYPES[dtype], seeds.data_ptr(), *sizes)
+        return out
+    if patch_size < 2 or patch_size % 2 or height % patch_size or width % patch_size:
+        raise InputError(f"patch_size must be an even divisor of {height} and {width}, got {patch_size}")
+    tokens = height // patch_size * (width // patch_size)
+    out = torch.empty(tokens, len(seeds), channels * patch_size**2, dtype=dtype, device="cpu")
+    _call("start_noise_rows", out.data_ptr(), _DTYPES[dtype], seeds.data_ptr(), *sizes, patch_size)
     return out
 
 
@@ -53,24 +69,34 @@ def cfg_euler(
 ) -> Tensor:
     """x + dt * v, or v if x and dt are None; v = v_uncond + scale * (v_cond - v_uncond), or v_cond if those are None.
 
-    Tensors of one shape and memory order (contiguous or channels-last), scalars of one element. The result has the
-    dtype of the first tensor.
+    Tensors of one shape and memory order (contiguous or channels-last), scalars of one element. Contiguous ones may
+    also be views whose rows are apart (``rows.row_layout``). The result has the dtype of the first tensor, and no gaps.
     """
     if (x is None) != (dt is None) or (v_uncond is None) != (scale is None):
         raise InputError("x and dt, v_uncond and scale must be given or left out together")
-    name, first = ("v_cond", v_cond) if x is None else ("x", x)
-    order = _check(name, first)
-    for other, v in (("v_cond", v_cond), ("v_uncond", v_uncond)):
-        if v is not None:
-            _check(other, v)
-            if v.shape != first.shape or not v.is_contiguous(memory_format=order):
-                expected = f"shape {tuple(first.shape)} and memory order {order} of {name}"
-                raise InputError(f"{other} must have the {expected}, got {tuple(v.shape)}, strides {v.stride()}")
-    out = torch.empty_like(first)
-    operands = [(0, 0) if t is None else (t.data_ptr(), _DTYPES[t.dtype]) for t in (out, x, v_cond, v_uncond)]
+    given = {n: t for n, t in (("x", x), ("v_cond", v_cond), ("v_uncond", v_uncond)) if t is not None}
+    for name, t in given.items():
+        _check_cpu(name, t)
+    name, first = next(iter(given.items()))
+    for other, t in given.items():
+        if t.shape != first.shape:
+            raise InputError(f"{other} must have the shape of {name}, {tuple(first.shape)}, got {tuple(t.shape)}")
+    layout = row_layout(*given.values())
+    if layout is None:
+        order = _check(name, first)
+        for other, t in given.items():
+            if not t.is_contiguous(memory_format=order):
+                raise InputError(f"{other} must have the memory order {order} of {name}, got strides {t.stride()}")
+        layout = RowLayout(1, first.numel(), (0,) * len(given))
+    out = torch.empty_like(first) if layout.rows == 1 else torch.empty_like(first, memory_format=torch.contiguous_format)
+    strides = dict(zip(given, layout.strides, strict=True))
+    operands = [
+        (given[n].data_ptr(), _DTYPES[given[n].dtype], strides[n]) if n in given else (0, 0, 0)
+        for n in ("x", "v_cond", "v_uncond")
+    ]
     scalars = [0.0 if s is None else s.item() for s in (scale, dt)]
     if out.numel():  # the address of an empty tensor is 0, which would mean a missing one
-        _call("cfg_euler", *operands, out.numel(), *scalars)
+        _call("cfg_euler", out.data_ptr(), _DTYPES[out.dtype], *operands, layout.rows, layout.columns, *scalars)
     return out
 
 
@@ -213,6 +239,85 @@ def attention(q: Tensor, k: Tensor, v: Tensor, accumulate: Tensor | None = None,
     b, n, h, d = q.shape
     _call("attention", *views, _DTYPES[q.dtype], b, n, k.shape[1], h, d, level)
     return out
+
+
+def stage_transition(
+    x: Tensor,
+    v: Tensor,
+    dt: Tensor,
+    alpha: Tensor,
+    beta: Tensor,
+    seeds: Tensor,
+    stage: int,
+    patch_size: int,
+    correlation: float,
+    v_uncond: Tensor | None,
+    scale: Tensor | None,
+) -> Tensor:
+    """Patch rows (4N, B, C*p*p) of the next stage's start, in x's dtype, from those of this one's end, (N, B, C*p*p).
+
+    The last dimension of every tensor must be contiguous; scalars of one element; seeds int64 (B,); p even.
+    """
+    operands, shape = _patch_operands(x, v, v_uncond, scale, patch_size)
+    seeds = _check_seeds(seeds)
+    if len(seeds) != x.shape[1] or patch_size % 2:
+        raise InputError(f"one seed per image and an even patch_size are needed, got {len(seeds)} and {patch_size}")
+    out = torch.empty(4 * x.shape[0], *x.shape[1:], dtype=x.dtype, device="cpu")
+    if out.numel():
+        euler = (dt.item(), 0.0 if scale is None else scale.item())
+        noise = (seeds.data_ptr(), alpha.item(), beta.item(), stage, correlation)
+        _call("stage_transition", out.data_ptr(), *operands, shape, *euler, *noise)
+    return out
+
+
+def final_step(
+    x: Tensor,
+    v: Tensor,
+    dt: Tensor,
+    patch_size: int,
+    out_dtype: torch.dtype,
+    v_uncond: Tensor | None,
+    scale: Tensor | None,
+    channels_last: bool,
+) -> Tensor:
+    """The last Euler step of patch rows (N, B, C*p*p), as an image (B, C, H, H) of a float dtype or uint8."""
+    operands, shape = _patch_operands(x, v, v_uncond, scale, patch_size)
+    if out_dtype not in _PIXEL_TYPES:
+        raise InputError(f"out_dtype must be float32, bfloat16, float16 or uint8, got {out_dtype}")
+    grid, batch, channels, _ = shape
+    order = torch.channels_last if channels_last else torch.contiguous_format
+    side = grid * patch_size
+    out = torch.empty(batch, channels, side, side, dtype=out_dtype, device="cpu", memory_format=order)
+    if out.numel():
+        euler = (dt.item(), 0.0 if scale is None else scale.item())
+        _call("final_step", out.data_ptr(), _PIXEL_TYPES[out_dtype], channels_last, *operands, shape, *euler)
+    return out
+
+
+_PatchOperand = tuple[int, int, int, int]
+
+
+def _patch_operands(
+    x: Tensor, v: Tensor, v_uncond: Tensor | None, scale: Tensor | None, patch_size: int
+) -> tuple[list[_PatchOperand], tuple[int, int, int, int]]:
+    """(address, dtype, strides) of the three, and (grid, batch, channels, patch). Raises InputError."""
+    if (v_uncond is None) != (scale is None):
+        raise InputError("v_uncond and scale must be given or left out together")
+    operands = []
+    for name, t in (("x", x), ("v", v), ("v_uncond", v_uncond)):
+        if t is None:
+            operands.append((0, 0, 0, 0))
+            continue
+        _check_cpu(name, t)
+        if t.ndim != 3 or t.shape != x.shape or (t.shape[2] > 1 and t.stride(2) != 1):
+            expected = f"(N, B, C*p*p) of {tuple(x.shape)} with contiguous features"
+            raise InputError(f"{name} must be {expected}, got {tuple(t.shape)}, strides {t.stride()}")
+        operands.append((t.data_ptr(), _DTYPES[t.dtype], t.stride(0), t.stride(1)))
+    tokens, batch, features = x.shape
+    grid = math.isqrt(tokens)
+    if patch_size < 1 or grid**2 != tokens or features % patch_size**2:
+        raise InputError(f"x must be (g*g, B, C*p*p) with p = {patch_size}, got {tuple(x.shape)}")
+    return operands, (grid, batch, features // patch_size**2, patch_size)
 
 
 def _call(name: str, *args: Any) -> None:

@@ -23,5 +23,6 @@ def unpatchify(rows: Tensor, patch_size: int) -> Tensor:
     """(N, B, C*p*p), N a square number -> contiguous (B, C, H, H)."""
     count, batch, features = rows.shape
     p, grid = patch_size, math.isqrt(count)
-    x = rows.reshape(grid, grid, batch, features // (p * p), p, p)
-    return x.permute(2, 3, 0, 4, 1, 5).reshape(batch, -1, grid * p, grid * p)
+    channels = features // (p * p)
+    x = rows.reshape(grid, grid, batch, channels, p, p)
+    return x.permute(2, 3, 0, 4, 1, 5).reshape(batch, channels, grid * p, grid * p)

@@ -14,18 +14,20 @@ constexpr std::int64_t GRAIN_ELEMENTS = 1 << 15;  // about 0.05 ms of memory tra
 struct CfgEuler {
     void* out;
     DType out_dtype;
-    Operand x, v_cond, v_uncond;
+    Rows x, v_cond, v_uncond;
+    std::int64_t columns;
     float scale, dt;
 };
 
 MSDD_SIMD_CLONES void cfg_euler_range(const CfgEuler& job, std::int64_t begin, std::int64_t end) {
     alignas(64) float buffers[4][CHUNK];
     const float scale = job.scale, dt = job.dt;
-    for (std::int64_t at = begin; at < end; at += CHUNK) {
-        const std::int64_t count = std::min(CHUNK, end - at);
-        const float* x = floats(job.x, at, count, buffers[0]);
-        const float* cond = floats(job.v_cond, at, count, buffers[1]);
-        const float* uncond = floats(job.v_uncond, at, count, buffers[2]);
+    for (std::int64_t at = begin, count; at < end; at += count) {
+        const std::int64_t row = at / job.columns, column = at % job.columns;
+        count = std::min({CHUNK, end - at, job.columns - column});
+        const float* x = floats(job.x.values, row * job.x.stride + column, count, buffers[0]);
+        const float* cond = floats(job.v_cond.values, row * job.v_cond.stride + column, count, buffers[1]);
+        const float* uncond = floats(job.v_uncond.values, row * job.v_uncond.stride + column, count, buffers[2]);
         float* __restrict out = place(job.out, job.out_dtype, at, buffers[3]);
         for (std::int64_t i = 0; i < count; ++i) {
             float v = cond[i];
@@ -37,13 +39,14 @@ MSDD_SIMD_CLONES void cfg_euler_range(const CfgEuler& job, std::int64_t begin, s
     }
 }
 
-void cfg_euler(void* out, DType out_dtype, Operand x, Operand v_cond, Operand v_uncond, std::int64_t count, float scale,
-               float dt, int threads) {
-    expect(count >= 0, "sizes must not be negative");
+void cfg_euler(void* out, DType out_dtype, const Rows& x, const Rows& v_cond, const Rows& v_uncond, std::int64_t rows,
+               std::int64_t columns, float scale, float dt, int threads) {
+    expect(rows >= 0 && columns >= 0, "sizes must not be negative");
     expect_threads(threads);
+    const std::int64_t count = rows * columns;
     if (count == 0) return;
-    expect(v_cond.data != nullptr, "v_cond is missing");
-    const CfgEuler job{out, out_dtype, x, v_cond, v_uncond, scale, dt};
+    expect(v_cond.values.data != nullptr, "v_cond is missing");
+    const CfgEuler job{out, out_dtype, x, v_cond, v_uncond, columns, scale, dt};
     parallel_for(count, GRAIN_ELEMENTS, threads,
                  [&](std::int64_t begin, std::int64_t end) { cfg_euler_range(job, begin, end); });
 }

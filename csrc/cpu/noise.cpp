@@ -6,19 +6,10 @@
 
 #include "msdd_fast/check.h"
 #include "msdd_fast/parallel.h"
-#include "msdd_fast/philox.h"
+#include "msdd_fast/renoise.h"
 #include "msdd_fast/simd.h"
 
 namespace msdd_fast {
-
-constexpr int LANES = 32;  // blocks at a time: vectors enough to hide the latency of Philox, on which one waits
-constexpr std::int64_t GRAIN_BLOCKS = 1 << 12;  // about 0.05 ms of work with AVX2
-
-struct NoiseFormula {
-    std::uint32_t stage, purpose;
-    float a, b;  // factors of correlate_blocks; a == b means white
-    float alpha, beta;
-};
 
 // One row of 2x2 blocks of one channel. Neighbouring pixels of x and of the output are `step` elements apart.
 struct BlockRow {
@@ -29,8 +20,6 @@ struct BlockRow {
     std::uint32_t first_block;
 };
 
-// All LANES lanes are always computed, also past the end of the row, so that a value never depends on where a row ends
-// or a batch is cut.
 template <class T>
 MSDD_INLINE void renoise_row_of(const BlockRow& row, const NoiseFormula& formula) {
     const T* x = static_cast<const T*>(row.x);
@@ -38,26 +27,15 @@ MSDD_INLINE void renoise_row_of(const BlockRow& row, const NoiseFormula& formula
     for (std::int64_t j = 0; j < row.blocks; j += LANES) {
         const std::int64_t count = std::min<std::int64_t>(LANES, row.blocks - j);
         const bool whole = step == 1 && count == LANES;
-        float eps[4][LANES];
-        block_normals<LANES>(eps, row.seed, row.first_block + static_cast<std::uint32_t>(j), formula.stage,
-                             formula.purpose);
-        if (formula.a != formula.b) correlate_blocks<LANES>(eps, formula.a, formula.b);
-
         T pixel[LANES] = {};
         if (x != nullptr && whole)
             std::memcpy(pixel, x + j, sizeof pixel);
         else if (x != nullptr)
             for (std::int64_t i = 0; i < count; ++i) pixel[i] = x[(j + i) * step];
 
-        float base[LANES], wide[2][2 * LANES];
-        widen(pixel, LANES, base);
-        for (int i = 0; i < LANES; ++i) {
-            base[i] *= formula.alpha;
-            wide[0][2 * i] = base[i] + formula.beta * eps[0][i];
-            wide[0][2 * i + 1] = base[i] + formula.beta * eps[1][i];
-            wide[1][2 * i] = base[i] + formula.beta * eps[2][i];
-            wide[1][2 * i + 1] = base[i] + formula.beta * eps[3][i];
-        }
+        float wide_pixel[LANES], wide[2][2 * LANES];
+        widen(pixel, LANES, wide_pixel);
+        renoise_blocks(wide_pixel, row.seed, row.first_block + static_cast<std::uint32_t>(j), formula, wide);
         T rows[2][2 * LANES];
         narrow(wide[0], 2 * LANES, rows[0]);
         narrow(wide[1], 2 * LANES, rows[1]);
@@ -121,28 +99,31 @@ void fill(void* out, const void* x, DType dtype, bool channels_last, const std::
 
 }  // namespace
 
-void start_noise(void* out, DType dtype, const std::int64_t* seeds, std::int64_t batch, std::int64_t channels,
-                 std::int64_t height, std::int64_t width, int threads) {
-    expect(height % 2 == 0 && width % 2 == 0, "height and width must be even (noise comes in 2x2 blocks), got " +
-                                                  std::to_string(height) + "x" + std::to_string(width));
-    fill(out, nullptr, dtype, false, seeds, batch, channels, height / 2, width / 2,
-         {0, PURPOSE_START, 1.0f, 1.0f, 0.0f, 1.0f}, threads);
-}
-
-void renoise_upsample(void* out, const void* x, DType dtype, bool channels_last, const std::int64_t* seeds,
-                      std::int64_t batch, std::int64_t channels, std::int64_t height, std::int64_t width,
-                      const RenoiseScalars& scalars, int threads) {
+NoiseFormula renoise_formula(const RenoiseScalars& scalars) {
     const double correlation = scalars.correlation;
     expect(scalars.stage >= 0 && scalars.stage <= 0xFFFFFFFF,
            "stage must be in [0, 2^32), got " + std::to_string(scalars.stage));
     // -1/3 may come rounded to float32. NaN fails the second comparison.
     expect(correlation >= -1.0 / 3.0 - 1e-6 && correlation < 1.0,
            "correlation must be in [-1/3, 1), got " + std::to_string(correlation));
-    expect(x != nullptr || batch * channels * height * width == 0, "x is missing");
     const auto a = static_cast<float>(std::sqrt(1.0 - correlation));
     const auto b = static_cast<float>(std::sqrt(std::max(0.0, 1.0 + 3.0 * correlation)));
-    fill(out, x, dtype, channels_last, seeds, batch, channels, height, width,
-         {static_cast<std::uint32_t>(scalars.stage), PURPOSE_RENOISE, a, b, scalars.alpha, scalars.beta}, threads);
+    return {static_cast<std::uint32_t>(scalars.stage), PURPOSE_RENOISE, a, b, scalars.alpha, scalars.beta};
+}
+
+void start_noise(void* out, DType dtype, const std::int64_t* seeds, std::int64_t batch, std::int64_t channels,
+                 std::int64_t height, std::int64_t width, int threads) {
+    expect(height % 2 == 0 && width % 2 == 0, "height and width must be even (noise comes in 2x2 blocks), got " +
+                                                  std::to_string(height) + "x" + std::to_string(width));
+    fill(out, nullptr, dtype, false, seeds, batch, channels, height / 2, width / 2, START_FORMULA, threads);
+}
+
+void renoise_upsample(void* out, const void* x, DType dtype, bool channels_last, const std::int64_t* seeds,
+                      std::int64_t batch, std::int64_t channels, std::int64_t height, std::int64_t width,
+                      const RenoiseScalars& scalars, int threads) {
+    const NoiseFormula formula = renoise_formula(scalars);
+    expect(x != nullptr || batch * channels * height * width == 0, "x is missing");
+    fill(out, x, dtype, channels_last, seeds, batch, channels, height, width, formula, threads);
 }
 
 }  // namespace msdd_fast

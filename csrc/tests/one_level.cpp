@@ -2,6 +2,7 @@
 // with the extension, which chooses its level itself.
 #include "msdd_fast/cfg_euler.h"
 #include "msdd_fast/noise.h"
+#include "msdd_fast/patch_rows.h"
 
 extern "C" void renoise_upsample(void* out, const void* x, int dtype, int channels_last, const std::int64_t* seeds,
                                  std::int64_t batch, std::int64_t channels, std::int64_t height, std::int64_t width,
@@ -13,5 +14,17 @@ extern "C" void renoise_upsample(void* out, const void* x, int dtype, int channe
 extern "C" void cfg_euler(void* out, const void* x, const void* v_cond, const void* v_uncond, int dtype,
                           std::int64_t count, float scale, float dt) {
     const auto type = static_cast<msdd_fast::DType>(dtype);
-    msdd_fast::cfg_euler(out, type, {x, type}, {v_cond, type}, {v_uncond, type}, count, scale, dt, 1);
+    msdd_fast::cfg_euler(out, type, {{x, type}}, {{v_cond, type}}, {{v_uncond, type}}, 1, count, scale, dt, 1);
+}
+
+// Guided, contiguous patch rows.
+extern "C" void stage_transition(void* out, const void* x, const void* v, const void* v_uncond, int dtype,
+                                 const std::int64_t* seeds, std::int64_t grid, std::int64_t batch,
+                                 std::int64_t channels, std::int64_t patch) {
+    const auto rows = [&](const void* data) {
+        const std::int64_t features = channels * patch * patch;
+        return msdd_fast::PatchRows{data, static_cast<msdd_fast::DType>(dtype), batch * features, features};
+    };
+    msdd_fast::stage_transition(out, rows(x), rows(v), rows(v_uncond), {grid, batch, channels, patch}, {-0.25f, 1.7f},
+                                seeds, {0.625f, 0.7f, 2, -1.0 / 3.0}, 1);
 }

@@ -5,10 +5,12 @@ from msdd_fast.ops.attention import attention
 from msdd_fast.ops.cfg_combine import cfg_combine
 from msdd_fast.ops.cfg_euler import cfg_euler
 from msdd_fast.ops.euler_step import euler_step
+from msdd_fast.ops.final_step import final_step
 from msdd_fast.ops.gate_residual_norm_modulate import gate_residual_norm_modulate
 from msdd_fast.ops.norm_modulate import norm_modulate
 from msdd_fast.ops.qk_norm_rope import qk_norm_rope
 from msdd_fast.ops.renoise_upsample import renoise_upsample
+from msdd_fast.ops.stage_transition import stage_transition
 from msdd_fast.ops.start_noise import start_noise
 from msdd_fast.ops.swiglu import swiglu
 
@@ -17,10 +19,12 @@ __all__ = [
     "cfg_combine",
     "cfg_euler",
     "euler_step",
+    "final_step",
     "gate_residual_norm_modulate",
     "norm_modulate",
     "qk_norm_rope",
     "renoise_upsample",
+    "stage_transition",
     "start_noise",
     "swiglu",
 ]

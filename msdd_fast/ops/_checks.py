@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from msdd_fast.errors import InputError
+from msdd_fast.ops._rows import row_layout
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -62,6 +63,12 @@ def check_seeds(seeds: Tensor, batch: int | None = None) -> None:
         raise InputError(f"seeds must be in [0, 2^63), got {int(seeds.min())}")
 
 
+def check_stage(stage: int) -> None:
+    """An index that fits into one word of the noise's counter."""
+    if isinstance(stage, bool) or not isinstance(stage, int) or not 0 <= stage < 2**32:
+        raise InputError(f"stage must be an int in [0, 2^32), got {stage!r}")
+
+
 def check_blocks(channels: int, height: int, width: int) -> None:
     """At most 2^30 blocks of 2x2 pixels in an image: inside one, kernels count in signed 32-bit integers."""
     if channels * (height // 2) * (width // 2) > 2**30:
@@ -82,6 +89,14 @@ def as_scalar(name: str, value: float | Tensor, device: torch.device) -> Tensor:
 def dense_like(y: Tensor, x: Tensor) -> Tensor:
     """``y`` in the memory order of the dense tensor ``x``; copies only if it differs."""
     return y.contiguous(memory_format=memory_order(x))
+
+
+def as_rows(first: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    """The tensors as they are if they are rows of contiguous elements (``row_layout``), else ``dense`` ones alike."""
+    if row_layout(first, *others) is not None:
+        return first, *others
+    first = dense(first)
+    return first, *(dense_like(t, first) for t in others)
 
 
 def memory_order(x: Tensor) -> torch.memory_format:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from msdd_fast.backends import can_use_cpu, can_use_triton
-from msdd_fast.ops._checks import as_scalar, check_float, check_like, dense, dense_like
+from msdd_fast.ops._checks import as_rows, as_scalar, check_float, check_like, dense
 from msdd_fast.ops._op import Op
 
 
@@ -32,15 +32,13 @@ def cfg_combine_eager(v_cond: Tensor, v_uncond: Tensor, scale: Tensor) -> Tensor
 def _triton(v_cond: Tensor, v_uncond: Tensor, scale: Tensor) -> Tensor:
     from msdd_fast.kernels.cfg_combine import cfg_combine as launch
 
-    v_cond = dense(v_cond)
-    return launch(v_cond, dense_like(v_uncond, v_cond), scale)
+    return launch(*as_rows(v_cond, v_uncond), scale)
 
 
 def _cpu(v_cond: Tensor, v_uncond: Tensor, scale: Tensor) -> Tensor:
     from msdd_fast import native
 
-    v_cond = dense(v_cond)
-    return native.cfg_euler(None, v_cond, dense_like(v_uncond, v_cond), scale, None)
+    return native.cfg_euler(None, *as_rows(v_cond, v_uncond), scale, None)
 
 
 OP = Op(

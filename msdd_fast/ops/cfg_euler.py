@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from msdd_fast.backends import can_use_cpu, can_use_triton
-from msdd_fast.ops._checks import as_scalar, check_float, check_like, dense, dense_like
+from msdd_fast.ops._checks import as_rows, as_scalar, check_float, check_like, dense
 from msdd_fast.ops._op import Op
 
 
@@ -43,15 +43,13 @@ def cfg_euler_eager(x: Tensor, v_cond: Tensor, v_uncond: Tensor, scale: Tensor, 
 def _triton(x: Tensor, v_cond: Tensor, v_uncond: Tensor, scale: Tensor, dt: Tensor) -> Tensor:
     from msdd_fast.kernels.cfg_euler import cfg_euler as launch
 
-    x = dense(x)
-    return launch(x, dense_like(v_cond, x), dense_like(v_uncond, x), scale, dt)
+    return launch(*as_rows(x, v_cond, v_uncond), scale, dt)
 
 
 def _cpu(x: Tensor, v_cond: Tensor, v_uncond: Tensor, scale: Tensor, dt: Tensor) -> Tensor:
     from msdd_fast import native
 
-    x = dense(x)
-    return native.cfg_euler(x, dense_like(v_cond, x), dense_like(v_uncond, x), scale, dt)
+    return native.cfg_euler(*as_rows(x, v_cond, v_uncond), scale, dt)
 
 
 OP = Op(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from msdd_fast.backends import can_use_cpu, can_use_triton
-from msdd_fast.ops._checks import as_scalar, check_float, check_like, dense, dense_like
+from msdd_fast.ops._checks import as_rows, as_scalar, check_float, check_like, dense
 from msdd_fast.ops._op import Op
 
 
@@ -32,15 +32,14 @@ def euler_step_eager(x: Tensor, v: Tensor, dt: Tensor) -> Tensor:
 def _triton(x: Tensor, v: Tensor, dt: Tensor) -> Tensor:
     from msdd_fast.kernels.euler_step import euler_step as launch
 
-    x = dense(x)
-    return launch(x, dense_like(v, x), dt)
+    return launch(*as_rows(x, v), dt)
 
 
 def _cpu(x: Tensor, v: Tensor, dt: Tensor) -> Tensor:
     from msdd_fast import native
 
-    x = dense(x)
-    return native.cfg_euler(x, dense_like(v, x), None, None, dt)
+    x, v = as_rows(x, v)
+    return native.cfg_euler(x, v, None, None, dt)
 
 
 OP = Op(

@@ -16,8 +16,16 @@ from torch import Tensor
 
 from msdd_fast import noise
 from msdd_fast.backends import can_use_cpu, can_use_triton
-from msdd_fast.errors import InputError
-from msdd_fast.ops._checks import as_scalar, check_blocks, check_device, check_image, check_seeds, dense, memory_order
+from msdd_fast.ops._checks import (
+    as_scalar,
+    check_blocks,
+    check_device,
+    check_image,
+    check_seeds,
+    check_stage,
+    dense,
+    memory_order,
+)
 from msdd_fast.ops._op import Op
 
 
@@ -46,8 +54,7 @@ def renoise_upsample(
     check_blocks(x.shape[1], 2 * x.shape[2], 2 * x.shape[3])
     check_seeds(seeds, len(x))
     check_device("seeds", seeds, "x", x)
-    if isinstance(stage, bool) or not isinstance(stage, int) or not 0 <= stage < 2**32:
-        raise InputError(f"stage must be an int in [0, 2^32), got {stage!r}")
+    check_stage(stage)
     noise.correlation_factors(correlation)  # for its check of the range
     alpha, beta = as_scalar("alpha", alpha, x.device), as_scalar("beta", beta, x.device)
     out: Tensor = OP(x, alpha, beta, seeds, stage, float(correlation), backend=backend)

@@ -9,10 +9,7 @@ namespace msdd_fast {
 
 constexpr std::int64_t MAX_NORM_WIDTH = 8192;  // a row's buffers lie on the stack
 
-struct Table {
-    Operand values;           // row g begins `stride * g` elements on
-    std::int64_t stride = 0;  // between rows; the elements of a row are adjacent
-};
+using Table = Rows;
 
 struct NormShape {
     std::int64_t rows, width;

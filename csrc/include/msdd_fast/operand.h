@@ -13,6 +13,12 @@ struct Operand {
     DType dtype = DType::float32;
 };
 
+// Rows of adjacent elements, `stride` elements from one to the next.
+struct Rows {
+    Operand values;
+    std::int64_t stride = 0;
+};
+
 // Elements [begin, begin + count) as float32: in place if they are, else in `buffer`; null if there is no operand.
 MSDD_INLINE const float* floats(const Operand& operand, std::int64_t begin, std::int64_t count, float* buffer) {
     if (operand.data == nullptr) return nullptr;

@@ -1,0 +1,41 @@
+// The arithmetic of all noise ops, LANES blocks of 2x2 pixels at a time, whatever the layout in memory.
+#pragma once
+
+#include <cstdint>
+
+#include "msdd_fast/noise.h"
+#include "msdd_fast/philox.h"
+
+namespace msdd_fast {
+
+constexpr int LANES = 32;  // blocks at a time: vectors enough to hide the latency of Philox, on which one waits
+constexpr std::int64_t GRAIN_BLOCKS = 1 << 12;  // about 0.05 ms of work with AVX2
+
+struct NoiseFormula {
+    std::uint32_t stage, purpose;
+    float a, b;  // factors of correlate_blocks; a == b means white
+    float alpha, beta;
+};
+
+constexpr NoiseFormula START_FORMULA{0, PURPOSE_START, 1.0f, 1.0f, 0.0f, 1.0f};
+
+// The formula of renoising. Throws when the stage or the correlation is out of range.
+NoiseFormula renoise_formula(const RenoiseScalars& scalars);
+
+// alpha * pixel + beta * n for the blocks from `first_block` on: their upper and their lower line. All lanes are always
+// computed, also past the end of a line, so that a value never depends on where a line ends or a batch is cut.
+MSDD_INLINE void renoise_blocks(const float (&pixel)[LANES], std::uint64_t seed, std::uint32_t first_block,
+                                const NoiseFormula& formula, float (&lines)[2][2 * LANES]) {
+    float eps[4][LANES];
+    block_normals<LANES>(eps, seed, first_block, formula.stage, formula.purpose);
+    if (formula.a != formula.b) correlate_blocks<LANES>(eps, formula.a, formula.b);
+    for (int i = 0; i < LANES; ++i) {
+        const float base = formula.alpha * pixel[i];
+        lines[0][2 * i] = base + formula.beta * eps[0][i];
+        lines[0][2 * i + 1] = base + formula.beta * eps[1][i];
+        lines[1][2 * i] = base + formula.beta * eps[2][i];
+        lines[1][2 * i + 1] = base + formula.beta * eps[3][i];
+    }
+}
+
+}  // namespace msdd_fast

@@ -1,0 +1,144 @@
+"""Euler step, nearest x2 and renoising of patch rows in one pass (see msdd_fast/ops/stage_transition.py).
+
+Reads x and the velocities once and writes the output once; the noise is made in registers. One lane makes ``K``
+horizontally adjacent 2x2 blocks. Since the patch is even, a block lies inside one fine token, and since K divides half a
+patch, so do the lane's two output rows: one 16-byte store each at patch 8 and above.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from msdd_fast.kernels._noise import interleave2, interleave4
+from msdd_fast.kernels._patches import end_of_stage, widest_run
+from msdd_fast.kernels.renoise_upsample import blocks_per_lane, renoised_block
+from msdd_fast.noise import correlation_factors
+
+BLOCK = 128
+NUM_WARPS = 4
+
+
+@triton.jit(do_not_specialize=["stage", "grid"])
+def stage_transition_kernel(
+    p_x,  # (N, B, C*P*P), contiguous
+    p_v,  # (N, B, C*P*P), contiguous features
+    p_uncond,  # like p_v; not read unless GUIDED
+    p_out,  # (4N, B, C*P*P), contiguous
+    p_dt,  # () fp32
+    p_scale,  # () fp32; not read unless GUIDED
+    p_alpha,  # () fp32
+    p_beta,  # () fp32
+    p_seeds,  # (B,) int64
+    stage,
+    grid,  # coarse tokens in a row and in a column
+    stride_x,  # from token to token; of the output, too
+    stride_vn,  # from token to token
+    stride_vb,  # from image to image
+    stride_un,
+    stride_ub,
+    spread,
+    common,
+    CHANNELS: tl.constexpr,
+    P: tl.constexpr,
+    K: tl.constexpr,
+    GUIDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    FEATURES: tl.constexpr = CHANNELS * P * P
+    LANES: tl.constexpr = FEATURES // K  # of one token
+    RUNS: tl.constexpr = P // K  # of one line of a patch
+    i_image = tl.program_id(1).to(tl.int64)
+    o_lane = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK], within an image: fits in 32 bits
+    o_token = o_lane // LANES
+    o_run = o_lane - o_token * LANES  # in the token's memory order: (channel, line, run)
+    m_in = (o_token < grid * grid)[:, None] & (tl.arange(0, K) < K)[None, :]
+    o_in = (o_run * K)[:, None] + tl.arange(0, K)[None, :]
+    n = o_token.to(tl.int64)[:, None]
+    b_x = end_of_stage(
+        *(p_x, p_v, p_uncond, p_dt, p_scale),
+        *(n * stride_x + i_image * FEATURES + o_in, n * stride_vn + i_image * stride_vb + o_in),
+        *(n * stride_un + i_image * stride_ub + o_in, m_in, GUIDED),
+    )  # [BLOCK, K]
+    b_x = b_x * tl.load(p_alpha)
+    beta = tl.load(p_beta)
+    spread, common = spread * beta, common * beta
+    seed = tl.load(p_seeds + i_image)
+
+    o_channel = o_run // (P * RUNS)
+    o_line = o_run // RUNS % P
+    o_piece = o_run % RUNS
+    o_y = o_token // grid
+    o_x = o_token - o_y * grid
+    side = grid * P
+    counter = ((o_channel * side + o_y * P + o_line) * side + o_x * P + o_piece * K).to(tl.uint32)
+    if K == 1:
+        t00, t01, l00, l01 = renoised_block(b_x.reshape(BLOCK), seed, counter, stage, spread, common)
+        b_top = tl.join(t00, t01)
+        b_low = tl.join(l00, l01)
+    elif K == 2:
+        b_x0, b_x1 = tl.split(b_x)
+        t00, t01, l00, l01 = renoised_block(b_x0, seed, counter, stage, spread, common)
+        t10, t11, l10, l11 = renoised_block(b_x1, seed, counter + 1, stage, spread, common)
+        b_top = interleave2(t00, t01, t10, t11)
+        b_low = interleave2(l00, l01, l10, l11)
+    else:
+        b_even, b_odd = tl.split(b_x.reshape(BLOCK, 2, 2))
+        b_x0, b_x2 = tl.split(b_even)
+        b_x1, b_x3 = tl.split(b_odd)
+        t00, t01, l00, l01 = renoised_block(b_x0, seed, counter, stage, spread, common)
+        t10, t11, l10, l11 = renoised_block(b_x1, seed, counter + 1, stage, spread, common)
+        t20, t21, l20, l21 = renoised_block(b_x2, seed, counter + 2, stage, spread, common)
+        t30, t31, l30, l31 = renoised_block(b_x3, seed, counter + 3, stage, spread, common)
+        b_top = interleave4(t00, t01, t10, t11, t20, t21, t30, t31)
+        b_low = interleave4(l00, l01, l10, l11, l20, l21, l30, l31)
+
+    # Line 2 * line of 2P, piece 2K * piece of 2P: which half says which of the four fine tokens.
+    HALF: tl.constexpr = P // 2
+    o_fine_y = 2 * o_y + o_line // HALF
+    o_fine_x = 2 * o_x + o_piece // (RUNS // 2)
+    n = (o_fine_y * 2 * grid + o_fine_x).to(tl.int64)
+    o_feature = (o_channel * P + o_line % HALF * 2) * P + o_piece % (RUNS // 2) * (2 * K)
+    m_out = (o_token < grid * grid)[:, None] & (tl.arange(0, 2 * K) < 2 * K)[None, :]
+    p_top = p_out + (n * stride_x + i_image * FEATURES + o_feature)[:, None] + tl.arange(0, 2 * K)[None, :]
+    tl.store(p_top, b_top.reshape(BLOCK, 2 * K).to(p_out.dtype.element_ty), mask=m_out)
+    tl.store(p_top + P, b_low.reshape(BLOCK, 2 * K).to(p_out.dtype.element_ty), mask=m_out)
+
+
+def stage_transition(
+    x: Tensor,
+    v: Tensor,
+    dt: Tensor,
+    alpha: Tensor,
+    beta: Tensor,
+    seeds: Tensor,
+    stage: int,
+    patch_size: int,
+    correlation: float,
+    v_uncond: Tensor | None,
+    scale: Tensor | None,
+) -> Tensor:
+    """Launch on contiguous x (N, B, C*p*p) and velocities with contiguous features; returns (4N, B, C*p*p)."""
+    tokens, batch, features = x.shape
+    out = torch.empty(4 * tokens, batch, features, dtype=x.dtype, device=x.device)
+    if out.numel() == 0:
+        return out
+    guided = v_uncond is not None
+    uncond, scale = (v_uncond, scale) if guided else (v, dt)  # something to point to; it is not read
+    k = widest_run(patch_size // 2, blocks_per_lane(x.dtype))
+    stage_transition_kernel[(triton.cdiv(tokens * features // k, BLOCK), batch)](
+        *(x, v, uncond, out, dt, scale, alpha, beta, seeds, stage, math.isqrt(tokens), batch * features),
+        *(*v.stride()[:2], *uncond.stride()[:2], *correlation_factors(correlation)),
+        CHANNELS=features // patch_size**2,
+        P=patch_size,
+        K=k,
+        GUIDED=guided,
+        BLOCK=BLOCK,
+        num_warps=NUM_WARPS,
+        enable_fp_fusion=True,
+    )
+    return out
