@@ -11,6 +11,7 @@
 #include "msdd_fast/attention.h"
 #include "msdd_fast/cfg_euler.h"
 #include "msdd_fast/check.h"
+#include "msdd_fast/context_attention.h"
 #include "msdd_fast/noise.h"
 #include "msdd_fast/norm_modulate.h"
 #include "msdd_fast/patch_rows.h"
@@ -142,6 +143,22 @@ void attention(const Heads& out, const Heads& q, const Heads& k, const Heads& v,
     msdd_fast::attention(heads_of(out), heads_of(q), heads_of(k), heads_of(v), heads_of(accumulate), dtype_of(dtype),
                          {batch, queries, keys, heads, head_size}, level, threads);
 }
+#ifdef MSDD_FAST_CUDA
+
+void context_attention(const Heads& q, const Heads& k, const Heads& v, const Heads& accumulate, const Heads& out,
+                       int dtype, std::int64_t images, std::int64_t heads, std::int64_t queries, std::int64_t keys,
+                       Address stream, int device) {
+    msdd_fast::context_attention(
+        {heads_of(q), heads_of(k), heads_of(v), heads_of(accumulate), heads_of(out), images, heads, queries, keys},
+        dtype_of(dtype), stream, device);
+}
+
+std::tuple<int, int> cuda_versions() {
+    const msdd_fast::CudaVersions versions = msdd_fast::cuda_versions();
+    return {versions.driver, versions.runtime};
+}
+
+#endif
 
 }  // namespace
 
@@ -193,4 +210,16 @@ PYBIND11_MODULE(_C, m) {
     m.def("start_noise_rows", &start_noise_rows, no_gil, py::arg("out"), py::arg("dtype"), py::arg("seeds"),
           py::arg("batch"), py::arg("channels"), py::arg("height"), py::arg("width"), py::arg("patch"),
           py::arg("threads") = 1, "The numbers of start_noise as patch rows; see patch_rows.h.");
+
+#ifdef MSDD_FAST_CUDA
+    m.def("cuda_versions", &cuda_versions, "Versions of the driver (0: none) and of the linked runtime.");
+    m.def(
+        "context_attention", &context_attention, no_gil, py::arg("q"), py::arg("k"), py::arg("v"),
+        py::arg("accumulate"), py::arg("out"), py::arg("dtype"), py::arg("images"), py::arg("heads"),
+        py::arg("queries"), py::arg("keys"), py::arg("stream"), py::arg("device"),
+        "softmax(q k^T / 8) v (+ accumulate) on a GPU; tensors are (address or 0, strides of image, token, head); see "
+        "context_attention.h.");
+    m.def("context_attention_splits", &msdd_fast::context_attention_splits, py::arg("pairs"), py::arg("queries"),
+          py::arg("keys"), py::arg("multiprocessors"), "Thread blocks for one image and head.");
+#endif
 }

@@ -4,6 +4,7 @@ from msdd_fast.backends import check_ops, environment_choice
 from msdd_fast.ops.attention import attention
 from msdd_fast.ops.cfg_combine import cfg_combine
 from msdd_fast.ops.cfg_euler import cfg_euler
+from msdd_fast.ops.context_attention import context_attention
 from msdd_fast.ops.euler_step import euler_step
 from msdd_fast.ops.final_step import final_step
 from msdd_fast.ops.gate_residual_norm_modulate import gate_residual_norm_modulate
@@ -18,6 +19,7 @@ __all__ = [
     "attention",
     "cfg_combine",
     "cfg_euler",
+    "context_attention",
     "euler_step",
     "final_step",
     "gate_residual_norm_modulate",

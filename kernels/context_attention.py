@@ -1,0 +1,99 @@
+"""softmax(q k^T / 8) v (+ accumulate) over at most 256 context tokens (msdd_fast/ops/context_attention.py).
+
+A program loads K and V of one head once and serves BLOCK_N queries, whose scores it holds all at once: the softmax is
+one pass. Every tensor is read where it lies, by its strides.
+"""
+
+from __future__ import annotations
+
+import math
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK_N = 64
+NUM_WARPS = 4
+HEAD_SIZE = 64
+
+
+@triton.jit
+def context_attention_kernel(
+    p_q,  # (B, N, H, D)
+    p_k,  # (B, L, H, D)
+    p_v,  # (B, L, H, D)
+    p_accumulate,  # (B, N, H, D) or anything
+    p_out,  # (B, N, H, D)
+    heads,  # H
+    queries,  # N
+    keys,  # L
+    s_qb,  # strides in elements of image, token and head; that of D is 1
+    s_qn,
+    s_qh,
+    s_kb,
+    s_kn,
+    s_kh,
+    s_vb,
+    s_vn,
+    s_vh,
+    s_ab,
+    s_an,
+    s_ah,
+    s_ob,
+    s_on,
+    s_oh,
+    SCALE: tl.constexpr,  # log2(e) / sqrt(D)
+    ACCUMULATE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_L: tl.constexpr,  # power of 2, at least L
+    D: tl.constexpr,
+):
+    tiles = tl.cdiv(queries, BLOCK_N)
+    pair = tl.program_id(0) // tiles
+    i_image = (pair // heads).to(tl.int64)
+    i_head = (pair % heads).to(tl.int64)
+    o_n = (tl.program_id(0) % tiles).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_l = tl.arange(0, BLOCK_L).to(tl.int64)
+    o_d = tl.arange(0, D)[None, :]
+    m_n = (o_n < queries)[:, None]
+    m_l = o_l < keys
+
+    p_rows = p_q + i_image * s_qb + i_head * s_qh + o_n[:, None] * s_qn + o_d
+    b_q = tl.load(p_rows, mask=m_n, other=0.0)  # [BLOCK_N, D]
+    p_rows = p_k + i_image * s_kb + i_head * s_kh + o_l[:, None] * s_kn + o_d
+    b_k = tl.load(p_rows, mask=m_l[:, None], other=0.0)  # [BLOCK_L, D]
+    p_rows = p_v + i_image * s_vb + i_head * s_vh + o_l[:, None] * s_vn + o_d
+    b_v = tl.load(p_rows, mask=m_l[:, None], other=0.0)  # [BLOCK_L, D]
+
+    b_s = tl.dot(b_q, tl.trans(b_k)) * SCALE  # [BLOCK_N, BLOCK_L]
+    b_s = tl.where(m_l[None, :], b_s, float("-inf"))
+    b_p = tl.exp2(b_s - tl.max(b_s, axis=1)[:, None])
+    b_out = tl.dot(b_p.to(b_v.dtype), b_v) / tl.sum(b_p, axis=1)[:, None]  # [BLOCK_N, D]
+    if ACCUMULATE:
+        p_rows = p_accumulate + i_image * s_ab + i_head * s_ah + o_n[:, None] * s_an + o_d
+        b_out += tl.load(p_rows, mask=m_n, other=0.0).to(tl.float32)  # [BLOCK_N, D]
+    p_rows = p_out + i_image * s_ob + i_head * s_oh + o_n[:, None] * s_on + o_d
+    tl.store(p_rows, b_out.to(p_out.dtype.element_ty), mask=m_n)
+
+
+def context_attention(q: Tensor, k: Tensor, v: Tensor, accumulate: Tensor | None, out: Tensor) -> None:
+    """Launch on (B, N, H, 64), (B, L, H, 64) in bfloat16 or float16, last dimension contiguous; writes ``out``."""
+    b, n, h, d = q.shape
+    if out.numel() == 0:
+        return
+    tensors = (q, k, v, q if accumulate is None else accumulate, out)
+    strides = [s for x in tensors for s in x.stride()[:3]]
+    context_attention_kernel[(b * h * triton.cdiv(n, BLOCK_N),)](
+        *tensors,
+        h,
+        n,
+        k.shape[1],
+        *strides,
+        SCALE=math.log2(math.e) / math.sqrt(HEAD_SIZE),
+        ACCUMULATE=accumulate is not None,
+        BLOCK_N=BLOCK_N,
+        BLOCK_L=max(16, triton.next_power_of_2(k.shape[1])),
+        D=HEAD_SIZE,
+        num_warps=NUM_WARPS,
+        enable_fp_fusion=True,
+    )
