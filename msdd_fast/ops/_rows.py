@@ -20,7 +20,7 @@ def row_layout(*tensors: Tensor) -> RowLayout | None:
     count = tensors[0].numel()
     found = [(count, count) if t.is_contiguous() else _rows_of(t) for t in tensors]
     columns = next((c for c, _ in found if c != count), count)
-    if any(c not in (columns, count) for c, _ in found):
+    if count and columns == 0 or any(c not in (columns, count) for c, _ in found):
         return None
     strides = tuple(columns if c == count else stride for c, stride in found)
     return RowLayout(count // columns if columns else 1, columns, strides)
