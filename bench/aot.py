@@ -34,7 +34,8 @@ A 2x2 block of noise is four outputs, about 200 instructions, and at bf16 moves 
 bandwidth. By this count the noise kernels are bound by instruction issue, not by memory.
 
 """
-BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "u8": 1}
+DTYPES = ("bf16", "fp16", "fp32")
 NVIDIA = ("80", "90", "100")
 AMD = ("gfx942", "gfx950")
 WIDTH, HEAD_DIM, HIDDEN = 768, 64, 2048
@@ -50,6 +51,9 @@ class Case:
     num_warps: int
     outputs: Callable[[dict[str, Any]], int]
     """Elements that one program writes."""
+    variant: str = ""
+    within_image: tuple[str, ...] = ()
+    """Axes of the grid that count inside one image, where indices fit in 32 bits (ops/_checks.check_blocks)."""
 
     def load(self) -> Any:
         stem, _, name = self.kernel.rpartition(".")
@@ -61,8 +65,11 @@ class Facts:
     """What came out for one case, dtype and target; counts are static instructions of the whole kernel."""
 
     kernel: str
+    variant: str
     dtype: str
     target: str
+    wide_offsets: int
+    narrow_offsets: int
     registers: int
     spills: int
     shared: int
@@ -74,14 +81,24 @@ class Facts:
 
 def cases() -> list[Case]:
     """Every shipped kernel with its default launch configuration."""
-    from msdd_fast.kernels import _elementwise, _norm, qk_norm_rope, renoise_upsample, start_noise, swiglu
+    from msdd_fast.kernels import (
+        _norm,
+        _rows,
+        final_step,
+        qk_norm_rope,
+        renoise_upsample,
+        stage_transition,
+        start_noise,
+        swiglu,
+    )
 
-    def pointwise(*pointers: str, scalars: tuple[str, ...]) -> Callable[[str], dict[str, str]]:
+    def pointwise(*operands: str, scalars: tuple[str, ...]) -> Callable[[str], dict[str, str]]:
         return lambda d: {
-            **{p: f"*{d}" for p in pointers},
-            **{s: "*fp32" for s in scalars},
+            **{f"p_{o}": f"*{d}" for o in operands},
+            **{f"p_{s}": "*fp32" for s in scalars},
             "p_out": f"*{d}",
-            "n": "i32",
+            "columns": "i32",
+            **{f"stride_{o}": "i32" for o in operands},
         }
 
     def blocks(dtype: str) -> dict[str, int]:
@@ -89,7 +106,43 @@ def cases() -> list[Case]:
 
     noise = {"p_alpha": "*fp32", "p_beta": "*fp32", "p_seeds": "*i64", "stage": "i32"}
     factors = {"spread": "fp32", "common": "fp32"}
-    flat = lambda _: {"BLOCK": _elementwise.BLOCK}  # noqa: E731
+    flat = lambda _: {"BLOCK": _rows.BLOCK}  # noqa: E731
+    image = ("x",)
+
+    # The ops at the end of a stage, three channels in patches of 8.
+    patches = {"CHANNELS": 3, "P": 8}
+    strides = {f"stride_{n}": "i32" for n in ("x", "vn", "vb", "un", "ub")}
+
+    def end_of_stage(dtype: str, out: str) -> dict[str, str]:
+        pointers = {"p_x": dtype, "p_v": dtype, "p_uncond": dtype, "p_out": out, "p_dt": "fp32", "p_scale": "fp32"}
+        return {name: f"*{kind}" for name, kind in pointers.items()}
+
+    def transition(guided: bool) -> Case:
+        return Case(
+            "stage_transition.stage_transition_kernel",
+            lambda d: {**end_of_stage(d, d), **noise, "grid": "i32", **strides, **factors},
+            lambda d: {**patches, **blocks(d), "GUIDED": guided},
+            stage_transition.NUM_WARPS,
+            lambda c: 4 * c["K"] * c["BLOCK"],
+            "guided" if guided else "",
+            image,
+        )
+
+    def final(out: str | None, variant: str) -> Case:
+        def constants(dtype: str) -> dict[str, Any]:
+            size = BYTES[out or dtype]
+            k, span = final_step.run_and_span(patches["P"], size)
+            return {**patches, "K": k, "SPAN": span, "GUIDED": True, "BLOCK": final_step.BLOCK}
+
+        return Case(
+            "final_step.final_step_kernel",
+            lambda d: {**end_of_stage(d, out or d), "grid": "i32", **strides},
+            constants,
+            final_step.NUM_WARPS,
+            lambda c: c["K"] * c["BLOCK"],
+            variant,
+            image,
+        )
 
     # The transformer's ops at the sizes of msdd-d12, with float32 tables, as an engine has them.
     rows = _norm.row_config(WIDTH)
@@ -111,6 +164,15 @@ def cases() -> list[Case]:
             blocks,
             start_noise.NUM_WARPS,
             lambda c: 4 * c["K"] * c["BLOCK"],
+            within_image=image,
+        ),
+        Case(
+            "start_noise.start_noise_rows_kernel",
+            lambda d: {"p_out": f"*{d}", "p_seeds": "*i64", "grid_y": "i32", "grid_x": "i32", "stride_out": "i32"},
+            lambda d: {**patches, **blocks(d)},
+            start_noise.NUM_WARPS,
+            lambda c: 4 * c["K"] * c["BLOCK"],
+            within_image=image,
         ),
         Case(
             "renoise_upsample.renoise_upsample_kernel",
@@ -118,6 +180,7 @@ def cases() -> list[Case]:
             blocks,
             renoise_upsample.NUM_WARPS,
             lambda c: 4 * c["K"] * c["BLOCK"],
+            within_image=image,
         ),
         Case(
             "renoise_upsample.renoise_upsample_channels_last_kernel",
@@ -128,26 +191,40 @@ def cases() -> list[Case]:
             lambda _: {"BLOCK": renoise_upsample.BLOCK},
             renoise_upsample.NUM_WARPS,
             lambda c: 4 * c["BLOCK"],
+            within_image=image,
+        ),
+        transition(guided=False),
+        transition(guided=True),
+        final(None, "guided"),
+        final("u8", "guided, to uint8"),
+        Case(
+            "final_step.final_step_channels_last_kernel",
+            lambda d: {**end_of_stage(d, d), "grid": "i32", **strides},
+            lambda _: {**patches, "GUIDED": True, "BLOCK": final_step.BLOCK_LAST},
+            final_step.NUM_WARPS,
+            lambda c: c["BLOCK"],
+            "guided",
+            image,
         ),
         Case(
             "euler_step.euler_step_kernel",
-            lambda d: {"p_x": f"*{d}", "p_v": f"*{d}", "p_dt": "*fp32", "p_out": f"*{d}", "n": "i32"},
+            pointwise("x", "v", scalars=("dt",)),
             flat,
-            _elementwise.NUM_WARPS,
+            _rows.NUM_WARPS,
             lambda c: c["BLOCK"],
         ),
         Case(
             "cfg_combine.cfg_combine_kernel",
-            pointwise("p_cond", "p_uncond", scalars=("p_scale",)),
+            pointwise("cond", "uncond", scalars=("scale",)),
             flat,
-            _elementwise.NUM_WARPS,
+            _rows.NUM_WARPS,
             lambda c: c["BLOCK"],
         ),
         Case(
             "cfg_euler.cfg_euler_kernel",
-            pointwise("p_x", "p_cond", "p_uncond", scalars=("p_scale", "p_dt")),
+            pointwise("x", "cond", "uncond", scalars=("scale", "dt")),
             flat,
-            _elementwise.NUM_WARPS,
+            _rows.NUM_WARPS,
             lambda c: c["BLOCK"],
         ),
         Case(
@@ -197,16 +274,18 @@ def compile_case(case: Case, dtype: str, target: str) -> Facts:
     from triton.compiler import ASTSource
 
     constants = case.constants(dtype)
-    signature = {**case.signature(dtype), **{name: "constexpr" for name in constants}}
-    names = list(signature)
+    kinds = {**case.signature(dtype), **{name: "constexpr" for name in constants}}
+    function = case.load()
+    names = list(function.arg_names)
+    signature = {name: kinds[name] for name in names}
     # What the launcher would find at 16-byte aligned tensors with widths that are multiples of 16.
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, n in enumerate(names)
-        if n.startswith(("p_", "stride_")) or n in ("n", "rows", "width")
+        if n.startswith(("p_", "stride_")) or n in ("columns", "rows", "width")
     }
     source = ASTSource(
-        fn=case.load(),
+        fn=function,
         signature=signature,
         constexprs={(names.index(n),): v for n, v in constants.items()},
         attrs=aligned,
@@ -214,18 +293,50 @@ def compile_case(case: Case, dtype: str, target: str) -> Facts:
     gpu = GPUTarget("hip", target, 64) if target.startswith("gfx") else GPUTarget("cuda", int(target), 32)
     kernel = triton.compile(source, target=gpu, options={"num_warps": case.num_warps, "enable_fp_fusion": True})
     outputs = case.outputs(constants) / (case.num_warps * gpu.warp_size)
+    arguments = [n for n in names if n not in constants]
+    offsets = crossing_offsets(kernel.asm["ttir"], arguments, case.within_image)
+    place = (case.kernel, case.variant, dtype, target, *offsets)
     if gpu.backend == "hip":
         text = kernel.asm["amdgcn"]
         registers, spills = (
             int(re.search(rf"\.{key}:\s+(\d+)", text)[1]) for key in ("vgpr_count", "vgpr_spill_count")
         )
-        return Facts(case.kernel, dtype, target, registers, spills, kernel.metadata.shared, 0, 0.0, 0, 0)
+        return Facts(*place, registers, spills, kernel.metadata.shared, 0, 0.0, 0, 0)
     instructions, registers, stack = disassemble(kernel.asm["cubin"])
     spills = stack + sum(i.startswith(("LDL", "STL")) for i in instructions)
     return Facts(
-        *(case.kernel, dtype, target, registers, spills, kernel.metadata.shared, len(instructions)),
+        *(*place, registers, spills, kernel.metadata.shared, len(instructions)),
         *(round(len(instructions) / outputs, 1), widest(instructions, "LDG"), widest(instructions, "STG")),
     )
+
+
+def crossing_offsets(ttir: str, arguments: list[str], within_image: tuple[str, ...]) -> tuple[int, int]:
+    """Pointer offsets that reach other images or rows: how many are 64 bits wide, and how many sums may overflow.
+
+    An offset reaches them if it depends on the program's index along an axis of the grid that is not ``within_image``,
+    or on an argument called stride_*. Such a value must not be added, subtracted, multiplied or shifted in 32 bits, nor
+    be cut to 32 bits: each operation that does so is counted. What is loaded is data, not an offset.
+    """
+    names = re.findall(r"(%\w+): ", next(line for line in ttir.splitlines() if "tt.func public" in line))
+    crossing = {name for name, argument in zip(names, arguments, strict=True) if argument.startswith("stride_")}
+    wide = narrow = 0
+    for line in ttir.splitlines():
+        found = re.match(r"\s*(%[\w:]+) = \"?([\w.]+)\"?(.*)", re.sub(r" loc\(.*", "", line))
+        if not found:
+            continue
+        result, operation, rest = found[1].split(":")[0], found[2], found[3]
+        operands, _, kind = rest.rpartition(" : ")
+        used = re.findall(r"%\w+", operands)
+        if operation == "tt.get_program_id":
+            if operands.split()[0] not in within_image:
+                crossing.add(result)
+        elif operation == "tt.addptr":
+            wide += used[1] in crossing and "i64" in kind
+        elif operation != "tt.load" and "!tt.ptr" not in kind and crossing & set(used):
+            crossing.add(result)
+            sums = ("arith.addi", "arith.subi", "arith.muli", "arith.shli")
+            narrow += (operation in sums and "i64" not in kind) or operation == "arith.trunci"
+    return wide, narrow
 
 
 def disassemble(cubin: bytes) -> tuple[list[str], int, int]:
@@ -256,6 +367,12 @@ def widest(instructions: list[str], kind: str) -> int:
     return max(widths, default=0)
 
 
+def title(facts: Facts) -> str:
+    """The kernel's name and variant, as the table shows it."""
+    name = facts.kernel.split(".")[1].removesuffix("_kernel")
+    return f"{name} ({facts.variant})" if facts.variant else name
+
+
 def markdown(facts: list[Facts]) -> str:
     """Table for docs/kernels.md."""
     lines = [
@@ -264,7 +381,7 @@ def markdown(facts: list[Facts]) -> str:
     ]
     for f in facts:
         lines.append(
-            f"| {f.kernel.split('.')[1].removesuffix('_kernel')} | {f.dtype} | {f.target} | {f.registers} | {f.spills} "
+            f"| {title(f)} | {f.dtype} | {f.target} | {f.registers} | {f.spills} "
             f"| {f.shared} | {f.instructions or '-'} | {f.instructions_per_output or '-'} "
             f"| {f.load_bits or '-'} | {f.store_bits or '-'} |"
         )
@@ -273,7 +390,7 @@ def markdown(facts: list[Facts]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dtypes", nargs="+", choices=BYTES, default=["bf16"])
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16"])
     parser.add_argument("--targets", nargs="+", choices=(*NVIDIA, *AMD), default=list(NVIDIA))
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--markdown", metavar="FILE")

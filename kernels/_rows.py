@@ -18,7 +18,7 @@ NUM_WARPS = 4
 @triton.jit
 def row_and_columns(columns, BLOCK: tl.constexpr):
     """This program's row, int64, and its columns, int64 [BLOCK]. A tensor without gaps is a single row."""
-    blocks = tl.cdiv(columns, BLOCK)
+    blocks = (columns - 1) // BLOCK + 1  # no sum that could leave 32 bits
     i = tl.program_id(0)
     return (i // blocks).to(tl.int64), (i % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
 

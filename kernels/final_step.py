@@ -143,13 +143,12 @@ def final_step(
         programs = (triton.cdiv(channels * side * side, BLOCK_LAST), batch)
         final_step_channels_last_kernel[programs](*arguments, BLOCK=BLOCK_LAST, **options)
     else:
-        k, span = run_and_span(patch_size, out_dtype)
+        k, span = run_and_span(patch_size, out_dtype.itemsize)
         lanes = grid * channels * triton.cdiv(grid, span) * span * patch_size * (patch_size // k)
         final_step_kernel[(triton.cdiv(lanes, BLOCK), batch)](*arguments, K=k, SPAN=span, BLOCK=BLOCK, **options)
     return out
 
 
-def run_and_span(patch_size: int, out_dtype: torch.dtype) -> tuple[int, int]:
+def run_and_span(patch_size: int, itemsize: int) -> tuple[int, int]:
     """Pixels of a lane, which fill at most 16 bytes of the output, and patches side by side in 64 bytes of a line."""
-    k = widest_run(patch_size, 16 // out_dtype.itemsize)
-    return k, max(1, 64 // (patch_size * out_dtype.itemsize))
+    return widest_run(patch_size, 16 // itemsize), max(1, 64 // (patch_size * itemsize))

@@ -1,8 +1,8 @@
 """Euler step, nearest x2 and renoising of patch rows in one pass (see msdd_fast/ops/stage_transition.py).
 
 Reads x and the velocities once and writes the output once; the noise is made in registers. One lane makes ``K``
-horizontally adjacent 2x2 blocks. Since the patch is even, a block lies inside one fine token, and since K divides half a
-patch, so do the lane's two output rows: one 16-byte store each at patch 8 and above.
+horizontally adjacent 2x2 blocks. Since the patch is even, a block lies inside one fine token, and since K divides half
+a patch, so do the lane's two output rows: one 16-byte store each at patch 8.
 """
 
 from __future__ import annotations

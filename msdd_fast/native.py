@@ -88,7 +88,9 @@ def cfg_euler(
             if not t.is_contiguous(memory_format=order):
                 raise InputError(f"{other} must have the memory order {order} of {name}, got strides {t.stride()}")
         layout = RowLayout(1, first.numel(), (0,) * len(given))
-    out = torch.empty_like(first) if layout.rows == 1 else torch.empty_like(first, memory_format=torch.contiguous_format)
+    out = (
+        torch.empty_like(first) if layout.rows == 1 else torch.empty_like(first, memory_format=torch.contiguous_format)
+    )
     strides = dict(zip(given, layout.strides, strict=True))
     operands = [
         (given[n].data_ptr(), _DTYPES[given[n].dtype], strides[n]) if n in given else (0, 0, 0)
@@ -303,7 +305,7 @@ def _patch_operands(
     """(address, dtype, strides) of the three, and (grid, batch, channels, patch). Raises InputError."""
     if (v_uncond is None) != (scale is None):
         raise InputError("v_uncond and scale must be given or left out together")
-    operands = []
+    operands: list[_PatchOperand] = []
     for name, t in (("x", x), ("v", v), ("v_uncond", v_uncond)):
         if t is None:
             operands.append((0, 0, 0, 0))

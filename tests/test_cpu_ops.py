@@ -53,10 +53,8 @@ def bits(x):
 def convert(x, dtype):
     """Through the extension: cfg_euler with nothing but v_cond."""
     x, out = x.contiguous(), torch.empty(x.shape, dtype=dtype)
-    none = (0, 0)
-    backends.load_extension().cfg_euler(
-        (out.data_ptr(), DTYPES[dtype]), none, (x.data_ptr(), DTYPES[x.dtype]), none, x.numel(), 0.0, 0.0
-    )
+    none, source = (0, 0, 0), (x.data_ptr(), DTYPES[x.dtype], 0)
+    backends.load_extension().cfg_euler(out.data_ptr(), DTYPES[dtype], none, source, none, 1, x.numel(), 0.0, 0.0)
     return out
 
 
@@ -193,7 +191,7 @@ X = torch.zeros(2, 3, 4, 5)
     [
         (dict(x=X.double()), "x must be a float32, bfloat16 or float16 tensor on the CPU, got torch.float64 on cpu"),
         (dict(x=X.transpose(2, 3)), "x must be contiguous or channels-last"),
-        (dict(v_cond=X[:1]), r"v_cond must have the shape \(2, 3, 4, 5\) .* of x, got \(1, 3, 4, 5\)"),
+        (dict(v_cond=X[:1]), r"v_cond must have the shape of x, \(2, 3, 4, 5\), got \(1, 3, 4, 5\)"),
         (dict(v_uncond=X.to(memory_format=torch.channels_last)), "v_uncond must have .* memory order"),
         (dict(v_uncond=X.to("meta")), "v_uncond must be a float32.* on meta"),
         (dict(v_uncond=[1]), "v_uncond must be a float32.* got list"),
@@ -285,6 +283,7 @@ def test_every_simd_level_gives_the_same_bits(level, tmp_path):
     pointer, i64, f32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
     one.renoise_upsample.argtypes = [pointer, pointer, ctypes.c_int, ctypes.c_int, pointer, *[i64] * 4]
     one.renoise_upsample.argtypes += [f32, f32, i64, ctypes.c_double]
+    one.stage_transition.argtypes = [*[pointer] * 4, ctypes.c_int, pointer, *[i64] * 4]
     one.cfg_euler.argtypes = [*[pointer] * 4, ctypes.c_int, i64, f32, f32]
     for dtype, code in DTYPES.items():
         for order, last in ((torch.contiguous_format, 0), (torch.channels_last, 1)):
@@ -294,6 +293,12 @@ def test_every_simd_level_gives_the_same_bits(level, tmp_path):
             arguments = (code, last, seeds.data_ptr(), *x.shape, ALPHA.item(), BETA.item(), 2, -1 / 3)
             one.renoise_upsample(out.data_ptr(), x.data_ptr(), *arguments)
             assert torch.equal(bits(out), bits(expected))
+        args = [randn(25, 2, 3 * 64, dtype=dtype, seed=i) for i in range(3)]  # lines of 40 pixels
+        seeds, scalars = seeds_for(args[0][0]), (DT, ALPHA, BETA)
+        expected = native.stage_transition(*args[:2], *scalars, seeds, 2, 8, -1 / 3, args[2], SCALE)
+        out = torch.empty_like(expected)
+        one.stage_transition(*(a.data_ptr() for a in (out, *args)), code, seeds.data_ptr(), 5, 2, 3, 8)
+        assert torch.equal(bits(out), bits(expected))
         args = [randn(12_345, dtype=dtype, seed=i) for i in range(3)]
         out = torch.empty_like(args[0])
         one.cfg_euler(*(a.data_ptr() for a in (out, *args)), code, len(out), SCALE.item(), DT.item())

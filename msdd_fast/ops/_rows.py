@@ -18,16 +18,18 @@ class RowLayout(NamedTuple):
 def row_layout(*tensors: Tensor) -> RowLayout | None:
     """The layout that tensors of one shape have in common, with as few rows as possible; None if there is none."""
     count = tensors[0].numel()
-    found = [(count, count) if t.is_contiguous() else _rows_of(t) for t in tensors]
-    columns = next((c for c, _ in found if c != count), count)
-    if count and columns == 0 or any(c not in (columns, count) for c, _ in found):
+    found = [layout for t in tensors if (layout := (count, count) if t.is_contiguous() else _rows_of(t))]
+    if len(found) < len(tensors):
+        return None
+    columns = min(found)[0]
+    if any(c not in (columns, count) for c, _ in found):
         return None
     strides = tuple(columns if c == count else stride for c, stride in found)
     return RowLayout(count // columns if columns else 1, columns, strides)
 
 
-def _rows_of(t: Tensor) -> tuple[int, int]:
-    """(columns, row stride) of a tensor that is not contiguous; (0, 0) if it is no rows of contiguous elements."""
+def _rows_of(t: Tensor) -> tuple[int, int] | None:
+    """(columns, row stride) of a tensor that is not contiguous; None if it is no rows of contiguous elements."""
     dims = [(size, stride) for size, stride in zip(t.shape, t.stride(), strict=True) if size != 1]
     columns = 1
     while dims and dims[-1][1] == columns:
@@ -36,6 +38,6 @@ def _rows_of(t: Tensor) -> tuple[int, int]:
     rows = 1
     for size, stride in reversed(dims):
         if stride != rows * row_stride:
-            return 0, 0
+            return None
         rows *= size
-    return (columns, row_stride) if columns > 1 else (0, 0)
+    return (columns, row_stride) if columns > 1 else None

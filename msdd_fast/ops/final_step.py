@@ -132,5 +132,5 @@ OP = Op(
     final_step_eager,
     _fake,
 )
-OP.register("triton", _triton, lambda x, *_: can_use_triton(x))
 OP.register("cpu", _cpu, lambda x, *_: can_use_cpu(x))
+OP.register("triton", _triton, lambda x, *_: can_use_triton(x))

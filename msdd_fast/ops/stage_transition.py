@@ -3,9 +3,9 @@
     E   = x + dt * v,  or  x + dt * (v_uncond + scale * (v - v_uncond)) with guidance
     out = alpha * nearest_x2(E) + beta * n,   n: unit normals with ``correlation`` inside each 2x2 block
 
-on patch rows: x (N, B, C*p*p), N = g*g tokens row by row, features in (c, py, px) order; out (4N, B, C*p*p), contiguous,
-in x's dtype: what renoise_upsample(euler_step(...)) would give as an image, but with E not rounded in between. One token
-becomes exactly four. p is even, so that a block of noise lies inside one token.
+on patch rows: x (N, B, C*p*p), N = g*g tokens row by row, features in (c, py, px) order; out (4N, B, C*p*p),
+contiguous, in x's dtype: what renoise_upsample(euler_step(...)) would give as an image, but with E not rounded in
+between. One token becomes exactly four. p is even, so that a block of noise lies inside one token.
 
 x, v and v_uncond each float32, bfloat16 or float16; float32 inside, rounded once. The velocities may be slices such as
 v[:, :B] of a (N, 2B, C*p*p) tensor, which are read in place. n comes from the stream of seeds[b] and ``stage`` and is
@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
 from msdd_fast import noise
@@ -144,5 +143,5 @@ OP = Op(
     stage_transition_eager,
     _fake,
 )
-OP.register("triton", _triton, lambda x, *_: can_use_triton(x))
 OP.register("cpu", _cpu, lambda x, *_: can_use_cpu(x))
+OP.register("triton", _triton, lambda x, *_: can_use_triton(x))

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from msdd_fast.errors import InputError
+from msdd_fast.ops._rows import row_layout
 
 
 class Pointwise:
@@ -40,6 +41,23 @@ class Pointwise:
         assert out.is_contiguous(memory_format=torch.channels_last) and torch.equal(out, expected)
         views = [a.transpose(2, 3) for a in args]
         assert torch.equal(self.op(*views, **self.scalars, backend=backend), expected.transpose(2, 3))
+
+    def test_slices_are_read_in_place(self, backend, device):
+        """Halves of one tensor, as guidance makes them: rows with a stride. Also rows that go on over two dimensions."""
+        for shape, columns in (((5, 4, 33), 66), ((3, 2, 700), 700), ((2, 2, 1500), 1500), ((2, 3, 2, 8), None)):
+            both = self.tensors(shape, device, torch.bfloat16)
+            halves = [t.chunk(2, dim=-2)[i % 2] for i, t in enumerate(both)]
+            layout = row_layout(*halves)
+            assert layout is not None and columns in (None, layout.columns)
+            expected = self.op(*(h.contiguous() for h in halves), **self.scalars, backend=backend)
+            out = self.op(*halves, **self.scalars, backend=backend)
+            assert out.is_contiguous() and torch.equal(out, expected)
+            mixed = [halves[0].contiguous(), *halves[1:]]
+            assert row_layout(*mixed) is not None
+            assert torch.equal(self.op(*mixed, **self.scalars, backend=backend), expected)
+            unlike = [halves[0], *(h.transpose(0, -1).contiguous().transpose(0, -1) for h in halves[1:])]
+            assert row_layout(*unlike) is None
+            assert torch.equal(self.op(*unlike, **self.scalars, backend=backend), expected)
 
     def test_device_scalars_and_empty_input(self, backend, device):
         args = self.tensors((2, 9), device, torch.bfloat16)

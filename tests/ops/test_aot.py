@@ -10,10 +10,11 @@ import sys
 
 import pytest
 
-from msdd_fast.bench.aot import AMD, NVIDIA
+from msdd_fast.bench.aot import AMD, NVIDIA, crossing_offsets
 
 SIXTEEN_BYTES = {
-    *("start_noise", "renoise_upsample", "euler_step", "cfg_combine", "cfg_euler"),
+    *("start_noise", "start_noise_rows", "renoise_upsample", "stage_transition", "final_step"),
+    *("euler_step", "cfg_combine", "cfg_euler"),
     *("norm_modulate", "gate_residual_norm_modulate", "qk_norm_rope", "swiglu"),
 }
 # A warp holds a row of 768 or 12 heads of 64, which takes registers; it does not need many neighbours to hide latency.
@@ -22,8 +23,8 @@ REGISTERS = {"norm_modulate": 80, "gate_residual_norm_modulate": 96, "qk_norm_ro
 SHARED = {"qk_norm_rope": 256}
 
 
-def compile_all(path, dtypes, targets):
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+def compile_all(path, dtypes, targets, **variables):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | variables
     command = [
         sys.executable,
         "-m",
@@ -42,23 +43,72 @@ def compile_all(path, dtypes, targets):
 
 def check(facts):
     for f in facts:
-        where = f"{f['kernel']} {f['dtype']} {f['target']}"
+        where = f"{f['kernel']} {f['variant']} {f['dtype']} {f['target']}"
         name = f["kernel"].split(".")[1].removesuffix("_kernel")
         assert f["spills"] == 0, where
+        assert f["wide_offsets"] > 0 and f["narrow_offsets"] == 0, where
         if f["target"] in NVIDIA:
             assert f["shared"] <= SHARED.get(name, 0), where
             assert f["registers"] <= REGISTERS.get(name, 64), where
-            assert f["store_bits"] == 128 or name not in SIXTEEN_BYTES, where
+            # Eight pixels of a line of a patch are eight bytes as uint8.
+            assert f["store_bits"] == (64 if "uint8" in f["variant"] else 128) or name not in SIXTEEN_BYTES, where
             # A 2x2 block of noise costs about 200 instructions; sin, cos and log would cost far more.
             assert f["instructions_per_output"] < (100 if "channels_last" in name else 70), where
 
 
 def test_default_configurations(tmp_path):
     facts = compile_all(tmp_path / "facts.json", ["bf16"], NVIDIA)
-    assert {f["target"] for f in facts} == set(NVIDIA) and len(facts) == 3 * 10
+    assert {f["target"] for f in facts} == set(NVIDIA) and len(facts) == 3 * 16
     check(facts)
 
 
 @pytest.mark.slow
 def test_every_dtype_and_amd(tmp_path):
     check(compile_all(tmp_path / "facts.json", ["bf16", "fp16", "fp32"], [*NVIDIA, *AMD]))
+
+
+@pytest.mark.slow
+def test_the_oldest_triton_that_is_allowed(tmp_path):
+    """Triton 3.6 beside the newest: installed into a folder that only this subprocess sees."""
+    folder = tmp_path / "triton"
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder), "triton==3.6.0"]
+    got = subprocess.run(command, capture_output=True, text=True, check=False)
+    if got.returncode != 0:
+        pytest.skip(f"pip cannot get triton 3.6.0: {(got.stderr.strip().splitlines() or ['no reason given'])[-1]}")
+    found = subprocess.run(
+        [sys.executable, "-c", "import triton; print(triton.__version__)"],
+        env={**os.environ, "PYTHONPATH": str(folder)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert found.stdout.strip() == "3.6.0"
+    check(compile_all(tmp_path / "facts.json", ["bf16"], NVIDIA, PYTHONPATH=str(folder)))
+
+
+def ttir(*lines):
+    return "\n".join(["tt.func public @kernel(%p: !tt.ptr<f32>, %stride_x: i32, %width: i32) {", *lines, "}"])
+
+
+ROW = "%row = tt.get_program_id y : i32 loc(#loc1)"
+WIDE = ["%a = arith.extsi %row : i32 to i64", "%b = arith.extsi %stride_x : i32 to i64"]
+WIDE += ["%c = arith.muli %a, %b : i64", "%d = tt.addptr %p, %c : !tt.ptr<f32>, i64"]
+NARROW = ["%a = arith.muli %row, %width : i32 loc(#loc2)", "%b = arith.extsi %a : i32 to i64"]
+NARROW += ["%c = tt.addptr %p, %b : !tt.ptr<f32>, i64"]
+BOUNDED = ["%a = arith.remsi %row, %width : i32", "%b = tt.addptr %p, %a : !tt.ptr<f32>, i32"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        ([ROW, *WIDE], (1, 0)),
+        ([ROW, *NARROW], (1, 1)),  # too late: the product may have overflowed before it was widened
+        ([ROW, *BOUNDED], (0, 0)),
+        (["%0 = arith.addi %stride_x, %width : i32"], (0, 1)),
+        ([ROW, *WIDE[:3], "%d = arith.trunci %c : i64 to i32"], (0, 1)),
+        ([ROW.replace(" y ", " x "), *NARROW], (0, 0)),  # declared to count inside an image
+        ([ROW, "%q = tt.load %p : !tt.ptr<i32>", "%a = arith.muli %q, %width : i32"], (0, 0)),
+    ],
+)
+def test_offsets_that_may_overflow_are_found(lines, expected):
+    assert crossing_offsets(ttir(*lines), ["p", "stride_x", "width"], ("x",)) == expected

@@ -22,6 +22,7 @@ TABLE = X.reshape(2, 72)[:, :24]
 HEADS = X.expand(16, 2, 3, 4, 6).permute(1, 4, 2, 3, 0)  # (B, N, P, H, d)
 NORM, ANGLE = torch.ones(1, 2, 16), torch.ones(6, 8)
 QKV = torch.randn(2, 5, 3, 2, 16, generator=torch.Generator().manual_seed(1)).unbind(2)
+PATCHES = torch.randn(4, 2, 48, generator=torch.Generator().manual_seed(2))  # 2x2 tokens, 2 images, patches of 4
 ARGUMENTS = {
     "attention": QKV,
     "start_noise": (SEEDS, 3, 4, 6, torch.float32),
@@ -29,6 +30,8 @@ ARGUMENTS = {
     "euler_step": (X, X + 1, HALF),
     "cfg_combine": (X, X + 1, HALF),
     "cfg_euler": (X, X + 1, X - 1, HALF, HALF),
+    "stage_transition": (PATCHES, PATCHES + 1, HALF, HALF, HALF, SEEDS, 2, 4, 0.25, PATCHES - 1, HALF),
+    "final_step": (PATCHES, PATCHES + 1, HALF, 4, torch.float32, PATCHES - 1, HALF),
     "norm_modulate": (ROWS, TABLE, TABLE + 1, None),
     "gate_residual_norm_modulate": (ROWS, ROWS + 1, TABLE, TABLE + 1, TABLE - 1, None),
     "qk_norm_rope": (HEADS.contiguous(), NORM, NORM + 1, ANGLE, ANGLE, None),

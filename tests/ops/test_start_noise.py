@@ -5,6 +5,7 @@ import torch
 
 from msdd_fast import noise, ops
 from msdd_fast.errors import InputError
+from msdd_fast.patch_rows import patchify
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -30,6 +31,25 @@ def test_any_split_of_the_batch_is_identical(backend, device):
     assert ops.start_noise(seeds[:0], (3, 4, 6), backend=backend).shape == (0, 3, 4, 6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("shape", "p"), [((3, 8, 16), 8), ((1, 6, 4), 2), ((3, 8, 4), 4), ((2, 6, 12), 6), ((3, 16, 16), 16)]
+)
+def test_patch_rows_hold_the_same_numbers(backend, device, shape, p, dtype):
+    seeds = torch.tensor([0, 5, 2**63 - 1], device=device)
+    image = ops.start_noise(seeds, shape, dtype, backend=backend)
+    for name in (backend, "eager"):
+        rows = ops.start_noise(seeds, shape, dtype, patch_size=p, backend=name)
+        assert rows.is_contiguous() and rows.dtype == dtype
+        expected = patchify(ops.start_noise(seeds, shape, dtype, backend=name), p)
+        assert torch.equal(rows, expected) and rows.shape == (image[0, 0].numel() // p**2, 3, shape[0] * p * p)
+    assert ops.start_noise(seeds[:0], shape, dtype, patch_size=p, backend=backend).shape == (
+        rows.shape[0],
+        0,
+        rows.shape[2],
+    )
+
+
 @pytest.mark.parametrize("name", ["eager", "cpu", "triton"])
 @pytest.mark.parametrize(
     ("change", "message"),
@@ -40,6 +60,8 @@ def test_any_split_of_the_batch_is_identical(backend, device):
         (dict(seeds=torch.tensor([-3])), r"seeds must be in \[0, 2\^63\), got -3"),
         (dict(seeds=[1, 2]), r"seeds must be an int64 tensor \(B,\), got list"),
         (dict(shape=(8, 2**16, 2**16)), r"shape must hold at most 2\^30 blocks of 2x2 pixels, got \(8, 65536, 65536\)"),
+        (dict(patch_size=3), r"patch_size must be an even int >= 2 \(noise comes in 2x2 blocks\), got 3"),
+        (dict(patch_size=8), r"shape must hold whole patches of 8x8 pixels, got \(3, 4, 4\)"),
         (dict(dtype=torch.float64), "dtype must be float32, bfloat16 or float16, got torch.float64"),
     ],
 )

@@ -1,0 +1,137 @@
+"""The fused ops need no memory but for their inputs and their output: no noise tensor, no copy, no intermediate.
+
+Proven for the C++ kernels by the peak of the process's resident memory, which sees every allocator; for the Triton
+kernels by what their launchers allocate and pass on (a kernel itself cannot allocate; that it spills nothing to memory
+is in test_aot.py), and on a GPU by the peak of PyTorch's allocator.
+"""
+
+import gc
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from msdd_fast import ops
+from msdd_fast.backends import extension_status
+from msdd_fast.ops.renoise_upsample import renoise_upsample_with
+
+MEBIBYTE = 2**20
+
+
+def case(name, batch, grid, device="cpu", dtype=torch.float32):
+    """The op's positional arguments, the guiding velocities being the halves of one tensor."""
+    x = torch.ones(grid**2, batch, 192, dtype=dtype, device=device)
+    v, v_uncond = torch.ones(grid**2, 2 * batch, 192, dtype=dtype, device=device).split(batch, dim=1)
+    seeds, half = torch.arange(batch, device=device), torch.tensor(0.5, device=device)
+    image = x.view(batch, 3, 8 * grid, 8 * grid)
+    return {
+        "renoise_upsample": (image, half, half, seeds, 1, -1 / 3),
+        "stage_transition": (x, v, half, half, half, seeds, 1, 8, -1 / 3, v_uncond, half),
+        "final_step": (x, v, half, 8, torch.float32, v_uncond, half),
+        "cfg_euler": (x, v, v_uncond, half, half),
+        "cfg_combine": (v, v_uncond, half),
+        "euler_step": (x, v, half),
+    }[name]
+
+
+NAMES = ["renoise_upsample", "stage_transition", "final_step", "cfg_euler", "cfg_combine", "euler_step"]
+CLEAR, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+
+
+def resident(key):
+    (line,) = [line for line in STATUS.read_text().splitlines() if line.startswith(key)]
+    return int(line.split()[1]) * 1024
+
+
+def peak_growth(function):
+    """Bytes by which the peak of resident memory exceeds what is resident before the call; and the result."""
+    gc.collect()
+    CLEAR.write_text("5")  # the peak starts anew
+    before = resident("VmRSS")
+    out = function()
+    return resident("VmHWM") - before, out
+
+
+def needs_peak():
+    try:
+        CLEAR.write_text("5")
+    except OSError as error:
+        pytest.skip(f"the peak of resident memory cannot be reset here: {error}")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_peak_of_the_cpu_kernels_is_their_output(name):
+    """Tensors of 48 MiB and more, which malloc takes from the system one by one and gives back."""
+    if not extension_status()[0]:
+        pytest.skip(f"backend 'cpu': {extension_status()[1]}")
+    needs_peak()
+    arguments = case(name, 64, 32)
+    growth, out = peak_growth(lambda: getattr(ops, name)(*arguments, backend="cpu"))
+    assert out.nbytes >= 48 * MEBIBYTE
+    assert 0.9 * out.nbytes < growth < out.nbytes + 4 * MEBIBYTE
+
+
+def test_the_peak_shows_a_noise_tensor():
+    """The same measurement of plain PyTorch, which has one: so the test above could fail."""
+    needs_peak()
+    x, alpha, beta, *_ = case("renoise_upsample", 64, 32)
+
+    def plain():
+        return renoise_upsample_with(x, alpha, beta, torch.randn(64, 3, 512, 512))
+
+    growth, out = peak_growth(plain)
+    assert growth > 2 * out.nbytes
+
+
+class Allocations(TorchDispatchMode):
+    """Results of all operations that make a tensor with memory of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        known = {a.untyped_storage().data_ptr() for a in args if isinstance(a, torch.Tensor)}
+        if isinstance(out, torch.Tensor) and out.untyped_storage().data_ptr() not in known:
+            self.made.append((str(func), out.shape))
+        return out
+
+
+class Recorder:
+    """Stands for a Triton kernel and keeps the tensors that it is launched with."""
+
+    def __getitem__(self, grid):
+        return self
+
+    def __call__(self, *args, **options):
+        self.tensors = [a for a in args if isinstance(a, torch.Tensor)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_triton_launchers_allocate_their_output_only(name, monkeypatch):
+    kernel = Recorder()
+    monkeypatch.setattr(importlib.import_module(f"msdd_fast.kernels.{name}"), f"{name}_kernel", kernel)
+    arguments = case(name, 2, 2)
+    with Allocations() as allocations:
+        out = importlib.import_module(f"msdd_fast.ops.{name}")._triton(*arguments)
+    assert [shape for _, shape in allocations.made] == [out.shape], allocations.made
+    mine = {a.data_ptr() for a in (*arguments, out) if isinstance(a, torch.Tensor)}
+    assert {t.data_ptr() for t in kernel.tensors} <= mine
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", NAMES)
+def test_peak_on_the_gpu_is_the_output(name, dtype):
+    arguments = case(name, 64, 32, "cuda", dtype)
+    getattr(ops, name)(*arguments, backend="triton")  # compiled
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    out = getattr(ops, name)(*arguments, backend="triton")
+    torch.cuda.synchronize()
+    assert torch.cuda.max_memory_allocated() - before <= out.nbytes + MEBIBYTE
