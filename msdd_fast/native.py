@@ -83,14 +83,13 @@ def cfg_euler(
             raise InputError(f"{other} must have the shape of {name}, {tuple(first.shape)}, got {tuple(t.shape)}")
     layout = row_layout(*given.values())
     if layout is None:
-        order = _check(name, first)
+        memory = _check(name, first)
         for other, t in given.items():
-            if not t.is_contiguous(memory_format=order):
-                raise InputError(f"{other} must have the memory order {order} of {name}, got strides {t.stride()}")
+            if not t.is_contiguous(memory_format=memory):
+                raise InputError(f"{other} must have the memory order {memory} of {name}, got strides {t.stride()}")
         layout = RowLayout(1, first.numel(), (0,) * len(given))
-    out = (
-        torch.empty_like(first) if layout.rows == 1 else torch.empty_like(first, memory_format=torch.contiguous_format)
-    )
+    order = torch.contiguous_format if layout.rows > 1 else torch.preserve_format
+    out = torch.empty_like(first, memory_format=order)
     strides = dict(zip(given, layout.strides, strict=True))
     operands = [
         (given[n].data_ptr(), _DTYPES[given[n].dtype], strides[n]) if n in given else (0, 0, 0)

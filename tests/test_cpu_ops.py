@@ -190,7 +190,7 @@ X = torch.zeros(2, 3, 4, 5)
     ("change", "message"),
     [
         (dict(x=X.double()), "x must be a float32, bfloat16 or float16 tensor on the CPU, got torch.float64 on cpu"),
-        (dict(x=X.transpose(2, 3)), "x must be contiguous or channels-last"),
+        (dict(x=torch.zeros(2, 3, 5, 4).transpose(2, 3)), "x must be contiguous or channels-last"),
         (dict(v_cond=X[:1]), r"v_cond must have the shape of x, \(2, 3, 4, 5\), got \(1, 3, 4, 5\)"),
         (dict(v_uncond=X.to(memory_format=torch.channels_last)), "v_uncond must have .* memory order"),
         (dict(v_uncond=X.to("meta")), "v_uncond must be a float32.* on meta"),

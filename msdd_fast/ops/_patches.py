@@ -40,7 +40,7 @@ def check_velocity(
 def euler_eager(x: Tensor, v: Tensor, dt: Tensor, v_uncond: Tensor | None, scale: Tensor | None) -> Tensor:
     """E = x + dt * v or x + dt * (v_uncond + scale * (v - v_uncond)), float32, not rounded to x's dtype."""
     v = v.float()
-    if v_uncond is not None:
+    if v_uncond is not None and scale is not None:
         v = v_uncond.float() + scale * (v - v_uncond.float())
     return x.float() + dt * v
 

@@ -38,7 +38,8 @@ def _triton(v_cond: Tensor, v_uncond: Tensor, scale: Tensor) -> Tensor:
 def _cpu(v_cond: Tensor, v_uncond: Tensor, scale: Tensor) -> Tensor:
     from msdd_fast import native
 
-    return native.cfg_euler(None, *as_rows(v_cond, v_uncond), scale, None)
+    v_cond, v_uncond = as_rows(v_cond, v_uncond)
+    return native.cfg_euler(None, v_cond, v_uncond, scale, None)
 
 
 OP = Op(

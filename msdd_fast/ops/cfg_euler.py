@@ -49,7 +49,8 @@ def _triton(x: Tensor, v_cond: Tensor, v_uncond: Tensor, scale: Tensor, dt: Tens
 def _cpu(x: Tensor, v_cond: Tensor, v_uncond: Tensor, scale: Tensor, dt: Tensor) -> Tensor:
     from msdd_fast import native
 
-    return native.cfg_euler(*as_rows(x, v_cond, v_uncond), scale, dt)
+    x, v_cond, v_uncond = as_rows(x, v_cond, v_uncond)
+    return native.cfg_euler(x, v_cond, v_uncond, scale, dt)
 
 
 OP = Op(

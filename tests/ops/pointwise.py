@@ -43,7 +43,7 @@ class Pointwise:
         assert torch.equal(self.op(*views, **self.scalars, backend=backend), expected.transpose(2, 3))
 
     def test_slices_are_read_in_place(self, backend, device):
-        """Halves of one tensor, as guidance makes them: rows with a stride. Also rows that go on over two dimensions."""
+        """Halves of one tensor, as guidance makes them: rows with a stride; also rows of two dimensions."""
         for shape, columns in (((5, 4, 33), 66), ((3, 2, 700), 700), ((2, 2, 1500), 1500), ((2, 3, 2, 8), None)):
             both = self.tensors(shape, device, torch.bfloat16)
             halves = [t.chunk(2, dim=-2)[i % 2] for i, t in enumerate(both)]
