@@ -78,10 +78,8 @@ def run(command: list[str]) -> None:
     raise BuildError(f"{Path(command[0]).name} failed: {first[:300]}")
 
 
-def cmake_build(directory: Path, cuda: str) -> tuple[Path, dict]:
+def cmake_build(directory: Path, cuda: str, cmake: str, ninja: str) -> tuple[Path, dict]:
     """Configures and builds in ``directory``; returns the built module and what CMake says it is."""
-    cmake, ninja = tool("cmake", "CMAKE_BIN_DIR"), tool("ninja", "BIN_DIR")
-    check_requirements()
     cache = directory / "CMakeCache.txt"
     # A cache from a tree that was copied or moved is of no use, and CMake would refuse it.
     moved = cache.is_file() and f"CMAKE_HOME_DIRECTORY:INTERNAL={ROOT.as_posix()}\n" not in cache.read_text()
@@ -116,14 +114,16 @@ def build_extension(directory: Path, target: Path) -> dict:
     try:
         if wanted == "0":
             raise BuildError("skipped because MSDD_FAST_BUILD_EXT=0")
+        tools = tool("cmake", "CMAKE_BIN_DIR"), tool("ninja", "BIN_DIR")
+        check_requirements()
         try:
-            module, facts = cmake_build(directory, cuda)
+            module, facts = cmake_build(directory, cuda, *tools)
         except BuildError as error:
             has_cuda = any((ROOT / "csrc" / "cuda").glob("*.cu"))
             if cuda != "auto" or not has_cuda:
                 raise
             print(f"msdd-fast: trying again without CUDA, since {error}", file=sys.stderr)
-            module, facts = cmake_build(directory, "0")
+            module, facts = cmake_build(directory, "0", *tools)
             facts["cuda_reason"] = str(error)
     except BuildError as error:
         if wanted != "0" and "1" in (wanted, cuda):

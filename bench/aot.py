@@ -38,7 +38,7 @@ BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "u8": 1}
 DTYPES = ("bf16", "fp16", "fp32")
 NVIDIA = ("80", "90", "100")
 AMD = ("gfx942", "gfx950")
-WIDTH, HEAD_DIM, HIDDEN = 768, 64, 2048
+WIDTH, HEAD_DIM, HIDDEN, CONTEXT = 768, 64, 2048, 128
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ class Case:
     variant: str = ""
     within_image: tuple[str, ...] = ()
     """Axes of the grid that count inside one image, where indices fit in 32 bits (ops/_checks.check_blocks)."""
+    dtypes: tuple[str, ...] = ("bf16", "fp16", "fp32")
 
     def load(self) -> Any:
         stem, _, name = self.kernel.rpartition(".")
@@ -91,6 +92,7 @@ def cases() -> list[Case]:
         start_noise,
         swiglu,
     )
+    from msdd_fast.kernels import context_attention as context
 
     def pointwise(*operands: str, scalars: tuple[str, ...]) -> Callable[[str], dict[str, str]]:
         return lambda d: {
@@ -255,6 +257,21 @@ def cases() -> list[Case]:
             lambda c: c["HEADS"] * c["DIM"],
         ),
         Case(
+            "context_attention.context_attention_kernel",
+            lambda d: {
+                **{f"p_{n}": f"*{d}" for n in ("q", "k", "v", "accumulate", "out")},
+                **{n: "i32" for n in ("heads", "queries", "keys")},
+                **{f"stride_{x}{n}": "i32" for x in "qkvao" for n in "bnh"},
+            },
+            lambda _: {
+                **{"SCALE": context.SCALE, "ACCUMULATE": True, "WIDEN": False},
+                **{"BLOCK_N": context.BLOCK_N, "BLOCK_L": CONTEXT, "D": HEAD_DIM},
+            },
+            context.NUM_WARPS,
+            lambda c: c["BLOCK_N"] * c["D"],
+            ("bf16", "fp16"),
+        ),
+        Case(
             "swiglu.swiglu_kernel",
             lambda d: {
                 **{"p_a": f"*{d}", "p_b": f"*{d}", "p_out": f"*{d}"},
@@ -395,7 +412,7 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--markdown", metavar="FILE")
     args = parser.parse_args()
-    facts = [compile_case(c, d, t) for c in cases() for d in args.dtypes for t in args.targets]
+    facts = [compile_case(c, d, t) for c in cases() for d in args.dtypes if d in c.dtypes for t in args.targets]
     table = markdown(facts)
     print(table, end="")
     if args.json:

@@ -15,6 +15,7 @@ from torch import Tensor
 BLOCK_N = 64
 NUM_WARPS = 4
 HEAD_SIZE = 64
+SCALE = math.log2(math.e) / math.sqrt(HEAD_SIZE)
 
 
 @triton.jit
@@ -27,23 +28,24 @@ def context_attention_kernel(
     heads,  # H
     queries,  # N
     keys,  # L
-    s_qb,  # strides in elements of image, token and head; that of D is 1
-    s_qn,
-    s_qh,
-    s_kb,
-    s_kn,
-    s_kh,
-    s_vb,
-    s_vn,
-    s_vh,
-    s_ab,
-    s_an,
-    s_ah,
-    s_ob,
-    s_on,
-    s_oh,
+    stride_qb,  # strides in elements of image, token and head; that of D is 1
+    stride_qn,
+    stride_qh,
+    stride_kb,
+    stride_kn,
+    stride_kh,
+    stride_vb,
+    stride_vn,
+    stride_vh,
+    stride_ab,
+    stride_an,
+    stride_ah,
+    stride_ob,
+    stride_on,
+    stride_oh,
     SCALE: tl.constexpr,  # log2(e) / sqrt(D)
     ACCUMULATE: tl.constexpr,
+    WIDEN: tl.constexpr,  # for the interpreter, which multiplies the bits of bfloat16
     BLOCK_N: tl.constexpr,
     BLOCK_L: tl.constexpr,  # power of 2, at least L
     D: tl.constexpr,
@@ -58,27 +60,32 @@ def context_attention_kernel(
     m_n = (o_n < queries)[:, None]
     m_l = o_l < keys
 
-    p_rows = p_q + i_image * s_qb + i_head * s_qh + o_n[:, None] * s_qn + o_d
+    p_rows = p_q + i_image * stride_qb + i_head * stride_qh + o_n[:, None] * stride_qn + o_d
     b_q = tl.load(p_rows, mask=m_n, other=0.0)  # [BLOCK_N, D]
-    p_rows = p_k + i_image * s_kb + i_head * s_kh + o_l[:, None] * s_kn + o_d
+    p_rows = p_k + i_image * stride_kb + i_head * stride_kh + o_l[:, None] * stride_kn + o_d
     b_k = tl.load(p_rows, mask=m_l[:, None], other=0.0)  # [BLOCK_L, D]
-    p_rows = p_v + i_image * s_vb + i_head * s_vh + o_l[:, None] * s_vn + o_d
+    p_rows = p_v + i_image * stride_vb + i_head * stride_vh + o_l[:, None] * stride_vn + o_d
     b_v = tl.load(p_rows, mask=m_l[:, None], other=0.0)  # [BLOCK_L, D]
 
+    if WIDEN:
+        b_q, b_k = b_q.to(tl.float32), b_k.to(tl.float32)
     b_s = tl.dot(b_q, tl.trans(b_k)) * SCALE  # [BLOCK_N, BLOCK_L]
     b_s = tl.where(m_l[None, :], b_s, float("-inf"))
     b_p = tl.exp2(b_s - tl.max(b_s, axis=1)[:, None])
-    b_out = tl.dot(b_p.to(b_v.dtype), b_v) / tl.sum(b_p, axis=1)[:, None]  # [BLOCK_N, D]
+    b_w = b_p.to(b_v.dtype)
+    if WIDEN:
+        b_w, b_v = b_w.to(tl.float32), b_v.to(tl.float32)
+    b_out = tl.dot(b_w, b_v) / tl.sum(b_p, axis=1)[:, None]  # [BLOCK_N, D]
     if ACCUMULATE:
-        p_rows = p_accumulate + i_image * s_ab + i_head * s_ah + o_n[:, None] * s_an + o_d
+        p_rows = p_accumulate + i_image * stride_ab + i_head * stride_ah + o_n[:, None] * stride_an + o_d
         b_out += tl.load(p_rows, mask=m_n, other=0.0).to(tl.float32)  # [BLOCK_N, D]
-    p_rows = p_out + i_image * s_ob + i_head * s_oh + o_n[:, None] * s_on + o_d
+    p_rows = p_out + i_image * stride_ob + i_head * stride_oh + o_n[:, None] * stride_on + o_d
     tl.store(p_rows, b_out.to(p_out.dtype.element_ty), mask=m_n)
 
 
 def context_attention(q: Tensor, k: Tensor, v: Tensor, accumulate: Tensor | None, out: Tensor) -> None:
     """Launch on (B, N, H, 64), (B, L, H, 64) in bfloat16 or float16, last dimension contiguous; writes ``out``."""
-    b, n, h, d = q.shape
+    b, n, h, _ = q.shape
     if out.numel() == 0:
         return
     tensors = (q, k, v, q if accumulate is None else accumulate, out)
@@ -89,8 +96,9 @@ def context_attention(q: Tensor, k: Tensor, v: Tensor, accumulate: Tensor | None
         n,
         k.shape[1],
         *strides,
-        SCALE=math.log2(math.e) / math.sqrt(HEAD_SIZE),
+        SCALE=SCALE,
         ACCUMULATE=accumulate is not None,
+        WIDEN=q.device.type == "cpu",
         BLOCK_N=BLOCK_N,
         BLOCK_L=max(16, triton.next_power_of_2(k.shape[1])),
         D=HEAD_SIZE,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+import torch
 
 import msdd_fast
 from msdd_fast import backends
@@ -91,10 +93,10 @@ def test_a_failing_build_is_told_or_fatal(tree):
         pytest.skip(f"no tools to build with: msdd_fast._C {backends.extension_status()[1]}")
     for source in (tree / "csrc").rglob("*.cpp"):
         source.write_text("#error deliberately broken\n")
-    result = run_setup(tree, "build_ext", "--inplace")
+    result = run_setup(tree, "build_ext", "--inplace", MSDD_FAST_BUILD_CUDA="0")
     assert result.returncode == 0, result.stderr
     assert "deliberately broken" in info_of(tree)["reason"] and len(our_lines(result)) == 1
-    fatal = run_setup(tree, "build_ext", "--inplace", MSDD_FAST_BUILD_EXT="1")
+    fatal = run_setup(tree, "build_ext", "--inplace", MSDD_FAST_BUILD_EXT="1", MSDD_FAST_BUILD_CUDA="0")
     assert fatal.returncode != 0 and "could not be built" in fatal.stderr and "deliberately broken" in fatal.stderr
 
 
@@ -104,6 +106,82 @@ def test_build_switches(tree):
     assert info_of(tree)["reason"] == "skipped because MSDD_FAST_BUILD_EXT=0"
     wrong = run_setup(tree, "build_ext", "--inplace", MSDD_FAST_BUILD_EXT="yes")
     assert wrong.returncode != 0 and "MSDD_FAST_BUILD_EXT must be 0, 1 or auto, got 'yes'" in wrong.stderr
+
+
+def configure(tree: Path, cuda: str, **environment: str) -> subprocess.CompletedProcess:
+    """CMake alone, as far as what would be built; the facts are then in tree/out/facts.json."""
+    setup = importlib.import_module("setup")
+    command = [setup.tool("cmake", "CMAKE_BIN_DIR"), "-S", tree, "-B", tree / "out", "-G", "Ninja"]
+    command += [f"-DCMAKE_MAKE_PROGRAM={setup.tool('ninja', 'BIN_DIR')}", f"-DPython_EXECUTABLE={sys.executable}"]
+    command += [f"-DMSDD_FAST_BUILD_CUDA={cuda}", "-DMSDD_FAST_CUDA_ARCHS=90;80"]
+    return subprocess.run(command, env={**os.environ, **environment}, text=True, capture_output=True, timeout=300)
+
+
+def facts_of(tree: Path) -> dict:
+    return json.loads((tree / "out/facts.json").read_text())
+
+
+def test_what_is_built_of_cuda(tree, monkeypatch):
+    """Nothing if not wanted; without nvcc nothing or an error; else every architecture, with PTX for the newest."""
+    if not backends.extension_status()[0]:
+        pytest.skip(f"no tools to build with: msdd_fast._C {backends.extension_status()[1]}")
+    monkeypatch.syspath_prepend(str(ROOT))
+    assert configure(tree, "0").returncode == 0
+    assert facts_of(tree)["cuda"] is False and facts_of(tree)["cuda_reason"] == "MSDD_FAST_BUILD_CUDA=0"
+    hidden = {"CUDACXX": "/nowhere/nvcc"}
+    assert configure(tree, "auto", **hidden).returncode == 0
+    assert facts_of(tree)["cuda"] is False and "no working nvcc was found" in facts_of(tree)["cuda_reason"]
+    failed = configure(tree, "1", **hidden)
+    assert failed.returncode != 0 and "MSDD_FAST_BUILD_CUDA=1, but no working nvcc was found" in failed.stderr
+    if backends.build_info().get("cuda"):
+        shutil.rmtree(tree / "out")  # CMake remembers that it found none
+        built = configure(tree, "1")
+        assert built.returncode == 0, built.stderr
+        assert facts_of(tree)["cuda"] is True and facts_of(tree)["cuda_archs"] == ["80", "90"]
+        ninja = (tree / "out/build.ninja").read_text()
+        assert all(f"code=[{c}]" in ninja for c in ("sm_80", "compute_90,sm_90"))
+
+
+@pytest.mark.parametrize(
+    ("archs", "versions", "capability", "verdict"),
+    [
+        (["80", "90"], (13000, 13000), (9, 0), "CUDA 13.0, sm_90"),
+        (["80", "90"], (13010, 13000), (8, 6), "CUDA 13.0, sm_86"),  # machine code of sm_80
+        (["80", "90"], (13000, 13010), (10, 0), "CUDA 13.1, sm_100"),  # PTX of sm_90
+        (["80", "90"], (12080, 13000), (9, 0), "was built with CUDA 13.0, but the driver knows CUDA 12.8: install a"),
+        (["80", "90"], (13000, 13000), (7, 5), "was built for sm_80, sm_90, but this GPU is sm_75. To build it: MSDD_"),
+        (["86", "90"], (13000, 13000), (8, 0), "was built for sm_86, sm_90, but this GPU is sm_80. To build it: MSDD_"),
+        (["90"], (13000, 13000), (8, 9), "was built for sm_90, but this GPU is sm_89. To build it: MSDD_FAST_CUDA_ARC"),
+    ],
+)
+def test_which_gpus_the_build_serves(archs, versions, capability, verdict):
+    ok, reason = backends._runs_on(archs, versions, capability)
+    assert reason.startswith(verdict) and ok == verdict.startswith("CUDA")
+    if not ok:
+        assert "MSDD_FAST_BUILD_CUDA=1 MSDD_FAST_BUILD_EXT=1 pip install" in reason
+
+
+def test_reasons_why_the_cuda_kernels_cannot_run(monkeypatch):
+    assert backends.can_use_cuda(torch.zeros(1)) == (False, "works on CUDA tensors, got cpu")
+    here = torch.version.cuda
+    for version, module, info, reason in (
+        (None, object(), {}, "needs an NVIDIA GPU, and this PyTorch is not built for CUDA"),
+        ("13.0", None, {}, "was not built: no compiler"),
+        (
+            "13.0",
+            object(),
+            {"cuda_reason": "no nvcc"},
+            "was built without CUDA: no nvcc. To build it: MSDD_FAST_BUILD_",
+        ),
+    ):
+        monkeypatch.setattr(torch.version, "cuda", version)
+        monkeypatch.setattr(backends, "_probe", lambda module=module: (module, "was not built: no compiler"))
+        monkeypatch.setattr(backends, "build_info", lambda info=info: info)
+        backends._cuda_status.cache_clear()
+        ok, said = backends.cuda_status(0)
+        assert not ok and said.startswith(reason)
+    monkeypatch.setattr(torch.version, "cuda", here)
+    backends._cuda_status.cache_clear()
 
 
 def test_folders_are_installed_inside_the_package(tree, tmp_path):

@@ -29,7 +29,6 @@ from msdd_fast.ops._op import Op, Verdict, both
 
 HEAD_SIZE = 64
 MAX_CONTEXT = 256
-CPU_HEAD_SIZES = range(16, 129, 16)
 
 
 def context_attention(
@@ -47,35 +46,45 @@ def context_attention(
     check_float("q", q)
     if torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
-        q, k, v, accumulate = (
-            t.to(dtype) if isinstance(t, Tensor) and t.dtype in FLOAT_DTYPES else t for t in (q, k, v, accumulate)
-        )
+        q, k, v = (t.to(dtype) if isinstance(t, Tensor) and t.dtype in FLOAT_DTYPES else t for t in (q, k, v))
+        if isinstance(accumulate, Tensor) and accumulate.dtype in FLOAT_DTYPES:
+            accumulate = accumulate.to(dtype)
     if q.ndim != 4 or q.shape[3] == 0:
         raise InputError(f"q must be a tensor (B, N, heads, head size), got {tuple(q.shape)}")
-    for name, x in (("k", k), ("v", v), ("accumulate", accumulate)):
-        if x is None and name == "accumulate":
-            continue
-        check_float(name, x)
-        check_device(name, x, "q", q)
-        if x.dtype != q.dtype:
-            raise InputError(f"{name} must have the dtype of q, {q.dtype}, got {x.dtype}")
-        if x.ndim != 4:
-            raise InputError(f"{name} must be a tensor (B, N, heads, head size), got {tuple(x.shape)}")
-        tokens = q.shape[1] if name == "accumulate" else k.shape[1]
-        expected = (q.shape[0], tokens, q.shape[2], q.shape[3])
-        if x.shape != expected:
-            raise InputError(f"{name} must have the shape {tuple(expected)}, got {tuple(x.shape)}")
+    _check_heads("k", k, q)
+    _check_heads("v", v, q)
+    _check_shape("k", k, q, k.shape[1])
+    _check_shape("v", v, q, k.shape[1])
+    if accumulate is not None:
+        _check_heads("accumulate", accumulate, q)
+        _check_shape("accumulate", accumulate, q, q.shape[1])
     if k.shape[1] == 0:
         raise InputError(f"k must hold at least one context token, got the shape {tuple(k.shape)}")
     out: Tensor = OP(q, k, v, accumulate, backend=backend)
     return out
 
 
+def _check_heads(name: str, x: Tensor, q: Tensor) -> None:
+    check_float(name, x)
+    check_device(name, x, "q", q)
+    if x.dtype != q.dtype:
+        raise InputError(f"{name} must have the dtype of q, {q.dtype}, got {x.dtype}")
+    if x.ndim != 4:
+        raise InputError(f"{name} must be a tensor (B, N, heads, head size), got {tuple(x.shape)}")
+
+
+def _check_shape(name: str, x: Tensor, q: Tensor, tokens: int) -> None:
+    expected = (q.shape[0], tokens, q.shape[2], q.shape[3])
+    if x.shape != expected:
+        raise InputError(f"{name} must have the shape {expected}, got {tuple(x.shape)}")
+
+
 def context_attention_eager(q: Tensor, k: Tensor, v: Tensor, accumulate: Tensor | None) -> Tensor:
     """Reference: plain torch, float32 throughout."""
     q32, k32, v32 = (x.transpose(1, 2).float() for x in (q, k, v))
-    weights = (q32 @ k32.transpose(2, 3) * q.shape[3] ** -0.5).softmax(dim=-1)
-    out = (weights @ v32).transpose(1, 2)
+    with torch.autocast(q.device.type, enabled=False):
+        weights = (q32 @ k32.transpose(2, 3) * q.shape[3] ** -0.5).softmax(dim=-1)
+        out = (weights @ v32).transpose(1, 2)
     if accumulate is not None:
         out = out + accumulate.float()
     return _in_order_of(q, out.to(q.dtype))
@@ -116,7 +125,7 @@ def _can_use_sdpa(q: Tensor, k: Tensor, v: Tensor, accumulate: Tensor | None) ->
 
 
 def _can_use_cpu(q: Tensor, k: Tensor, v: Tensor, accumulate: Tensor | None) -> Verdict:
-    if q.shape[3] not in CPU_HEAD_SIZES:
+    if q.shape[3] % 16 or q.shape[3] > 128:
         return both(can_use_cpu(q), (False, f"needs a head size that is a multiple of 16 up to 128, got {q.shape[3]}"))
     if any(x is not None and x.stride(3) != 1 for x in (q, k, v, accumulate)):
         return both(can_use_cpu(q), (False, "needs the last dimension of all tensors to be contiguous"))

@@ -23,8 +23,10 @@ HEADS = X.expand(16, 2, 3, 4, 6).permute(1, 4, 2, 3, 0)  # (B, N, P, H, d)
 NORM, ANGLE = torch.ones(1, 2, 16), torch.ones(6, 8)
 QKV = torch.randn(2, 5, 3, 2, 16, generator=torch.Generator().manual_seed(1)).unbind(2)
 PATCHES = torch.randn(4, 2, 48, generator=torch.Generator().manual_seed(2))  # 2x2 tokens, 2 images, patches of 4
+CONTEXT = torch.randn(2, 5, 4, 2, 64, generator=torch.Generator().manual_seed(1)).bfloat16().unbind(2)
 ARGUMENTS = {
     "attention": QKV,
+    "context_attention": CONTEXT,  # q, k, v and what is added
     "start_noise": (SEEDS, 3, 4, 6, torch.float32),
     "renoise_upsample": (X, HALF, HALF, SEEDS, 2, 0.25),
     "euler_step": (X, X + 1, HALF),
@@ -106,7 +108,7 @@ def test_gradients(name):
     needs("cpu")
     the_op, (x, *rest) = op(name), ARGUMENTS[name]
     x = x.clone().requires_grad_()
-    assert the_op.select(x, *rest) == ("sdpa" if name == "attention" else "eager")
+    assert the_op.select(x, *rest) == ("sdpa" if name.endswith("attention") else "eager")
     total(the_op(x, *rest)).backward()
     assert x.grad is not None
     with pytest.raises(InputError, match=f"{name}: backend 'cpu' is for inference, but an argument requires grad"):
