@@ -22,7 +22,6 @@ CUDA_OK, CUDA_WHY = backends.cuda_status(0) if HAS_GPU else (False, "no CUDA dev
 needs_cuda = [pytest.mark.gpu, pytest.mark.skipif(not CUDA_OK, reason=f"backend 'cuda': {CUDA_WHY}")]
 CUDA = pytest.param("cuda", marks=needs_cuda)
 BACKENDS = ["eager", "sdpa", pytest.param("cpu", marks=needs_extension), "triton", CUDA]
-KERNELS = ["triton", CUDA]
 # The interpreter is slow; the GPU is given everything.
 SMALL = [(2, 17, 33, 2), (1, 1, 1, 1), (1, 3, 128, 1)]
 LARGE = [(2, 16, 128, 12), (3, 64, 127, 3), (1, 1024, 128, 12), (5, 250, 129, 2), (64, 16, 128, 12), (2, 70, 256, 1)]
@@ -242,6 +241,12 @@ def test_error_is_at_most_twice_that_of_sdpa(backend, dtype, shape):
         (ops.context_attention(*arguments, backend=b).double() - expected).abs().max() for b in (backend, "sdpa")
     )
     assert mine <= 2 * sdpa + FLOAT32_SLACK
+
+
+@pytest.mark.parametrize("backend", [CUDA])
+def test_opcheck_of_the_cuda_backend(backend):
+    arguments = make((2, 5, 7, 2), torch.bfloat16, "cuda", order="packed", add=True)
+    torch.library.opcheck(module.OP.implementations[backend].overload, arguments)
 
 
 @pytest.mark.parametrize("backend", [CUDA])
