@@ -9,8 +9,8 @@
 //                                           product; V's matrices are loaded transposed)
 //   out = O / sum (+ accumulate), rounded once, through the warp's 2 KiB of shared memory to 16-byte stores
 //
-// Why chunks of 64: all 128 scores at once save the second maximum, 6 % of the instructions, but need 166 registers,
-// 3 blocks on a multiprocessor. Two halves, unrolled, need 128 without a spill: 4 blocks, 16 warps.
+// Why chunks of 64: all 128 scores at once save a second maximum and one rescaling of O, but took 166 registers (nvcc
+// 13.0), 3 blocks on a multiprocessor, and spilled at 128. Two halves, unrolled, take 128 without: 4 blocks, 16 warps.
 //
 // Shared memory: K, V, then 16 rows for each warp, which hold its queries, then `accumulate`, then the result. A row is
 // 128 bytes, 8 segments of 16; segment s of row r lies at s ^ (r mod 8), so that 8 lanes that touch one segment of 8
