@@ -37,7 +37,9 @@ bandwidth. By this count the noise kernels are bound by instruction issue, not b
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "u8": 1}
 DTYPES = ("bf16", "fp16", "fp32")
 NVIDIA = ("80", "90", "100")
+FLOAT8 = ("89", "90", "100")
 AMD = ("gfx942", "gfx950")
+ALL = ("80", "89", "90", "100", *AMD)
 WIDTH, HEAD_DIM, HIDDEN, CONTEXT = 768, 64, 2048, 128
 
 
@@ -55,6 +57,8 @@ class Case:
     within_image: tuple[str, ...] = ()
     """Axes of the grid that count inside one image, where indices fit in 32 bits (ops/_checks.check_blocks)."""
     dtypes: tuple[str, ...] = ("bf16", "fp16", "fp32")
+    targets: tuple[str, ...] = ("80", "90", "100", "gfx942", "gfx950")
+    """Those that have the instructions it needs."""
 
     def load(self) -> Any:
         stem, _, name = self.kernel.rpartition(".")
@@ -281,11 +285,19 @@ def cases() -> list[Case]:
             hidden["num_warps"],
             lambda c: c["BLOCK"],
         ),
+        Case(
+            "quantize_rows.quantize_rows_kernel",
+            lambda d: {"p_x": f"*{d}", "p_out": "*fp8e4nv", "p_scale": "*fp32"},
+            lambda _: {"WIDTH": WIDTH, "BLOCK": rows["BLOCK"]},
+            rows["num_warps"],
+            lambda c: c["WIDTH"],
+            FLOAT8,
+        ),
     ]
 
 
 def compile_case(case: Case, dtype: str, target: str) -> Facts:
-    """Compile for "80", "90", "100" (NVIDIA) or "gfx942", "gfx950" (AMD: registers and spills only)."""
+    """Compile for "80", "89", "90", "100" (NVIDIA) or "gfx942", "gfx950" (AMD: registers and spills only)."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -408,11 +420,12 @@ def markdown(facts: list[Facts]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16"])
-    parser.add_argument("--targets", nargs="+", choices=(*NVIDIA, *AMD), default=list(NVIDIA))
+    parser.add_argument("--targets", nargs="+", choices=ALL, default=list(NVIDIA))
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--markdown", metavar="FILE")
     args = parser.parse_args()
-    facts = [compile_case(c, d, t) for c in cases() for d in args.dtypes if d in c.dtypes for t in args.targets]
+    wanted = [(c, d, t) for c in cases() for d in args.dtypes for t in args.targets]
+    facts = [compile_case(c, d, t) for c, d, t in wanted if d in c.dtypes and t in c.targets]
     table = markdown(facts)
     print(table, end="")
     if args.json:

@@ -10,6 +10,7 @@ from msdd_fast.ops.final_step import final_step
 from msdd_fast.ops.gate_residual_norm_modulate import gate_residual_norm_modulate
 from msdd_fast.ops.norm_modulate import norm_modulate
 from msdd_fast.ops.qk_norm_rope import qk_norm_rope
+from msdd_fast.ops.quantize_rows import quantize_rows
 from msdd_fast.ops.renoise_upsample import renoise_upsample
 from msdd_fast.ops.stage_transition import stage_transition
 from msdd_fast.ops.start_noise import start_noise
@@ -25,6 +26,7 @@ __all__ = [
     "gate_residual_norm_modulate",
     "norm_modulate",
     "qk_norm_rope",
+    "quantize_rows",
     "renoise_upsample",
     "stage_transition",
     "start_noise",
