@@ -1,4 +1,4 @@
-"""A row's largest magnitude, its scale and its float8 numbers in one pass: one read, one write (ops/quantize_rows.py)."""
+"""A row's largest magnitude, scale and float8 numbers in one pass: one read, one write (ops/quantize_rows.py)."""
 
 from __future__ import annotations
 

@@ -22,5 +22,9 @@ class CheckpointError(MsddFastError, RuntimeError):
     """A checkpoint is missing, damaged, foreign, or does not match its configuration."""
 
 
+class AccuracyError(MsddFastError, RuntimeError):
+    """A faster way of decoding changes the images by more than it may."""
+
+
 class BackendUnavailableError(MsddFastError, RuntimeError):
     """A backend that was asked for by name cannot run here; the message says why."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 
 import torch
-from PIL import Image
 
 from msdd_fast.bench.scales import format_table, measure_engine_scales, measure_scales
 from msdd_fast.commands.common import (
@@ -17,14 +16,12 @@ from msdd_fast.commands.common import (
     load_engine,
     load_tokenizer,
 )
-from msdd_fast.errors import InputError
-from msdd_fast.images import center_crop, require_picture_path, save_image, to_tensor
+from msdd_fast.images import require_picture_path, save_image
 from msdd_fast.metrics import psnr
+from msdd_fast.photographs import PHOTOS, photographs
 from msdd_fast.reconstruct import draw, reconstruct
 
 HELP = "reconstruct bundled photographs; img/s for each scale"
-# Photographs that come inside the scikit-image wheel (nothing is downloaded).
-PHOTOS = ("astronaut", "chelsea", "coffee", "rocket")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,14 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     require_picture_path(args.out)
-    try:
-        import skimage.data
-    except ImportError as e:
-        raise InputError("the demo's photographs are in scikit-image: pip install 'msdd-fast[eval]'") from e
     tokenizer = load_tokenizer(args)
     cfg, device = tokenizer.config, device_of(tokenizer)
-    pictures = [Image.fromarray(getattr(skimage.data, name)()) for name in PHOTOS]
-    images = torch.stack([to_tensor(center_crop(p, cfg.image_size)) for p in pictures]).to(device)
+    images = photographs(cfg.image_size).to(device)
     engine = load_engine(args, tokenizer, args.batch_size)
     r = reconstruct(tokenizer, images, args.seed, engine)
     save_image(draw(r, size=256), args.out)

@@ -16,13 +16,22 @@ from msdd_fast.engine import graphs as cuda_graphs
 from msdd_fast.engine.batching import Chunk, assumed_cost, even, plan
 from msdd_fast.engine.bound_ops import bind
 from msdd_fast.engine.compute import compute_dtype
-from msdd_fast.engine.linear import DenseLinear
 from msdd_fast.engine.memory import activation_bytes, fit, tables_memory
 from msdd_fast.engine.network import Network
 from msdd_fast.engine.prefetch import prefetch
 from msdd_fast.engine.program import Inputs, Program, StageImages
-from msdd_fast.engine.report import Report, describe
+from msdd_fast.engine.report import Accuracy, Report, describe
 from msdd_fast.engine.tables import stage_tables
+from msdd_fast.engine.tier import (
+    EXACT,
+    Tier,
+    calibration_latents,
+    check_limit,
+    fast_tier,
+    measure,
+    plain_images,
+    require,
+)
 from msdd_fast.engine.weights import pack
 from msdd_fast.errors import BackendUnavailableError, InputError
 from msdd_fast.models.tokenizer import Tokenizer, check_finite
@@ -30,7 +39,7 @@ from msdd_fast.noise import resolve_seeds
 from msdd_fast.sampling import check_latents, check_noise, check_sampling
 
 OUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
-TIERS = ("exact",)
+TIERS = ("exact", "fast")
 GPU_BATCH_SIZES = (1, 8, 64)
 # A CPU is busy from a few images on; larger batches only leave its caches.
 CPU_BATCH_SIZES = (8,)
@@ -47,6 +56,8 @@ def accelerate(
     batch_sizes: Sequence[int] | None = None,
     graphs: str | bool = "auto",
     max_memory: int | None = None,
+    max_psnr_loss: float = 0.1,
+    calibration: Tensor | None = None,
     validate: bool = False,
 ) -> FastDecoder:
     """An engine for the decoder of ``tokenizer``, which is not changed. The engine has its own weights.
@@ -54,30 +65,44 @@ def accelerate(
     Args:
         dtype: float32, bfloat16 or float16 of weights and activations; statistics, softmax and noise are float32. A CPU
             without bfloat16 instructions calculates in float32 instead (``report`` says so).
-        tier: "exact", the eager model's arithmetic up to rounding.
+        tier: "exact", the eager model's arithmetic up to rounding, or "fast", matrix products in 8 bits: float8 on a
+            GPU of sm_89 or newer (dtype bfloat16), int8 on a CPU.
         backend: of the ops: "auto", a name, or names per op ("auto,attention=sdpa").
         steps, cfg_scale: default to ``config.sampling``.
         batch_sizes: captured as CUDA graphs, from which any other size is put together; without graphs, the largest
             is the most that runs at once. Default (1, 8, 64) on a GPU, (8,) on a CPU.
         graphs: "auto" (on a GPU; if a capture fails, without, and ``report`` says why), True (a failure is an error) or
             False.
-        max_memory: bytes for weights, tables and activations; batch sizes that do not fit are left out.
+        max_memory: bytes for weights, tables and activations; batch sizes that do not fit are left out. While a fast
+            engine is checked, the weights of the exact one exist, too, which is not counted.
+        max_psnr_loss: of tier "fast": refuse if it is expected to cost more than this many dB of a reconstruction of
+            25 dB (engine/tier.py has the formula). Measured against the exact tier; ``report`` has the figures.
+        calibration: latents (B, num_latent_tokens, latent_dim) to measure that on. Default: four photographs of
+            scikit-image, encoded, or random latents if it is not installed.
         validate: check every z for NaN and Inf, which waits for the device.
 
-    Raises InputError for a bad argument, BackendUnavailableError for graphs or a backend that cannot be had.
+    Raises InputError for a bad argument, BackendUnavailableError for graphs, a backend or a tier that cannot be had,
+    AccuracyError for a fast tier that would lose too much.
     """
-    return FastDecoder(
-        tokenizer,
-        dtype=dtype,
-        tier=tier,
-        backend=backend,
-        steps=steps,
-        cfg_scale=cfg_scale,
-        batch_sizes=batch_sizes,
-        graphs=graphs,
-        max_memory=max_memory,
-        validate=validate,
+    _one_of("tier", tier, TIERS)
+    check_limit(max_psnr_loss)
+    options: dict[str, Any] = dict(dtype=dtype, backend=backend, steps=steps, cfg_scale=cfg_scale, validate=validate)
+    final = {**options, "batch_sizes": batch_sizes, "graphs": graphs, "max_memory": max_memory}
+    if tier == "exact":
+        if calibration is not None:
+            raise InputError("calibration is for tier='fast', got it with tier='exact'")
+        return FastDecoder(tokenizer, tier=EXACT, **final)
+    device = next(tokenizer.parameters()).device
+    fast = fast_tier(tokenizer.decoder, device, compute_dtype(dtype, device)[0], bind(backend))
+    z, source = calibration_latents(tokenizer, calibration)
+    # The exact engine is gone before the fast one is made: never both sets of weights.
+    exact = plain_images(
+        FastDecoder(tokenizer, tier=EXACT, batch_sizes=None, graphs=False, max_memory=None, **options), z
     )
+    engine = FastDecoder(tokenizer, tier=fast, **final)
+    engine.accuracy = measure(plain_images(engine, z), exact, source)
+    require(engine.accuracy, max_psnr_loss)
+    return engine
 
 
 class FastDecoder:
@@ -91,7 +116,7 @@ class FastDecoder:
         tokenizer: Tokenizer,
         *,
         dtype: torch.dtype,
-        tier: str,
+        tier: Tier,
         backend: str,
         steps: int | None,
         cfg_scale: float | None,
@@ -106,18 +131,19 @@ class FastDecoder:
         self.steps = sampling.steps if steps is None else steps
         self.cfg_scale = float(sampling.cfg_scale if cfg_scale is None else cfg_scale)
         check_sampling(self.steps, self.cfg_scale)
-        self.tier = _one_of("tier", tier, TIERS)
+        self.tier, self.tier_description = tier.name, tier.description
+        self.accuracy: Accuracy | None = None
         self.device = next(tokenizer.parameters()).device
         self.dtype, self.dtype_reason = compute_dtype(dtype, self.device)
         self.graphs, self.graphs_reason = _use_graphs(graphs, self.device)
         self._graphs_required = graphs is True
         sizes = _check_sizes(batch_sizes, self.device)
-        weights = pack(tokenizer.decoder, self.dtype, self.device, DenseLinear)
+        weights = pack(tokenizer.decoder, self.dtype, self.device, tier.make)
         tables = stage_tables(tokenizer.decoder, tokenizer.schedule, self.steps, self.device)
         network = Network(weights, self.config.decoder.head_dim, bind(backend))
         self.program = Program(network, tables, tokenizer.schedule, self.config)
         self.memory = {"weights": weights.memory(), "tables": tables_memory(tables)}
-        per_image = activation_bytes(self.config, self.dtype.itemsize, self._is_guided(None))
+        per_image = activation_bytes(self.config, self.dtype.itemsize, self._is_guided(None), tier is not EXACT)
         self.batch_sizes, self.notes = fit(sizes, max_memory, sum(self.memory.values()), per_image)
         self.memory[f"activations of batch {max(self.batch_sizes)} (bound)"] = per_image * max(self.batch_sizes)
         self._cost = assumed_cost(self.batch_sizes)

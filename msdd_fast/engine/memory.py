@@ -21,11 +21,12 @@ def tables_memory(tables: Sequence[StageTables]) -> int:
     return total
 
 
-def activation_bytes(config: TokenizerConfig, itemsize: int, guided: bool) -> int:
+def activation_bytes(config: TokenizerConfig, itemsize: int, guided: bool, quantized: bool = False) -> int:
     """Upper bound on the bytes of one image's activations at the last scale.
 
     Alive at once at most: the residual stream twice, qkv (3D) with its normalised q and k (2D), attention (2D), or the
-    MLP's input, [w1 | w3] (2I) and its product (I); besides, the state, the velocity and the image.
+    MLP's input, [w1 | w3] (2I) and its product (I); besides, the state, the velocity and the image. ``quantized``
+    linears also have the widest input (I) and output (2I or 3D) in float32.
     """
     dec = config.decoder
     inner = swiglu_hidden_size(dec.hidden_size, dec.mlp_multiple_of)
@@ -35,6 +36,9 @@ def activation_bytes(config: TokenizerConfig, itemsize: int, guided: bool) -> in
         per_image = (tokens + context) * per_token
     else:
         per_image = tokens * per_token + context * dec.depth * 5 * dec.hidden_size
+    if quantized:
+        per_token = (inner + max(2 * inner, 3 * dec.hidden_size)) * 4 // itemsize
+        per_image += (tokens + context) * per_token
     images = 3 * 3 * config.image_size**2
     return (per_image * (2 if guided else 1) + images) * itemsize + 3 * config.image_size**2 * 4
 

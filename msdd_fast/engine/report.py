@@ -29,11 +29,16 @@ class OpChoice:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Difference of two decodes of the same latents and seeds."""
+    """Difference of two decodes of the same latents and seeds; of a tier also the PSNR that it is expected to lose."""
 
     against: str
     max_abs: float
     psnr: float
+    expected_loss: float | None = None
+
+    def __str__(self) -> str:
+        loss = "" if self.expected_loss is None else f", expected loss of PSNR {self.expected_loss:.3f} dB"
+        return f"max difference {self.max_abs:.1e}, PSNR {self.psnr:.1f} dB{loss}"
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,7 @@ class Report:
             ("batch sizes", ", ".join(map(str, self.batch_sizes))),
             *(("memory", f"{size / 2**20:.1f} MiB {name}") for name, size in self.memory.items()),
             *(("constant", line) for line in self.constant),
-            *((f"vs {a.against}", f"max difference {a.max_abs:.1e}, PSNR {a.psnr:.1f} dB") for a in self.accuracy),
+            *((f"vs {a.against}", str(a)) for a in self.accuracy),
             *(("note", line) for line in self.notes),
         ]
         return "\n".join([f"{name:>14}  {text}" for name, text in rows] + ["", format_choices(self.ops)])
@@ -122,7 +127,7 @@ def describe(engine: FastDecoder, z: Tensor | None) -> Report:
         if engine.device.type == "cuda"
         else f"CPU, {torch.get_num_threads()} threads",
         dtype=f"{_name(engine.dtype)} ({engine.dtype_reason})",
-        tier=engine.tier,
+        tier=f"{engine.tier}: {engine.tier_description}",
         sampling=f"{engine.steps} step(s) per scale, CFG {engine.cfg_scale:g}",
         graphs=f"{'yes' if engine.graphs else 'no'}: {engine.graphs_reason}",
         batch_sizes=engine.batch_sizes,
@@ -134,7 +139,10 @@ def describe(engine: FastDecoder, z: Tensor | None) -> Report:
             else "context embedding: once per image",
             "position tables",
         ),
-        accuracy=(_accuracy(engine, tokenizer, z),) if tokenizer is not None else (),
+        accuracy=(
+            *((_accuracy(engine, tokenizer, z),) if tokenizer is not None else ()),
+            *((engine.accuracy,) if engine.accuracy is not None else ()),
+        ),
         notes=tuple(engine.notes),
         ops=choices.result(),
     )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from msdd_fast.engine.linear import Linear
+from msdd_fast.engine.linear import DenseLinear, Linear
 from msdd_fast.models.decoder import Decoder
 from msdd_fast.models.mmdit import ContextKeyValue, CrossBlock, JointBlock, Stream
 from msdd_fast.models.rope import RopeTable
@@ -72,6 +72,9 @@ class Weights:
 def pack(decoder: Decoder, dtype: torch.dtype, device: torch.device, make: MakeLinear) -> Weights:
     """Pack ``decoder``, which is not changed. ``make`` turns a weight (out, in) and a bias into a Linear.
 
+    The first and last linears, of patches, context and velocity, are always dense: they are small, and what they lose
+    goes straight into the pixels.
+
     The first linear takes patch rows (c, py, px) as the convolution does; the last one's rows are permuted from the
     model's (py, px, c) to the same order, so that state and velocity have one layout.
     """
@@ -81,7 +84,7 @@ def pack(decoder: Decoder, dtype: torch.dtype, device: torch.device, make: MakeL
     def tensor(x: Tensor) -> Tensor:
         return x.detach().to(device, dtype, copy=True)  # training the tokenizer on does not change an engine
 
-    def linear(*modules: nn.Linear) -> Linear:
+    def linear(*modules: nn.Linear, make: MakeLinear = make) -> Linear:
         weights: list[Tensor] = [m.weight for m in modules]
         biases: list[Tensor] = [m.bias for m in modules if m.bias is not None]
         return make(tensor(torch.cat(weights)), tensor(torch.cat(biases)) if biases else None)
@@ -110,13 +113,13 @@ def pack(decoder: Decoder, dtype: torch.dtype, device: torch.device, make: MakeL
     assert embed.bias is not None
     context_rope, _ = decoder.rope_tables(config.grid_size, device)
     return Weights(
-        patch_embed=make(tensor(embed.weight.flatten(1)), tensor(embed.bias)),
-        context_embed=linear(decoder.context_embed),
+        patch_embed=DenseLinear(tensor(embed.weight.flatten(1)), tensor(embed.bias)),
+        context_embed=linear(decoder.context_embed, make=DenseLinear),
         context_norm=(tensor(decoder.context_norm.weight), tensor(decoder.context_norm.bias)) if cross else None,
         context_null=tensor(decoder.context_null),
         context_rope=context_rope,
         blocks=[block(b) for b in decoder.blocks],  # type: ignore[arg-type]
         contexts=[context(b.context) for b in decoder.blocks] if cross else [],  # type: ignore[arg-type]
-        final=make(tensor(final.weight[order]), tensor(final.bias[order])),
+        final=DenseLinear(tensor(final.weight[order]), tensor(final.bias[order])),
         dtype=dtype,
     )

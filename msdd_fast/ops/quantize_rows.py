@@ -3,10 +3,10 @@
     amax_r = max(max_i |x_ri|, 1e-12)        scale_r = amax_r / 448        q_ri = e4m3(x_ri * (448 / amax_r))
 
 so that q * scale is x to 3 bits of mantissa: relative error at most 2^-4 for elements above amax / 28,672, absolute
-error at most amax / 458,752 below. 448 is the largest e4m3 number. x (R, D) is float32, bfloat16 or float16; q (R, D) is
-float8_e4m3fn, scale (R, 1) float32. A row of zeros gives zeros; NaN and Inf become NaN. Every backend computes in float32
-in this order and rounds to nearest, ties to even, so finite rows agree bit for bit. The kernel reads x once: moves R D
-elements of x's dtype, R D bytes and 4 R bytes, and takes D up to 8192. For inference only.
+error at most amax / 458,752 below. 448 is the largest e4m3 number. x (R, D) is float32, bfloat16 or float16; q (R, D)
+is float8_e4m3fn, scale (R, 1) float32. A row of zeros gives zeros; NaN and Inf become NaN. Every backend computes in
+float32 in this order and rounds to nearest, ties to even, so finite rows agree bit for bit. The kernel reads x once:
+moves R D elements of x's dtype, R D bytes and 4 R bytes, and takes D up to 8192. For inference only.
 """
 
 from __future__ import annotations

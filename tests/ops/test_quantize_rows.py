@@ -1,7 +1,7 @@
 """quantize_rows against its formula, written with the definition of e4m3.
 
-Triton's interpreter does not carry when it rounds to float8 and loses NaN. So its kernel is compared by the numbers that
-it would round, written as float32, and by numbers that e4m3 holds; a GPU does the whole.
+Triton's interpreter does not carry when it rounds to float8 and loses NaN. So its kernel is compared by the numbers
+that it would round, written as float32, and by numbers that e4m3 holds; a GPU does the whole.
 """
 
 import math

@@ -1,0 +1,152 @@
+"""The fast tier: linears of 8 bits, all of them or none, and what they cost in picture quality, measured.
+
+Loss is what a user would see: how much less PSNR a reconstruction has. If the tier's own error is independent of the
+reconstruction's, their mean squares add, and
+
+    loss = 10 log10(1 + mse(fast, exact) / mse_ref)  dB,        mse_ref = 4 / 10^2.5 on [-1, 1]
+
+where mse_ref is a reconstruction of 25 dB, which is what msdd-nano reaches. The same error costs a better model
+more.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from msdd_fast.engine import fp8, int8
+from msdd_fast.engine.batching import even
+from msdd_fast.engine.linear import DenseLinear
+from msdd_fast.engine.report import Accuracy
+from msdd_fast.engine.weights import MakeLinear
+from msdd_fast.errors import AccuracyError, BackendUnavailableError, InputError
+from msdd_fast.models.decoder import Decoder
+from msdd_fast.models.tokenizer import Tokenizer
+from msdd_fast.photographs import photographs
+from msdd_fast.sampling import check_latents
+
+if TYPE_CHECKING:
+    from msdd_fast.engine.fast_decoder import FastDecoder
+
+REFERENCE_PSNR = 25.0
+BATCH = 8
+
+
+class Tier(NamedTuple):
+    """How the blocks' linears are made, and what the report says of it."""
+
+    name: str
+    make: MakeLinear
+    description: str
+
+
+EXACT = Tier("exact", DenseLinear, "the eager model's arithmetic up to rounding")
+
+
+class Calibration(NamedTuple):
+    """Latents (B, L, C) to measure the loss on, and where they come from."""
+
+    z: Tensor
+    source: str
+
+
+def fast_tier(decoder: Decoder, device: torch.device, dtype: torch.dtype, ops: SimpleNamespace) -> Tier:
+    """float8 on a GPU (dtype bfloat16), int8 on a CPU.
+
+    Raises BackendUnavailableError if the device cannot, or if one linear of ``decoder`` cannot: it names that one.
+    InputError for another dtype.
+    """
+    if _is_cpu(device):
+        _require(*int8.available())
+        return Tier("fast", int8.Int8Linear, int8.DESCRIPTION)
+    _require(*fp8.available(device))
+    if dtype != torch.bfloat16:
+        raise InputError(f"dtype must be torch.bfloat16 with tier='fast' on a GPU, got {dtype}")
+    for name, weight in linears(decoder):
+        reason = fp8.unsuitable(name, weight)
+        _require(reason is None, reason or "")
+    return Tier("fast", partial(fp8.Fp8Linear, quantize=ops.quantize_rows), fp8.DESCRIPTION)
+
+
+def linears(decoder: Decoder) -> list[tuple[str, Tensor]]:
+    """Names and weights of what the fast tier quantises: the blocks' linears, but those that only see the time."""
+    modules = decoder.blocks.named_modules(prefix="decoder.blocks")
+    return [(n, m.weight) for n, m in modules if isinstance(m, nn.Linear) and "adaln" not in n.split(".")]
+
+
+def calibration_latents(tokenizer: Tokenizer, given: Tensor | None) -> Calibration:
+    """Those given, else the bundled photographs encoded, else (scikit-image is not installed) random ones.
+
+    Raises InputError for latents that are not the model's, or none.
+    """
+    config = tokenizer.config
+    if given is not None:
+        try:
+            check_latents(given, config.num_latent_tokens, config.latent_dim)
+        except InputError as e:
+            raise InputError(f"calibration: {e}") from e
+        if not len(given):
+            raise InputError("calibration must hold at least one image's latents, got none")
+        return Calibration(given, f"{len(given)} given latents")
+    parameter = next(tokenizer.parameters())
+    try:
+        images = photographs(config.image_size)
+    except InputError:
+        z = torch.randn(BATCH, config.num_latent_tokens, config.latent_dim, generator=torch.Generator().manual_seed(0))
+        return Calibration(z, "random latents")
+    return Calibration(tokenizer.encode(images.to(parameter)), f"{len(images)} encoded photographs")
+
+
+@torch.no_grad()
+def plain_images(engine: FastDecoder, z: Tensor) -> Tensor:
+    """Images in [-1, 1] of ``engine`` without graphs, seeds 0, 1, ...; float32 on the CPU."""
+    images, begin = [], 0
+    for chunk in even(len(z), BATCH):
+        inputs = engine._inputs(z[begin : begin + chunk.images], begin, None)
+        images.append(engine.program.decode(inputs, engine._is_guided(None), torch.float32).clamp(-1, 1).cpu())
+        begin += chunk.images
+    return torch.cat(images)
+
+
+def expected_loss(mse: float) -> float:
+    """dB that an error of mean square ``mse`` takes from a reconstruction of REFERENCE_PSNR."""
+    return 10 * math.log10(1 + mse / (4 / 10 ** (REFERENCE_PSNR / 10)))
+
+
+def measure(fast: Tensor, exact: Tensor, source: str) -> Accuracy:
+    """What the fast tier's images differ by from the exact ones, over all of them."""
+    difference = fast - exact
+    mse = float(difference.double().square().mean())
+    psnr = 10 * math.log10(4 / max(mse, 1e-12))
+    return Accuracy(f"exact tier, {source}", float(difference.abs().max()), psnr, expected_loss(mse))
+
+
+def require(accuracy: Accuracy, limit: float) -> None:
+    """Raise AccuracyError for an expected loss above ``limit`` dB. NaN is above."""
+    loss = accuracy.expected_loss
+    if loss is None or not loss <= limit:
+        raise AccuracyError(
+            f"max_psnr_loss is {limit:g} dB, but tier='fast' is expected to lose {loss:.3f} dB (it has a PSNR of "
+            f"{accuracy.psnr:.1f} dB against the {accuracy.against}): use tier='exact' or allow more"
+        )
+
+
+def check_limit(max_psnr_loss: float) -> None:
+    """Raise InputError unless it is a finite number >= 0."""
+    number = isinstance(max_psnr_loss, (int, float)) and not isinstance(max_psnr_loss, bool)
+    if not number or not (math.isfinite(max_psnr_loss) and max_psnr_loss >= 0):
+        raise InputError(f"max_psnr_loss must be a finite number >= 0, got {max_psnr_loss!r}")
+
+
+def _is_cpu(device: torch.device) -> bool:
+    return device.type == "cpu"
+
+
+def _require(ok: bool, reason: str) -> None:
+    if not ok:
+        raise BackendUnavailableError(f"tier='fast' cannot be had: {reason}; use tier='exact'")
