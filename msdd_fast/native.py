@@ -13,6 +13,7 @@ from torch import Tensor
 
 from msdd_fast.backends import load_extension
 from msdd_fast.errors import InputError
+from msdd_fast.ops._heads import attention_result
 from msdd_fast.ops._rows import RowLayout, row_layout
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in csrc/include/msdd_fast/dtype.h
@@ -205,19 +206,6 @@ def qk_norm_rope(
     strides = (qkv.stride(0), qkv.stride(1), token_major, split, eps)
     sizes = (b, n, parts - 1, heads, d)
     _call("qk_norm_rope", out.data_ptr(), qkv.data_ptr(), _DTYPES[qkv.dtype], *addresses, *sizes, *strides)
-
-
-def is_token_major(x: Tensor) -> bool:
-    """Whether tokens of x (B, N, H, d) lie further apart than images, as in a view of a buffer (N, B, H, d)."""
-    return x.shape[0] > 1 and x.stride(1) > x.stride(0)
-
-
-def attention_result(q: Tensor) -> Tensor:
-    """Uninitialised result for queries (B, N, H, d): dense, token-major if q is so, else batch-major."""
-    b, n, h, d = q.shape
-    if is_token_major(q):
-        return q.new_empty(n, b, h, d).transpose(0, 1)
-    return q.new_empty(b, n, h, d)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, accumulate: Tensor | None = None, level: str = "") -> Tensor:

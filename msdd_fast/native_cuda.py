@@ -11,7 +11,7 @@ from torch import Tensor
 
 from msdd_fast.backends import load_extension
 from msdd_fast.errors import BackendUnavailableError, InputError
-from msdd_fast.native import attention_result
+from msdd_fast.ops._heads import attention_result
 
 _DTYPES = {torch.bfloat16: 1, torch.float16: 2}  # as in csrc/include/msdd_fast/dtype.h
 

@@ -24,8 +24,8 @@ from torch import Tensor
 from msdd_fast import selection
 from msdd_fast.backends import can_use_cpu, can_use_package
 from msdd_fast.errors import InputError
-from msdd_fast.native import attention_result, is_token_major
 from msdd_fast.ops._checks import FLOAT_DTYPES, check_device
+from msdd_fast.ops._heads import attention_result, is_token_major
 from msdd_fast.ops._op import Op, Verdict
 
 

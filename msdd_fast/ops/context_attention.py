@@ -23,8 +23,8 @@ from torch import Tensor
 
 from msdd_fast.backends import can_use_cpu, can_use_cuda, can_use_triton
 from msdd_fast.errors import InputError
-from msdd_fast.native import attention_result, is_token_major
 from msdd_fast.ops._checks import FLOAT_DTYPES, check_device, check_float
+from msdd_fast.ops._heads import attention_result, is_token_major
 from msdd_fast.ops._op import Op, Verdict, both
 
 HEAD_SIZE = 64

@@ -9,9 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from msdd_fast import backends, native, native_cuda, ops
+from msdd_fast import backends, native_cuda, ops
 from msdd_fast.backends import extension_status
 from msdd_fast.errors import BackendUnavailableError, InputError
+from msdd_fast.ops._heads import is_token_major
 from tests.ops.conftest import HAS_GPU
 from tests.tolerances import FLOAT32_SLACK, INTERPRETER_ROUNDING, ROUNDING
 
@@ -60,7 +61,7 @@ def check(out, arguments, backend):
     q, dtype = arguments[0], arguments[0].dtype
     expected, terms = exact(*arguments)
     assert out.shape == q.shape and out.dtype == dtype
-    assert (out.transpose(0, 1) if native.is_token_major(q) else out).is_contiguous()
+    assert (out.transpose(0, 1) if is_token_major(q) else out).is_contiguous()
     rounding = (INTERPRETER_ROUNDING if backend == "triton" and not HAS_GPU else ROUNDING)[dtype]
     parts = terms + expected.abs() + (0 if arguments[3] is None else terms + arguments[3].double().abs())
     excess = (out.double() - expected).abs() - rounding * parts - 2 * FLOAT32_SLACK
