@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from msdd_fast import __version__
 from msdd_fast.errors import MsddFastError
 
-COMMANDS = ("demo", "reconstruct", "encode", "decode", "eval", "convert", "train", "tune", "env")
+COMMANDS = ("demo", "reconstruct", "encode", "decode", "eval", "convert", "train", "distill", "tune", "env")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -21,7 +21,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name in COMMANDS:
         module = importlib.import_module(f"msdd_fast.commands.{name}")
-        # `train` hands everything to a parser that is generated from its dataclasses.
+        # `train` and `distill` hand everything to a parser that is generated from their dataclasses.
         forwards = getattr(module, "FORWARDS", False)
         command = sub.add_parser(name, help=module.HELP, description=module.__doc__, add_help=not forwards)
         module.add_arguments(command)

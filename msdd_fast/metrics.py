@@ -18,7 +18,7 @@ from msdd_fast.files import read_torch_file
 
 def psnr(x: Tensor, y: Tensor) -> Tensor:
     """Peak signal-to-noise ratio in dB per image (B,), after clamping to [-1, 1]; the peak is 2."""
-    _check_pair(x, y)
+    check_pair(x, y)
     mse = (x.float().clamp(-1, 1) - y.float().clamp(-1, 1)).square().mean(dim=(1, 2, 3))
     return 10 * torch.log10(4.0 / mse.clamp_min(1e-12))
 
@@ -28,7 +28,7 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
 
     The authors' script uses data range 2 on [0, 1], which inflates the figure (SPEC A7.12).
     """
-    _check_pair(x, y)
+    check_pair(x, y)
     try:
         from skimage.metrics import structural_similarity
     except ImportError as e:
@@ -51,6 +51,7 @@ class Vgg19Distance(nn.Module):
     Raises CheckpointError if the file is missing or is another network.
     """
 
+    SOURCE = "the VGG-19 features vgg_normalised_conv3_1.pth"
     # State-dict key -> (in, out, kernel); pools follow conv1_2 and conv2_2; taps after relu1_1, 2_1, 3_1.
     _LAYERS = ((0, 3, 3, 1), (2, 3, 64, 3), (5, 64, 64, 3), (9, 64, 128, 3), (12, 128, 128, 3), (16, 128, 256, 3))
     _TAPS = (2, 9, 16)
@@ -93,7 +94,7 @@ class Vgg19Distance(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Distance per image (B,); 0 for equal images."""
-        _check_pair(x, y)
+        check_pair(x, y)
         pairs = zip(self.features(x), self.features(y), strict=True)
         return torch.stack([(a - b).square().sum(dim=1).mean(dim=(1, 2)) for a, b in pairs]).mean(dim=0)
 
@@ -107,7 +108,8 @@ def figures(x: Tensor, y: Tensor, distance: Vgg19Distance | None = None) -> dict
     return result
 
 
-def _check_pair(x: Tensor, y: Tensor) -> None:
+def check_pair(x: Tensor, y: Tensor) -> None:
+    """Raise InputError unless both are (B, 3, H, W) of one shape."""
     if x.ndim != 4 or x.shape[1] != 3 or x.shape != y.shape:
         raise InputError(
             f"images must be two tensors of one shape (B, 3, H, W), got {tuple(x.shape)} and {tuple(y.shape)}"

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from msdd_fast.config import get_preset
 from msdd_fast.errors import InputError
@@ -50,11 +51,7 @@ def train_stage1(config: TrainConfig) -> Tokenizer:
         model_config = dataclasses.replace(model_config, image_size=config.image_size)
     size = model_config.image_size
     dataset = ImageDataset(find_images(config.data), size, config.loop.seed, config.min_crop, config.flip)
-    if config.preview is None:
-        preview = torch.stack([dataset[i] for i in range(min(4, len(dataset)))])
-    else:
-        files = find_image_files(config.preview)[:8]
-        preview = torch.stack([to_tensor(center_crop(load_image(f), size)) for f in files])
+    preview = preview_images(config.preview, dataset, size)
     perceptual = Vgg19Distance(config.vgg19).to(config.loop.device) if config.vgg19 else None
     recipe = Stage1Recipe(config.objective, preview.to(config.loop.device), perceptual)
     out = Path(config.out)
@@ -69,3 +66,10 @@ def train_stage1(config: TrainConfig) -> Tokenizer:
     print(f"{config.preset}: {count / 1e6:.2f} M parameters, {size} px; {len(dataset)} images", flush=True)
     record = provenance(config)
     return Trainer(tokenizer, dataset, recipe, out, config.optim, config.loop, record).run()
+
+
+def preview_images(source: str | None, dataset: ImageDataset, size: int) -> Tensor:
+    """Up to eight pictures of a folder, or the first four of the training data: (B, 3, size, size)."""
+    if source is None:
+        return torch.stack([dataset[i] for i in range(min(4, len(dataset)))])
+    return torch.stack([to_tensor(center_crop(load_image(f), size)) for f in find_image_files(source)[:8]])

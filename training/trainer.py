@@ -13,7 +13,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,11 +33,9 @@ from msdd_fast.training.muon import Muon
 
 
 @dataclass(frozen=True)
-class OptimConfig:
-    """Optimiser and learning-rate schedule."""
+class AdamConfig:
+    """AdamW and its learning-rate schedule."""
 
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    """"muon" orthogonalises the updates of the blocks' matrices; all other parameters stay with AdamW."""
     lr: float = 1e-4
     """Peak learning rate."""
     warmup_steps: int = 500
@@ -47,6 +45,14 @@ class OptimConfig:
     weight_decay: float = 0.0
     """Decoupled; applied to matrices only."""
     grad_clip: float = 1.0
+
+
+@dataclass(frozen=True)
+class OptimConfig(AdamConfig):
+    """Optimiser of the tokenizer, and the average of its weights."""
+
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """"muon" orthogonalises the updates of the blocks' matrices; all other parameters stay with AdamW."""
     ema_decay: float = 0.9999
     """Upper bound; early on the average follows at (1 + step) / (10 + step)."""
 
@@ -79,6 +85,16 @@ class Recipe(Protocol):
         """A sample grid of the averaged model."""
 
 
+@dataclass(frozen=True)
+class Critic:
+    """A second network that learns in turn with the tokenizer: one step of its own after each of the tokenizer's."""
+
+    module: nn.Module
+    loss: Callable[[torch.Generator], tuple[Tensor, dict[str, Tensor]]]
+    """Its loss on what the recipe's last loss has left for it, and detached figures to log."""
+    optim: AdamConfig
+
+
 class Ema:
     """Exponential moving average of the weights, as a model of its own."""
 
@@ -93,7 +109,7 @@ class Ema:
             average.lerp_(parameter, 1.0 - decay)
 
 
-def learning_rate_factor(step: int, total: int, config: OptimConfig) -> float:
+def learning_rate_factor(step: int, total: int, config: AdamConfig) -> float:
     """Linear warm-up, then a cosine to ``min_lr_ratio``."""
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
@@ -110,14 +126,20 @@ def build_optimizers(model: Tokenizer, config: OptimConfig) -> list[torch.optim.
         # adaLN matrices start at zero and act on one slowly varying vector: they stay with AdamW.
         muon = [p for name, p in trainable if p.ndim == 2 and ".blocks." in name and ".adaln." not in name]
     rest = [p for _, p in trainable if all(p is not m for m in muon)]
-    groups = [
-        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)]
+    optimizers: list[torch.optim.Optimizer] = [build_adamw(rest, config)]
     if muon:
         optimizers.append(Muon(muon, lr=config.lr, weight_decay=config.weight_decay))
     return optimizers
+
+
+def build_adamw(parameters: Iterable[nn.Parameter], config: AdamConfig) -> torch.optim.AdamW:
+    """AdamW that decays matrices only."""
+    parameters = list(parameters)
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
 
 
 class Trainer:
@@ -138,6 +160,7 @@ class Trainer:
         optim: OptimConfig,
         loop: LoopConfig,
         provenance: dict[str, Any] | None = None,
+        critic: Critic | None = None,
     ) -> None:
         if loop.steps < 1 or loop.batch_size < 1:
             raise ConfigError(f"steps and batch_size must be at least 1, got {loop.steps} and {loop.batch_size}")
@@ -147,6 +170,10 @@ class Trainer:
         self.tokenizer = tokenizer.to(loop.device).train()
         self.ema = Ema(self.tokenizer, optim.ema_decay)
         self.optimizers = build_optimizers(self.tokenizer, optim)
+        self.critic = critic
+        if critic is not None:
+            critic.module.to(loop.device).train()
+            self.critic_optimizer = build_adamw(critic.module.parameters(), critic.optim)
         self.step = 0
         if (self.out / "state.pt").exists():
             self.load_state()
@@ -190,10 +217,7 @@ class Trainer:
 
     def train_step(self, images: Tensor) -> dict[str, float]:
         """One optimiser step; advances ``self.step`` and returns figures."""
-        factor = learning_rate_factor(self.step, self.loop.steps, self.optim)
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = self.optim.lr * factor
+        lr = self._set_learning_rate(self.optimizers, self.optim)
         generator = torch.Generator().manual_seed(hash_seed(self.loop.seed, self.step, 1))
         with self._autocast():
             loss, figures = self.recipe.loss(self.tokenizer, images, generator)
@@ -203,10 +227,29 @@ class Trainer:
         norm = nn.utils.clip_grad_norm_(self.tokenizer.parameters(), self.optim.grad_clip)
         for optimizer in self.optimizers:
             optimizer.step()
+        if self.critic is not None:
+            figures = {**figures, **self._critic_step(self.critic, generator)}
         self.ema.update(self.tokenizer, self.step)
         self.step += 1
         named = {"loss": loss.detach(), "grad_norm": norm, **figures}
-        return {"lr": self.optim.lr * factor, **{name: float(value) for name, value in named.items()}}
+        return {"lr": lr, **{name: float(value) for name, value in named.items()}}
+
+    def _critic_step(self, critic: Critic, generator: torch.Generator) -> dict[str, Tensor]:
+        lr = self._set_learning_rate([self.critic_optimizer], critic.optim)
+        with self._autocast():
+            loss, figures = critic.loss(generator)
+        self.critic_optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(critic.module.parameters(), critic.optim.grad_clip)
+        self.critic_optimizer.step()
+        return {**figures, "critic_lr": torch.tensor(lr), "critic_grad_norm": norm}
+
+    def _set_learning_rate(self, optimizers: Iterable[torch.optim.Optimizer], config: AdamConfig) -> float:
+        lr = config.lr * learning_rate_factor(self.step, self.loop.steps, config)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+        return lr
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.loop.precision == "float32":
@@ -235,6 +278,9 @@ class Trainer:
             "seed": self.loop.seed,
             "provenance": self.provenance,
         }
+        if self.critic is not None:
+            state["critic"] = self.critic.module.state_dict()
+            state["critic_optimizer"] = self.critic_optimizer.state_dict()
         temporary = path.with_suffix(".tmp")
         torch.save(state, temporary)
         os.replace(temporary, path)
@@ -251,11 +297,18 @@ class Trainer:
                 raise CheckpointError(
                     f"cannot resume from {path}: its {name} is not this run's; choose another out folder"
                 )
+        if ("critic" in state) != (self.critic is not None):
+            raise CheckpointError(
+                f"cannot resume from {path}: one of the two runs has a discriminator; choose another out folder"
+            )
         self.step = state["step"]
         self.tokenizer.load_state_dict(state["tokenizer"])
         self.ema.model.load_state_dict(state["ema"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
+        if self.critic is not None:
+            self.critic.module.load_state_dict(state["critic"])
+            self.critic_optimizer.load_state_dict(state["critic_optimizer"])
 
 
 def provenance(*configs: Any) -> dict[str, Any]:
