@@ -15,16 +15,6 @@ from msdd_fast.training.stage1 import Stage1Config, Stage1Recipe
 from msdd_fast.training.trainer import LoopConfig, OptimConfig, Trainer, build_optimizers, learning_rate_factor
 
 
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    """Smooth two-colour pictures: easy to learn."""
-    folder = tmp_path_factory.mktemp("images")
-    for i in range(6):
-        image = Image.linear_gradient("L").rotate(60 * i).resize((80, 72))
-        Image.merge("RGB", (image, image, Image.new("L", image.size, 40 * i))).save(folder / f"{i}.png")
-    return folder
-
-
 def trainer(images, out, steps, optimizer="adamw", **loop):
     torch.manual_seed(0)
     loop = {"batch_size": 4, "precision": "float32", "device": "cpu", "workers": 0, "log_every": 1, **loop}
