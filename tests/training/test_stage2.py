@@ -174,7 +174,7 @@ def test_teacher_matching_uses_the_students_noise(teacher):
 def test_a_student_that_equals_its_teacher_has_nothing_to_match(teacher, batch):
     config = Stage2Config(recipe="teacher-matching", teacher_steps=1)
     loss, figures = recipe(config, teacher).loss(make_student(teacher), batch, generator())
-    assert float(loss.detach()) == 0 and {float(v) for v in figures.values()} == {0}
+    assert float(loss.detach()) < 1e-9 and all(float(v) < 1e-9 for v in figures.values())
     loss, _ = recipe(MATCHING, teacher).loss(make_student(teacher), batch, generator())
     assert float(loss.detach()) > 1e-4
 
