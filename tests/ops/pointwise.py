@@ -39,6 +39,8 @@ class Pointwise:
         last = args[0].to(memory_format=torch.channels_last)
         out = self.op(last, *args[1:], **self.scalars, backend=backend)
         assert out.is_contiguous(memory_format=torch.channels_last) and torch.equal(out, expected)
+        others = [a.to(memory_format=torch.channels_last) for a in args[1:]]
+        assert torch.equal(self.op(args[0], *others, **self.scalars, backend=backend), expected)
         views = [a.transpose(2, 3) for a in args]
         assert torch.equal(self.op(*views, **self.scalars, backend=backend), expected.transpose(2, 3))
 
