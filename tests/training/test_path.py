@@ -57,7 +57,7 @@ def test_distil_save_load_accelerate_decode(images, teacher, tmp_path, recipe):
     assert torch.equal(z, before.encode(x))  # one encoder for both
     y = student.decode(z)
     assert float(psnr(y, x).mean()) > float(psnr(before.decode(z), x).mean())
-    fast = accelerate(student, dtype=torch.float32)
+    fast = accelerate(student, dtype=torch.float32, backend="eager")  # "auto" may take Triton's interpreter: slow
     torch.testing.assert_close(fast.decode(z), y, rtol=0, atol=2e-3)
     assert (out / "samples/000020.png").exists()
     assert json.loads((out / "config.json").read_text())["objective"]["recipe"] == recipe
