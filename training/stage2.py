@@ -104,9 +104,18 @@ class Stage2Config:
         return self.perceptual_weight > 0 and (target == "teacher" or (target == "recipe" and self.matches_teacher))
 
 
-def draw_noise(schedule: StageSchedule, image_size: int, batch: int, generator: torch.Generator) -> list[Tensor]:
-    """The noise of one decode of ``batch`` images, as ``sampling.sample`` takes it: one (B, 3, H_s, H_s) per stage."""
-    seeds = torch.randint(2**62, (batch,), generator=generator)
+def draw_noise(
+    schedule: StageSchedule,
+    image_size: int,
+    batch: int,
+    generator: torch.Generator,
+    device: torch.device | str = "cpu",
+) -> list[Tensor]:
+    """The noise of one decode of ``batch`` images, as ``sampling.sample`` takes it: one (B, 3, H_s, H_s) per stage.
+
+    ``generator`` is a CPU generator: it draws the seeds; the noise is made of them on ``device``.
+    """
+    seeds = torch.randint(2**62, (batch,), generator=generator).to(device)
     sizes = [image_size >> s for s in reversed(range(len(schedule)))]
     rho = schedule.config.block_correlation
     renoising = [renoise_noise(seeds, (3, r, r), s, rho) for s, r in enumerate(sizes) if s]
@@ -189,7 +198,7 @@ def teacher_states(
         start = stage_of(schedule, u)
         pyramid = image_pyramid(image, len(schedule))
         if config.restart == "authors":
-            noise = [n.to(image.device) for n in draw_noise(schedule, size, len(image), generator)]
+            noise = draw_noise(schedule, size, len(image), generator, image.device)
             fine = pyramid[start + 1]
             x = (1 - u) * fine + u * torch.randn(fine.shape, generator=generator).to(fine.device)
         else:
@@ -238,8 +247,7 @@ class Stage2Recipe:
         config, schedule, device = self.config, tokenizer.schedule, images.device
         with torch.no_grad():
             z = tokenizer.encoder(images)
-        drawn = draw_noise(schedule, images.shape[-1], len(images), generator)
-        noise = [n.to(device) for n in drawn]
+        noise = draw_noise(schedule, images.shape[-1], len(images), generator, device)
         null = (torch.rand(len(images), generator=generator) < config.context_dropout).to(device)
         context = torch.where(null[:, None, None], tokenizer.decoder.context_null.to(z.dtype), z)
         states = unroll(tokenizer.decoder, noise[0], context, schedule, noise, cfg_scale=config.student_cfg_scale)
