@@ -1,10 +1,14 @@
 """The exact tier is the eager sampler up to rounding."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from msdd_fast import Tokenizer, accelerate
 from msdd_fast.backends import extension_status, use_backend
+from msdd_fast.config import ScheduleConfig, get_preset
+from tests.perturbed import perturbed
 
 # float32: eager and engine differ in the order of sums only. Decoded values reach 4; the largest difference seen is
 # 1.4e-5 (guidance doubles a velocity's error, four steps add it up).
@@ -16,30 +20,47 @@ def latents(tok, batch, seed=0):
     return torch.randn(batch, tok.config.num_latent_tokens, tok.config.latent_dim, generator=generator)
 
 
+def reference(tok, *args, **kwargs):
+    """The decode in plain PyTorch, every op eager."""
+    with use_backend("eager"):
+        return tok.decode(*args, **kwargs)
+
+
 @pytest.mark.parametrize("cfg_scale", [1.0, 2.0])
 @pytest.mark.parametrize("steps", [1, 4])
 def test_float32(tok, steps, cfg_scale):
     z = latents(tok, 5)
     engine = accelerate(tok, dtype=torch.float32, steps=steps, cfg_scale=cfg_scale, batch_sizes=(2,))
-    expected = tok.decode(z, 7, steps, cfg_scale)
+    expected = reference(tok, z, 7, steps, cfg_scale)
     assert (engine.decode(z, 7) - expected).abs().max() < FLOAT32
     assert (engine.decode(z[3:4], 10) - expected[3:4]).abs().max() < FLOAT32
     sizes = [tok.config.stage_resolution(s) for s in range(tok.config.schedule.num_stages)]
     noise = [torch.randn(5, 3, r, r, generator=torch.Generator().manual_seed(r)) for r in sizes]
     given = engine.decode(z, noise=noise)
-    assert (given - tok.decode(z, noise=noise, steps=steps, cfg_scale=cfg_scale)).abs().max() < FLOAT32
+    assert (given - reference(tok, z, noise=noise, steps=steps, cfg_scale=cfg_scale)).abs().max() < FLOAT32
     assert (given - expected).abs().max() > 0.1  # the noise matters
 
 
 @pytest.mark.parametrize("backend", ["eager", "cpu", "triton"])
-def test_every_backend(tok, backend):
+@pytest.mark.parametrize("conditioning", ["cross", "joint"])
+def test_every_backend(conditioning, backend):
+    """Two small scales: Triton's interpreter takes milliseconds for every program of a grid."""
     if backend == "cpu" and not extension_status()[0]:
         pytest.skip(extension_status()[1])
+    tiny = get_preset("tiny")
+    config = replace(
+        tiny,
+        image_size=16,
+        schedule=ScheduleConfig(num_stages=2),
+        decoder=replace(tiny.decoder, conditioning=conditioning, head_dim=64, depth=2),
+    )
+    tok = perturbed(config)
     z = latents(tok, 1)
-    engine = accelerate(tok, dtype=torch.float32, backend=backend, cfg_scale=1.5)
-    assert (engine.decode(z, 3) - tok.decode(z, 3, cfg_scale=1.5)).abs().max() < FLOAT32
-    named = {c.backend for c in engine.report(z).ops}
-    assert backend in named
+    choice = f"{backend},context_attention=auto"  # Triton has that one in 16 bits only
+    engine = accelerate(tok, dtype=torch.float32, backend=choice, cfg_scale=1.5)
+    assert (engine.decode(z, 3) - reference(tok, z, 3, cfg_scale=1.5)).abs().max() < FLOAT32
+    taken = {c.op: c.backend for c in engine.report(z).ops}
+    assert all(taken[op] == backend for op in ("norm_modulate", "qk_norm_rope", "swiglu", "stage_transition"))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16])
@@ -47,11 +68,10 @@ def test_every_backend(tok, backend):
 def test_bfloat16_errs_no_more_than_eager(tok, dtype, cfg_scale, monkeypatch):
     monkeypatch.setenv("MSDD_FAST_CPU_BF16", "1")
     z = latents(tok, 4)
-    exact = tok.decode(z, 7, 2, cfg_scale)
+    exact = reference(tok, z, 7, 2, cfg_scale)
     low = Tokenizer.from_config(tok.config).to(dtype)
     low.load_state_dict(tok.state_dict())
-    with use_backend("eager"):
-        eager = low.decode(z.to(dtype), 7, 2, cfg_scale).float()
+    eager = reference(low, z.to(dtype), 7, 2, cfg_scale).float()
     engine = accelerate(low, dtype=dtype, steps=2, cfg_scale=cfg_scale)
     assert engine.dtype == dtype
     error = (engine.decode(z, 7) - exact).square().mean().sqrt()
@@ -64,7 +84,7 @@ def test_nano(batch):
     tok = Tokenizer.from_pretrained("msdd-nano")
     z = latents(tok, batch)
     engine = accelerate(tok, dtype=torch.float32)
-    assert (engine.decode(z, 1) - tok.decode(z, 1)).abs().max() < FLOAT32
+    assert (engine.decode(z, 1) - reference(tok, z, 1)).abs().max() < FLOAT32
     as_bytes = engine.decode(z, 1, out_dtype=torch.uint8)
     assert as_bytes.dtype == torch.uint8 and as_bytes.shape == (batch, 3, 128, 128)
 
