@@ -11,6 +11,8 @@
 
 namespace msdd_fast {
 
+constexpr std::int64_t GRAIN_PIXELS = 1 << 15;  // of final_step: about 0.05 ms of memory traffic
+
 // A line of pixels of one channel lies in pieces of `patch` pixels, one in each token of a row of tokens.
 struct Line {
     std::int64_t token_stride, patch;  // elements
@@ -67,9 +69,23 @@ struct EndOfStage {
     EulerScalars scalars;
 };
 
+// E where `read` takes the operands from.
+template <class Read>
+MSDD_INLINE void euler(const EndOfStage& end, const Read& read, float (&pixels)[LANES]) {
+    float v[LANES], uncond[LANES];
+    const float dt = end.scalars.dt, scale = end.scalars.scale;
+    read(end.x, pixels);
+    read(end.v, v);
+    if (end.v_uncond.data != nullptr) {
+        read(end.v_uncond, uncond);
+        for (int i = 0; i < LANES; ++i) v[i] = uncond[i] + scale * (v[i] - uncond[i]);
+    }
+    for (int i = 0; i < LANES; ++i) pixels[i] += dt * v[i];
+}
+
 // E at pixels [begin, begin + count) of line `y` of a channel of an image.
-MSDD_INLINE void euler(const EndOfStage& end, std::int64_t image, std::int64_t channel, std::int64_t y,
-                       std::int64_t begin, std::int64_t count, float (&pixels)[LANES]) {
+MSDD_INLINE void euler_line(const EndOfStage& end, std::int64_t image, std::int64_t channel, std::int64_t y,
+                            std::int64_t begin, std::int64_t count, float (&pixels)[LANES]) {
     if (end.x.data == nullptr) {
         std::fill_n(pixels, LANES, 0.0f);
         return;
@@ -80,15 +96,7 @@ MSDD_INLINE void euler(const EndOfStage& end, std::int64_t image, std::int64_t c
         gather(rows, first_token * rows.token_stride + image * rows.image_stride + feature, patch, begin, count,
                target);
     };
-    float v[LANES], uncond[LANES];
-    const float dt = end.scalars.dt, scale = end.scalars.scale;
-    read(end.x, pixels);
-    read(end.v, v);
-    if (end.v_uncond.data != nullptr) {
-        read(end.v_uncond, uncond);
-        for (int i = 0; i < LANES; ++i) v[i] = uncond[i] + scale * (v[i] - uncond[i]);
-    }
-    for (int i = 0; i < LANES; ++i) pixels[i] += dt * v[i];
+    euler(end, read, pixels);
 }
 
 // Noise with the upsampled E below it, as contiguous patch rows of `rows` x `columns` tokens.
@@ -116,7 +124,7 @@ MSDD_INLINE void renoise_pair_of(const Renoise& job, std::int64_t index) {
     for (std::int64_t j = 0; j < blocks; j += LANES) {
         const std::int64_t count = std::min<std::int64_t>(LANES, blocks - j);
         float pixels[LANES], wide[2][2 * LANES];
-        euler(job.end, image, channel, y, j, count, pixels);
+        euler_line(job.end, image, channel, y, j, count, pixels);
         renoise_blocks(pixels, static_cast<std::uint64_t>(job.seeds[image]),
                        first_block + static_cast<std::uint32_t>(j), job.formula, wide);
         T lines[2][2 * LANES];
@@ -162,41 +170,50 @@ struct FinalStep {
     bool channels_last;
 };
 
-// Line y of one image, all channels. `index` counts (y, image), so that threads read rows that lie together.
+// A row of tokens of one image. Tokens are read from their first to their last feature, since memory that is read in
+// order comes before it is asked for; the lines of the image, which they are scattered to, stay in the cache meanwhile.
 template <class T>
-MSDD_INLINE void final_line_of(const FinalStep& job, std::int64_t index) {
-    const PatchShape& shape = job.end.shape;
-    const std::int64_t image = index / shape.patch % shape.batch, side = shape.grid * shape.patch;
-    const std::int64_t y = index / (shape.patch * shape.batch) * shape.patch + index % shape.patch;
-    for (std::int64_t j = 0; j < side; j += LANES) {
-        const std::int64_t count = std::min<std::int64_t>(LANES, side - j);
-        for (std::int64_t channel = 0; channel < shape.channels; ++channel) {
+MSDD_INLINE void final_tokens_of(const FinalStep& job, std::int64_t index) {
+    const auto& [grid, batch, channels, patch] = job.end.shape;
+    const std::int64_t image = index % batch, token_row = index / batch, side = grid * patch;
+    const std::int64_t square = patch * patch, features = channels * square;
+    const std::int64_t step = job.channels_last ? channels : 1;  // from pixel to pixel
+    const std::int64_t plane = job.channels_last ? 1 : side * side;
+    T* const out = static_cast<T*>(job.out) + image * channels * side * side + token_row * patch * side * step;
+    for (std::int64_t column = 0; column < grid; ++column)
+        for (std::int64_t begin = 0; begin < features; begin += LANES) {
+            const std::int64_t count = std::min<std::int64_t>(LANES, features - begin);
             float pixels[LANES];
-            euler(job.end, image, channel, y, j, count, pixels);
-            T line[LANES];
-            to_pixels(pixels, line);
-            T* out = static_cast<T*>(job.out);
-            if (!job.channels_last) {
-                T* target = out + ((image * shape.channels + channel) * side + y) * side + j;
-                std::memcpy(target, line, static_cast<std::size_t>(count) * sizeof(T));
-                continue;
+            const auto read = [&](const PatchRows& rows, float (&target)[LANES]) {
+                const std::int64_t token = token_row * job.end.shape.grid + column;
+                gather(rows, token * rows.token_stride + image * rows.image_stride + begin, LANES, 0, count, target);
+            };
+            euler(job.end, read, pixels);
+            T values[LANES];
+            to_pixels(pixels, values);
+            for (std::int64_t i = 0; i < count;) {
+                const std::int64_t feature = begin + i, inside = feature % patch, y = feature / patch % patch;
+                const std::int64_t pieces = std::min(patch - inside, count - i);
+                T* target = out + feature / square * plane + (y * side + column * patch + inside) * step;
+                if (step == 1)
+                    copy(target, values + i, pieces);
+                else
+                    for (std::int64_t k = 0; k < pieces; ++k) target[k * step] = values[i + k];
+                i += pieces;
             }
-            T* target = out + ((image * side + y) * side + j) * shape.channels + channel;
-            for (std::int64_t i = 0; i < count; ++i) target[i * shape.channels] = line[i];
         }
-    }
 }
 
-MSDD_SIMD_CLONES void final_line(const FinalStep& job, std::int64_t index) {
+MSDD_SIMD_CLONES void final_tokens(const FinalStep& job, std::int64_t index) {
     switch (job.type) {
         case PixelType::float32:
-            return final_line_of<float>(job, index);
+            return final_tokens_of<float>(job, index);
         case PixelType::bfloat16:
-            return final_line_of<BFloat16>(job, index);
+            return final_tokens_of<BFloat16>(job, index);
         case PixelType::float16:
-            return final_line_of<Float16>(job, index);
+            return final_tokens_of<Float16>(job, index);
         case PixelType::uint8:
-            return final_line_of<std::uint8_t>(job, index);
+            return final_tokens_of<std::uint8_t>(job, index);
     }
 }
 
@@ -247,10 +264,10 @@ void final_step(void* out, PixelType type, bool channels_last, const PatchRows& 
     if (side * batch * channels == 0) return;
     expect(x.data != nullptr && v.data != nullptr, "x or v is missing");
     const FinalStep job{{x, v, v_uncond, shape, euler}, out, type, channels_last};
-    parallel_for(batch * side, std::max<std::int64_t>(1, (std::int64_t{1} << 15) / (side * channels)), threads,
-                 [&](std::int64_t begin, std::int64_t end) {
-                     for (std::int64_t i = begin; i < end; ++i) final_line(job, i);
-                 });
+    const std::int64_t grain = GRAIN_PIXELS / (side * patch * channels);
+    parallel_for(batch * grid, std::max<std::int64_t>(1, grain), threads, [&](std::int64_t begin, std::int64_t end) {
+        for (std::int64_t i = begin; i < end; ++i) final_tokens(job, i);
+    });
 }
 
 }  // namespace msdd_fast
