@@ -54,8 +54,8 @@ class Case:
     outputs: Callable[[dict[str, Any]], int]
     """Elements that one program writes."""
     variant: str = ""
-    within_image: tuple[str, ...] = ()
-    """Axes of the grid that count inside one image, where indices fit in 32 bits (ops/_checks.check_blocks)."""
+    within: tuple[str, ...] = ()
+    """Axes of the grid that count inside one image or row, where indices fit in 32 bits (ops/_checks.check_blocks)."""
     dtypes: tuple[str, ...] = ("bf16", "fp16", "fp32")
     targets: tuple[str, ...] = ("80", "90", "100", "gfx942", "gfx950")
     """Those that have the instructions it needs."""
@@ -170,7 +170,7 @@ def cases() -> list[Case]:
             blocks,
             start_noise.NUM_WARPS,
             lambda c: 4 * c["K"] * c["BLOCK"],
-            within_image=image,
+            within=image,
         ),
         Case(
             "start_noise.start_noise_rows_kernel",
@@ -178,7 +178,7 @@ def cases() -> list[Case]:
             lambda d: {**patches, **blocks(d)},
             start_noise.NUM_WARPS,
             lambda c: 4 * c["K"] * c["BLOCK"],
-            within_image=image,
+            within=image,
         ),
         Case(
             "renoise_upsample.renoise_upsample_kernel",
@@ -186,7 +186,7 @@ def cases() -> list[Case]:
             blocks,
             renoise_upsample.NUM_WARPS,
             lambda c: 4 * c["K"] * c["BLOCK"],
-            within_image=image,
+            within=image,
         ),
         Case(
             "renoise_upsample.renoise_upsample_channels_last_kernel",
@@ -197,7 +197,7 @@ def cases() -> list[Case]:
             lambda _: {"BLOCK": renoise_upsample.BLOCK},
             renoise_upsample.NUM_WARPS,
             lambda c: 4 * c["BLOCK"],
-            within_image=image,
+            within=image,
         ),
         transition(guided=False),
         transition(guided=True),
@@ -259,6 +259,7 @@ def cases() -> list[Case]:
             lambda _: {**attention, "TOKEN_MAJOR": True, "COSINE": False, "BLOCK": heads["BLOCK"]},
             heads["num_warps"],
             lambda c: c["HEADS"] * c["DIM"],
+            within=("y", "z"),
         ),
         Case(
             "context_attention.context_attention_kernel",
@@ -273,7 +274,7 @@ def cases() -> list[Case]:
             },
             context.NUM_WARPS,
             lambda c: c["BLOCK_N"] * c["D"],
-            ("bf16", "fp16"),
+            dtypes=("bf16", "fp16"),
         ),
         Case(
             "swiglu.swiglu_kernel",
@@ -284,6 +285,7 @@ def cases() -> list[Case]:
             lambda _: {"BLOCK": hidden["BLOCK"]},
             hidden["num_warps"],
             lambda c: c["BLOCK"],
+            within=("y",),
         ),
         Case(
             "quantize_rows.quantize_rows_kernel",
@@ -291,7 +293,7 @@ def cases() -> list[Case]:
             lambda _: {"WIDTH": WIDTH, "BLOCK": rows["BLOCK"]},
             rows["num_warps"],
             lambda c: c["WIDTH"],
-            FLOAT8,
+            targets=FLOAT8,
         ),
     ]
 
@@ -323,7 +325,7 @@ def compile_case(case: Case, dtype: str, target: str) -> Facts:
     kernel = triton.compile(source, target=gpu, options={"num_warps": case.num_warps, "enable_fp_fusion": True})
     outputs = case.outputs(constants) / (case.num_warps * gpu.warp_size)
     arguments = [n for n in names if n not in constants]
-    offsets = crossing_offsets(kernel.asm["ttir"], arguments, case.within_image)
+    offsets = crossing_offsets(kernel.asm["ttir"], arguments, case.within)
     place = (case.kernel, case.variant, dtype, target, *offsets)
     if gpu.backend == "hip":
         text = kernel.asm["amdgcn"]
@@ -339,10 +341,10 @@ def compile_case(case: Case, dtype: str, target: str) -> Facts:
     )
 
 
-def crossing_offsets(ttir: str, arguments: list[str], within_image: tuple[str, ...]) -> tuple[int, int]:
+def crossing_offsets(ttir: str, arguments: list[str], within: tuple[str, ...]) -> tuple[int, int]:
     """Pointer offsets that reach other images or rows: how many are 64 bits wide, and how many sums may overflow.
 
-    An offset reaches them if it depends on the program's index along an axis of the grid that is not ``within_image``,
+    An offset reaches them if it depends on the program's index along an axis of the grid that is not in ``within``,
     or on an argument called stride_*. Such a value must not be added, subtracted, multiplied or shifted in 32 bits, nor
     be cut to 32 bits: each operation that does so is counted. What is loaded is data, not an offset.
     """
@@ -357,7 +359,7 @@ def crossing_offsets(ttir: str, arguments: list[str], within_image: tuple[str, .
         operands, _, kind = rest.rpartition(" : ")
         used = re.findall(r"%\w+", operands)
         if operation == "tt.get_program_id":
-            if operands.split()[0] not in within_image:
+            if operands.split()[0] not in within:
                 crossing.add(result)
         elif operation == "tt.addptr":
             wide += used[1] in crossing and "i64" in kind
