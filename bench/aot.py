@@ -22,7 +22,8 @@ INTRO = """# Kernels
 
 What the compiler makes of every Triton kernel, ahead of time and without a GPU. Generated; do not edit:
 
-    python -m msdd_fast.bench.aot --dtypes bf16 fp16 fp32 --targets 80 89 90 100 gfx942 gfx950 --markdown docs/kernels.md
+    python -m msdd_fast.bench.aot --dtypes bf16 fp16 fp32 --targets 80 89 90 100 gfx942 gfx950 \\
+        --markdown docs/kernels.md
 
 Spills are stack bytes plus local-memory instructions (AMD: spilled registers). "Instructions" counts the static SASS of
 the whole kernel without padding, "per output" divides it by the elements that one thread writes; "widest load" and
