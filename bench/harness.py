@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,7 @@ from msdd_fast.errors import InputError
 ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}
 ROUNDINGS = 16
 FLOAT32_SLACK = 2e-6
+MIN_ROUNDS = 3
 
 Check = Callable[[str, Any], float | None]
 """(provider's name, its result) to the largest absolute error (None: not comparable). Raises WrongResultError."""
@@ -68,9 +70,14 @@ class Measurement:
 
 
 def compare(
-    providers: Sequence[Provider], check: Check, timer: Timer, rounds: int = 20, warmup: int = 3
+    providers: Sequence[Provider],
+    check: Check,
+    timer: Timer,
+    rounds: int = 20,
+    warmup: int = 3,
+    seconds: float = float("inf"),
 ) -> dict[str, Measurement]:
-    """Measurements by name, in the given order.
+    """Measurements by name, in the given order. From the ``MIN_ROUNDS``-th round on, none starts after ``seconds``.
 
     Raises InputError for no provider, a name given twice or no round, WrongResultError before anything is timed.
     """
@@ -88,7 +95,10 @@ def compare(
     collecting = gc.isenabled()
     gc.disable()
     try:
+        begin = time.perf_counter()
         for r in range(rounds):
+            if r >= MIN_ROUNDS and time.perf_counter() - begin > seconds:
+                break
             first = r % len(providers)
             for p in (*providers[first:], *providers[:first]):
                 samples[p.name].append(timer.seconds(p.function, calls[p.name]))

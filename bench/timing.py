@@ -66,6 +66,19 @@ class GpuTimer:
         return statistics.median(start.elapsed_time(end) for start, end in events) * 1e-3
 
 
+class WallTimer:
+    """Wall clock around single calls and all the work that they queue: what a caller waits for."""
+
+    def calls(self, function: Callable[[], Any]) -> int:
+        return 1
+
+    def seconds(self, function: Callable[[], Any], calls: int) -> float:
+        start = now()
+        for _ in range(calls):
+            function()
+        return (now() - start) / calls
+
+
 def timer_for(device: torch.device, sample_s: float = CPU_SAMPLE_S) -> Timer:
     return GpuTimer(device) if device.type == "cuda" else CpuTimer(sample_s)
 

@@ -32,47 +32,42 @@ from msdd_fast.sampling import sample
 
 # bfloat16 eager differs from float32 by this much at most on decoded values of a few units.
 TOLERANCE = 1.0
-# PyTorch without us; its attention is SDPA, since the eager reference stores all scores.
-SDPA = "attention=sdpa,context_attention=sdpa"
-PLAIN = f"eager,{SDPA}"
-
-
-def load(name: str, device: torch.device) -> Tokenizer:
-    """A checkpoint, or a preset with random weights."""
-    try:
-        tokenizer = Tokenizer.from_pretrained(name)
-    except CheckpointError:
-        if name not in PRESETS:
-            raise
-        torch.manual_seed(0)
-        tokenizer = Tokenizer.from_config(name)
-    return tokenizer.to(device)
-
-
-def eager(tokenizer: Tokenizer, dtype: torch.dtype, compiled: bool = False) -> Callable[[Tensor], Tensor]:
-    """The plain sampler and network of a copy in ``dtype``: every op eager but the noise.
+def eager(tokenizer: Tokenizer, dtype: torch.dtype, compiled: bool = False) -> Callable[..., Tensor]:
+    """The plain sampler and network in ``dtype``: no op of ours but the noise, and PyTorch's own attention.
 
     The eager noise is a reference for tests, made of integer operations; no sampler would use it. Our fast noise makes
-    the baseline as strong as one with torch.randn, and its images comparable.
+    the baseline as strong as one with torch.randn, and its images comparable. Takes ``sample``'s options.
     """
-    device = next(tokenizer.parameters()).device
-    copy = Tokenizer.from_config(tokenizer.config).to(device, dtype)
-    copy.load_state_dict(tokenizer.state_dict())
+    model = in_dtype(tokenizer, dtype, copy=compiled)
     if compiled:
-        copy.decoder.compile(dynamic=False)
-    fused = "triton" if device.type == "cuda" else "cpu"
-    choice = f"{PLAIN},start_noise={fused},renoise_upsample={fused}"
+        model.decoder.compile(dynamic=False)
     sampling = tokenizer.config.sampling
+    defaults = {"steps": sampling.steps, "cfg_scale": sampling.cfg_scale, "seed": 0}
+    backend = plain(next(tokenizer.parameters()).device)
 
-    def decode(z: Tensor) -> Tensor:
-        with use_backend(choice), torch.no_grad():
-            out = sample(
-                copy.decoder, z.to(dtype), copy.schedule, steps=sampling.steps, cfg_scale=sampling.cfg_scale, seed=0
-            )
+    def decode(z: Tensor, **options: Any) -> Tensor:
+        with use_backend(backend), torch.no_grad():
+            out = sample(model.decoder, z.to(dtype), model.schedule, **{**defaults, **options})
         assert isinstance(out, Tensor)
         return out
 
     return decode
+
+
+def plain(device: torch.device) -> str:
+    """The backends of the baseline: what a user of plain PyTorch has, with our noise."""
+    noise = "triton" if device.type == "cuda" else "cpu"
+    return f"eager,attention=sdpa,start_noise={noise},renoise_upsample={noise}"
+
+
+def in_dtype(tokenizer: Tokenizer, dtype: torch.dtype, copy: bool = False) -> Tokenizer:
+    """The tokenizer with weights of ``dtype``: itself if it has them and ``copy`` is not set."""
+    parameter = next(tokenizer.parameters())
+    if parameter.dtype == dtype and not copy:
+        return tokenizer
+    model = Tokenizer.from_config(tokenizer.config).to(parameter.device, dtype)
+    model.load_state_dict(tokenizer.state_dict())
+    return model
 
 
 def bare_products(engine: FastDecoder, z: Tensor) -> tuple[Callable[[], None], int]:

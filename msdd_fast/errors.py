@@ -28,3 +28,7 @@ class AccuracyError(MsddFastError, RuntimeError):
 
 class BackendUnavailableError(MsddFastError, RuntimeError):
     """A backend that was asked for by name cannot run here; the message says why."""
+
+
+class RegressionError(MsddFastError, RuntimeError):
+    """A benchmark found something slower than the base it was compared with."""

@@ -62,17 +62,17 @@ class Program:
         self, inputs: Inputs, guided: bool, out_dtype: torch.dtype, noise: Sequence[Tensor] | None = None
     ) -> Tensor:
         """Images (B, 3, R, R) in ``out_dtype``; ``noise`` as in ``sampling.sample``."""
-        for end in self._stages(inputs, guided, noise):  # noqa: B007, the last one is what is needed
+        for end in self.stages(inputs, guided, noise):  # noqa: B007, the last one is what is needed
             pass
-        return self._final(end, inputs, out_dtype)
+        return self.final(end, inputs, out_dtype)
 
     def stream(self, inputs: Inputs, guided: bool, out_dtype: torch.dtype) -> Iterator[StageImages]:
         """The same decode, with the images of every stage."""
         last = len(self.tables) - 1
-        for s, end in enumerate(self._stages(inputs, guided, None)):
+        for s, end in enumerate(self.stages(inputs, guided, None)):
             if s == last:
-                state = self._final(end, inputs, torch.float32)
-                images = state if out_dtype == torch.float32 else self._final(end, inputs, out_dtype)
+                state = self.final(end, inputs, torch.float32)
+                images = state if out_dtype == torch.float32 else self.final(end, inputs, out_dtype)
                 yield StageImages(s, images, state)
                 return
             step = self.tables[s].steps[-1]
@@ -82,7 +82,8 @@ class Program:
             images = clean_estimate(x_t, velocity, float(t), self.schedule[s])
             yield StageImages(s, convert(images, out_dtype), x_t + step.dt * velocity)
 
-    def _stages(self, inputs: Inputs, guided: bool, noise: Sequence[Tensor] | None) -> Iterator[StageEnd]:
+    def stages(self, inputs: Inputs, guided: bool, noise: Sequence[Tensor] | None = None) -> Iterator[StageEnd]:
+        """Every stage up to its last evaluation; ``final`` takes the last one to an image."""
         config, rho = self.config, self.schedule.config.block_correlation
         p = config.patch_size
         context = self.network.context(inputs.z, guided)
@@ -129,7 +130,8 @@ class Program:
             return self.ops.euler_step(end.x, end.v, dt)
         return self.ops.cfg_euler(end.x, end.v, end.v_uncond, scale, dt)
 
-    def _final(self, end: StageEnd, inputs: Inputs, out_dtype: torch.dtype) -> Tensor:
+    def final(self, end: StageEnd, inputs: Inputs, out_dtype: torch.dtype) -> Tensor:
+        """Images (B, 3, R, R) in ``out_dtype``."""
         dt = self.tables[-1].steps[-1].dt
         return self.ops.final_step(
             end.x, end.v, dt, self.config.patch_size, out_dtype, end.v_uncond, self._scale(end, inputs)

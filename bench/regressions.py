@@ -1,0 +1,200 @@
+"""Is it slower than it was? A run against a stored one, or a working tree against a git revision on this machine.
+
+A case is slower when its median is more than 10 % larger on a CPU, or more than 5 % and 20 us on a GPU. Against a
+revision, two processes of the same worker take turns, one call each, so that whatever slows the machine slows both; a
+case that looks slower is measured once more, and only what is slower both times counts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from msdd_fast.bench import worker
+from msdd_fast.bench.machine import ROOT
+from msdd_fast.bench.results import aligned, device_of, measurements, number
+from msdd_fast.errors import InputError
+
+CPU_RATIO = 1.10
+GPU_RATIO = 1.05
+GPU_SECONDS = 20e-6
+CACHE = ROOT / "build" / "revisions"
+# "model kind batch" to rounds: a minute on two cores, and several.
+GATE = {"msdd-nano decode 1": 40, "msdd-nano decode 8": 12, "msdd-nano encode 1": 30}
+ALL = {**GATE, "msdd-nano encode 8": 12, "msdd-d12 decode 1": 5, "msdd-d12-joint decode 1": 5}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One case: seconds of the base and of the new code, and whether that is a regression."""
+
+    name: str
+    base: float
+    new: float
+    ratio: float
+    slower: bool
+
+
+def is_slower(base: float, new: float, ratio: float, device: str) -> bool:
+    """Both thresholds of the device ("cpu" or "cuda")."""
+    if device == "cuda":
+        return ratio > GPU_RATIO and new - base > GPU_SECONDS
+    return ratio > CPU_RATIO
+
+
+def paired(name: str, base: Sequence[float], new: Sequence[float], device: str) -> Verdict:
+    """Verdict of samples taken in turns: the ratio is the median of the ratios of neighbours."""
+    ratio = statistics.median(n / b for b, n in zip(base, new, strict=True))
+    old = statistics.median(base)
+    return Verdict(name, old, statistics.median(new), ratio, is_slower(old, old * ratio, ratio, device))
+
+
+def against_document(base: Mapping[str, Any], new: Mapping[str, Any]) -> list[Verdict]:
+    """Every case, provider and scale that both runs have.
+
+    Raises InputError if they are from different devices, or have no case in common.
+    """
+    if device_of(base) != device_of(new):
+        raise InputError(
+            f"--compare must name a run of this device, {device_of(new)}, got one of {device_of(base)}: "
+            "times of different devices say nothing about the code"
+        )
+    old = dict(_medians(base))
+    verdicts = [
+        Verdict(name, old[name], seconds, seconds / old[name], is_slower(old[name], seconds, seconds / old[name], new["device"]))
+        for name, seconds in _medians(new)
+        if name in old
+    ]
+    if not verdicts:
+        raise InputError("--compare must name a run with a case of this run, got one without")
+    return verdicts
+
+
+def _medians(document: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    for result in document["cases"]:
+        for provider in result["providers"]:
+            for scale, m in measurements(provider):
+                part = "whole" if scale == "whole" else f"{scale} px"
+                yield f"{result['case']['name']}, {provider['provider']}, {part}", m.median
+
+
+def against_revision(
+    revision: str,
+    device: str,
+    specs: Mapping[str, int],
+    progress: Callable[[str], None] = lambda _: None,
+) -> list[Verdict]:
+    """The working tree against ``revision`` by ``worker.py``; ``specs``: "model kind batch" to rounds.
+
+    Raises InputError for an unknown revision or one that cannot be built.
+    """
+    base_path = build(revision, progress)
+    with process(device, base_path) as base, process(device, None) as new:
+        verdicts = []
+        for spec, rounds in specs.items():
+            progress(f"measuring {spec}")
+            names = [n for n in start(base, spec) if n in set(start(new, spec))]
+            first = _judge(base, new, names, rounds, spec, device)
+            suspects = [v.name.rpartition(", ")[2] for v in first if v.slower]
+            again = {v.name: v for v in _judge(base, new, suspects, rounds, spec, device)}
+            # The second opinion decides: noise seldom strikes the same case twice.
+            verdicts += [again.get(v.name, v) for v in first]
+    if not verdicts:
+        raise InputError(f"--compare {revision}: no provider runs in both")
+    return verdicts
+
+
+def _judge(
+    base: subprocess.Popen[str], new: subprocess.Popen[str], names: Sequence[str], rounds: int, spec: str, device: str
+) -> list[Verdict]:
+    samples: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in names}
+    for r in range(rounds):
+        for name in names:
+            pair = [(base, samples[name][0]), (new, samples[name][1])]
+            for side, kept in pair if r % 2 == 0 else pair[::-1]:
+                kept.append(float(ask(side, f"time {name}")))
+    return [paired(f"{spec}, {name}", *samples[name], device) for name in names]
+
+
+@contextlib.contextmanager
+def process(device: str, path: Path | None) -> Iterator[subprocess.Popen[str]]:
+    """A worker over the package in ``path`` (None: the one that runs now)."""
+    environment = dict(os.environ)
+    if path is not None:
+        environment["PYTHONPATH"] = os.pathsep.join([str(path), *filter(None, [environment.get("PYTHONPATH")])])
+    child = subprocess.Popen(
+        # By path and not as a module: both sides run this very file.
+        [sys.executable, worker.__file__, device],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+    try:
+        yield child
+    finally:
+        child.kill()
+        child.communicate()
+
+
+def start(child: subprocess.Popen[str], spec: str) -> list[str]:
+    """Providers of a case, ready and warm."""
+    names: list[str] = ask(child, f"case {spec}")
+    return names
+
+
+def ask(child: subprocess.Popen[str], line: str) -> Any:
+    """One line to a worker, and its answer. Raises InputError if it has died."""
+    stdin, stdout = child.stdin, child.stdout
+    assert stdin is not None and stdout is not None
+    try:
+        stdin.write(line + "\n")
+        stdin.flush()
+        return json.loads(stdout.readline())
+    except (BrokenPipeError, ValueError) as error:
+        raise InputError(f"the process that measures one side of the comparison died at {line!r}") from error
+
+
+def build(revision: str, progress: Callable[[str], None]) -> Path:
+    """A folder with the installed package of ``revision``, kept for the next time."""
+    commit = _run(["git", "-C", str(ROOT), "rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}"])
+    if not commit:
+        raise InputError(f"--compare must be a JSON file of msdd-fast bench or a git revision, got {revision!r}")
+    target = CACHE / commit
+    if (target / "done").exists():
+        return target
+    progress(f"building {commit[:10]}")
+    tree = CACHE / f"{commit}.tree"
+    _run(["git", "-C", str(ROOT), "worktree", "add", "--force", "--detach", str(tree), commit])
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--upgrade"]
+    try:
+        done = subprocess.run([*pip, "--target", str(target), str(tree)], capture_output=True, text=True, check=False)
+    finally:
+        _run(["git", "-C", str(ROOT), "worktree", "remove", "--force", str(tree)])
+    if done.returncode:
+        raise InputError(f"--compare {revision}: cannot be built: {(done.stderr.splitlines() or ['?'])[-1]}")
+    (target / "done").touch()
+    return target
+
+
+def _run(command: list[str]) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def lines(verdicts: Sequence[Verdict]) -> list[str]:
+    """Table and summary."""
+    rows = [["case", "base ms", "new ms", "new/base", ""]]
+    rows += [
+        [v.name, number(v.base * 1e3), number(v.new * 1e3), f"{v.ratio:.3f}", "SLOWER" if v.slower else "ok"]
+        for v in verdicts
+    ]
+    count = sum(v.slower for v in verdicts)
+    return [*aligned(rows), f"{count} of {len(verdicts)} slower" if count else f"none of {len(verdicts)} is slower"]

@@ -1,0 +1,67 @@
+"""One side of ``msdd-fast bench --compare REVISION``: measures what it is told to, one call at a time.
+
+    stdin                          stdout (one JSON value a line)
+    case MODEL KIND BATCH          names of the providers, each of which has run once
+    time PROVIDER                  seconds of one call
+
+Runs over any revision of msdd_fast, so it uses nothing but the public API.
+"""
+
+import json
+import sys
+import time
+
+import torch
+
+import msdd_fast
+
+EXTRA_SLOWDOWN = 0.0  # a test plants one
+
+
+def providers(model: str, kind: str, batch: int, device: torch.device) -> dict:
+    try:
+        tokenizer = msdd_fast.Tokenizer.from_pretrained(model)
+    except msdd_fast.errors.CheckpointError:
+        torch.manual_seed(0)
+        tokenizer = msdd_fast.Tokenizer.from_config(model)
+    tokenizer.to(device)
+    cfg = tokenizer.config
+    generator = torch.Generator().manual_seed(0)
+    if kind == "encode":
+        images = torch.rand(batch, 3, cfg.image_size, cfg.image_size, generator=generator).to(device)
+        return {"eager": lambda: tokenizer.encode(images)}
+    z = torch.randn(batch, cfg.num_latent_tokens, cfg.latent_dim, generator=generator).to(device)
+    found = {"eager": lambda: tokenizer.decode(z)}
+    try:
+        engine = msdd_fast.accelerate(tokenizer, batch_sizes=(batch,))
+        engine.decode(z)
+        found["engine"] = lambda: engine.decode(z)
+    except (AttributeError, msdd_fast.errors.MsddFastError):
+        pass  # a revision without an engine
+    return found
+
+
+def seconds(function, device: torch.device) -> float:
+    begin = time.perf_counter()
+    function()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return (time.perf_counter() - begin) * (1 + EXTRA_SLOWDOWN)
+
+
+def main() -> None:
+    device, found = torch.device(sys.argv[1]), {}
+    for line in sys.stdin:
+        command, *words = line.split()
+        if command == "case":
+            found = providers(words[0], words[1], int(words[2]), device)
+            for function in found.values():
+                seconds(function, device)
+            answer = list(found)
+        else:
+            answer = seconds(found[words[0]], device)
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main()

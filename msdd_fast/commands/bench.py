@@ -1,0 +1,119 @@
+"""Measure img/s for each scale and the whole decode, latencies and cold start; tell whether anything became slower.
+
+Every provider is checked against the eager model in float32, then all are timed in turns; numbers are medians. Exit
+code 1 if --compare finds a case slower by more than 10 % (GPU: 5 % and 20 us).
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from msdd_fast.commands.common import pick_device, positive_int
+from msdd_fast.errors import RegressionError
+from msdd_fast.files import atomic_write, require_writable
+
+if TYPE_CHECKING:
+    from msdd_fast.bench.decode import DecodeCase
+    from msdd_fast.bench.regressions import Verdict
+
+HELP = "img/s for each scale and provider; --compare finds regressions"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    what = parser.add_argument_group("what to measure")
+    what.add_argument("--suite", choices=("standard", "full"), default="standard", help="default: %(default)s")
+    what.add_argument("--gate", action="store_true", help="a subset of at most a minute")
+    what.add_argument("--model", nargs="+", help="checkpoints or presets (random weights) instead of a suite")
+    what.add_argument("--batch", type=positive_int, nargs="+", default=[1], help="with --model (default: 1)")
+    what.add_argument("--steps", type=positive_int, default=1, help="with --model (default: 1)")
+    what.add_argument("--cfg-scale", type=float, default=1.0, help="with --model (default: 1)")
+    what.add_argument("--kind", nargs="+", choices=("decode", "encode"), default=["decode"], help="with --model")
+    how = parser.add_argument_group("how")
+    how.add_argument("--device", help="torch device (default: cuda if there is one, else cpu)")
+    how.add_argument("--rounds", type=positive_int, default=200, help="at most so many (default: %(default)s)")
+    how.add_argument("--seconds", type=float, help="timing of each case ends after so long, from the third round on")
+    how.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    how.add_argument("--no-cold-start", action="store_true", help="leave the cold start out")
+    out = parser.add_argument_group("what to do with it")
+    out.add_argument("--json", metavar="FILE", help="store the run")
+    out.add_argument("--html", metavar="FILE", help="write a report: one page that needs nothing else")
+    out.add_argument("--from", dest="source", metavar="FILE", help="measure nothing: use this stored run")
+    out.add_argument(
+        "--compare",
+        metavar="BASE",
+        help="a stored run of this device, or a git revision, which is built and measured in turns with this tree",
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    from msdd_fast.bench import decode, regressions, results
+
+    for path in (args.json, args.html):
+        if path:
+            require_writable(path)
+    device = pick_device(args.device)
+    base = args.compare
+    if base is not None and not Path(base).is_file():
+        specs = regressions.GATE if args.gate else regressions.ALL
+        _finish(regressions.against_revision(base, device.type, specs, _progress))
+        return
+    stored = results.read(base) if base is not None else None
+    if args.source:
+        document = results.read(args.source)
+        print("\n".join(line for result in document["cases"] for line in [*results.case_lines(result), ""]))
+    else:
+        document = decode.run_suite(
+            _cases(args), device, args.rounds, not (args.no_cold_start or args.gate), _print_case
+        )
+    print("\n".join(results.facts_lines(document)))
+    if args.json:
+        results.save(document, args.json)
+    if args.html:
+        from msdd_fast.bench.html import page
+
+        with atomic_write(args.html) as temporary:
+            temporary.write_text(page(document, results.history(document)))
+    if stored is not None:
+        _finish(regressions.against_document(stored, document))
+
+
+def _cases(args: argparse.Namespace) -> list[DecodeCase]:
+    from msdd_fast.bench import decode
+
+    if args.model:
+        cases = [
+            decode.DecodeCase(model, batch, args.steps, args.cfg_scale, kind)
+            for model, batch, kind in itertools.product(args.model, args.batch, args.kind)
+        ]
+    else:
+        cases = decode.SUITES["gate" if args.gate else args.suite]()
+    changes: dict[str, Any] = {"seconds": args.seconds} if args.seconds is not None else {}
+    if args.no_compile:
+        changes["with_compile"] = False
+    return [replace(case, **changes) for case in cases]
+
+
+def _print_case(result: dict[str, Any]) -> None:
+    from msdd_fast.bench.results import case_lines
+
+    print("\n".join(case_lines(result)) + "\n", flush=True)
+
+
+def _progress(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def _finish(verdicts: Sequence[Verdict]) -> None:
+    """Print the verdicts. Raises RegressionError if one is bad."""
+    from msdd_fast.bench.regressions import lines
+
+    print("\n".join(lines(verdicts)))
+    slower = [v.name for v in verdicts if v.slower]
+    if slower:
+        raise RegressionError(f"{len(slower)} of {len(verdicts)} cases became slower: {'; '.join(slower)}")
