@@ -5,7 +5,7 @@ CPP_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -n
 NATIVE := setup.py pyproject.toml CMakeLists.txt $(CPP_FILES)
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-full bench-ops lint device-pack format clean
+.PHONY: help build demo test test-full bench bench-full bench-ops lint device-pack format clean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,6 +39,13 @@ test: lint ## Lint and the tests that need neither a GPU nor much time
 
 test-full: lint ## Lint and all tests
 	$(BIN)/python -m pytest -q -rs
+
+BENCH_OUT ?= out/bench
+bench: .venv/.installed ## img/s for each scale and provider, in under ten minutes on two cores; report in out/bench
+	$(BIN)/msdd-fast bench --json $(BENCH_OUT)/bench.json --html $(BENCH_OUT)/report.html $(ARGS)
+
+bench-full: .venv/.installed ## The same for a GPU: batch 1, 8, 64, one and 30 steps, guidance, other scale counts
+	$(BIN)/msdd-fast bench --suite full --json $(BENCH_OUT)/full.json --html $(BENCH_OUT)/full.html $(ARGS)
 
 bench-ops: .venv/.installed ## Time every op against plain PyTorch; ARGS=--quick to see that it runs
 	$(BIN)/python -m pytest -q -rs bench $(ARGS)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import pytest
@@ -80,7 +80,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        clock = CLOCK.now if "measure" in getattr(item, "fixturenames", ()) else timing.now
+        clock = CLOCK.now if "replay" in getattr(item, "fixturenames", ()) else timing.now
         item.add_marker(pytest.mark.benchmark(timer=clock))
 
 
@@ -99,8 +99,26 @@ def compared() -> dict[Any, Compared]:
 
 
 @pytest.fixture
+def replay(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., None]:
+    """``replay(samples, extra_info, group, params)``: hand pytest-benchmark what was measured."""
+
+    def run(samples: Sequence[float], info: dict[str, Any], group: str, params: dict[str, Any]) -> None:
+        benchmark.group, benchmark.params = group, params
+        benchmark.extra_info.update(info)
+        request.config.stash[INFOS].append(info)
+        waiting = iter(samples)
+        benchmark.pedantic(lambda: CLOCK.advance(next(waiting)), setup=CLOCK.rewind, rounds=len(samples))
+
+    return run
+
+
+@pytest.fixture
 def measure(
-    request: pytest.FixtureRequest, benchmark: Any, case: suite.Case, provider: str, compared: dict[Any, Compared]
+    request: pytest.FixtureRequest,
+    replay: Callable[..., None],
+    case: suite.Case,
+    provider: str,
+    compared: dict[Any, Compared],
 ) -> Callable[..., None]:
     """``measure(op, inputs, bytes_moved, flops=0, tolerance=None, check=None)``: time this test's provider.
 
@@ -144,12 +162,8 @@ def measure(
             pytest.skip(done.missing[provider])
         measured = done.measurements[provider]
         info = suite.facts(name, case, done.shape, measured, done.measurements[baseline], bytes_moved, flops)
-        benchmark.group = f"{name} {case} batch {case.batch} {case.device}"
-        benchmark.params = {"case": str(case), "batch": case.batch, "provider": provider}
-        benchmark.extra_info.update(info)
-        config.stash[INFOS].append(info)
-        waiting = iter(measured.samples)
-        benchmark.pedantic(lambda: CLOCK.advance(next(waiting)), setup=CLOCK.rewind, rounds=len(measured.samples))
+        params = {"case": str(case), "batch": case.batch, "provider": provider}
+        replay(measured.samples, info, f"{name} {case} batch {case.batch} {case.device}", params)
 
     return run
 

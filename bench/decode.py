@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from msdd_fast.backends import use_backend
+from msdd_fast.bench import waterfall
 from msdd_fast.bench.ceilings import copy_bandwidth, gemm_rate
 from msdd_fast.bench.coldstart import cold_start
 from msdd_fast.bench.harness import Measurement, Provider, close_to, compare
@@ -103,9 +104,11 @@ def engine_stages(engine: FastDecoder, z: Tensor, mark: Mark) -> Tensor:
     With graphs it is ``stream``, one graph for each scale, which also makes each scale's clean estimate.
     """
     if engine.graphs:
+        images = z
         for piece in engine.stream(z):
+            images = piece.images
             mark()
-        return piece.images
+        return images
     with torch.no_grad():
         inputs, guided = engine._inputs(z, 0, None), engine._is_guided(None)
         stages = engine.program.stages(inputs, guided)
@@ -214,15 +217,22 @@ def run_suite(
     device: torch.device,
     rounds: int = ROUNDS,
     with_cold_start: bool = True,
+    waterfall_of: str | None = None,
     progress: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """The document of a run: machine, ceilings, cases, cold start. ``progress`` gets each case's result."""
+    """The document of a run: machine, ceilings, cases, cold start. ``progress`` gets each case's result.
+
+    ``waterfall_of``: a model of which the document gets the waterfall too, at batch 1.
+    """
     results: list[dict[str, Any]] = []
     for model, group in itertools.groupby(cases, key=lambda case: case.model):
         tokenizer = load(model, device)
         for case in group:
             results.append(measure_case(tokenizer, case, rounds))
             progress(results[-1])
+    bars = None
+    if waterfall_of:
+        bars = {"model": waterfall_of, "results": [waterfall.measure(load(waterfall_of, device), 1, 7, False)]}
     dtypes = sorted({p["dtype"] for r in results for p in r["providers"]})
     return {
         "format": FORMAT,
@@ -231,6 +241,7 @@ def run_suite(
         "machine": machine_info(),
         "ceilings": {"copy": copy_bandwidth(device), **{d: gemm_rate(device, getattr(torch, d)) for d in dtypes}},
         "cases": results,
+        "waterfall": bars,
         "cold_start": cold_start(device) if with_cold_start else None,
     }
 
@@ -246,7 +257,9 @@ def _facts(tokenizer: Tokenizer, case: DecodeCase, c: Candidate, m: Measurement,
     if case.kind == "decode":
         laps = c.marked.laps[-len(m.samples) :]
         resolutions = map(tokenizer.config.stage_resolution, range(tokenizer.config.schedule.num_stages))
-        facts["scales"] = {str(r): [round(x, 7) for x in xs] for r, xs in zip(resolutions, zip(*laps, strict=True))}
+        facts["scales"] = {
+            str(r): [round(x, 7) for x in xs] for r, xs in zip(resolutions, zip(*laps, strict=True), strict=True)
+        }
     return facts
 
 

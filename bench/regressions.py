@@ -13,6 +13,7 @@ import os
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,9 +28,10 @@ CPU_RATIO = 1.10
 GPU_RATIO = 1.05
 GPU_SECONDS = 20e-6
 CACHE = ROOT / "build" / "revisions"
-# "model kind batch" to rounds: a minute on two cores, and several.
-GATE = {"msdd-nano decode 1": 40, "msdd-nano decode 8": 12, "msdd-nano encode 1": 30}
-ALL = {**GATE, "msdd-nano encode 8": 12, "msdd-d12 decode 1": 5, "msdd-d12-joint decode 1": 5}
+# "model kind batch" to seconds of measuring. The gate's rounds take half a minute, the rest of one starts the workers.
+GATE = {"msdd-nano decode 1": 12.0, "msdd-nano decode 8": 12.0, "msdd-nano encode 1": 6.0}
+ALL = {**GATE, "msdd-nano encode 8": 20.0, "msdd-d12 decode 1": 120.0, "msdd-d12-joint decode 1": 120.0}
+MIN_ROUNDS, MAX_ROUNDS = 5, 40
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,13 @@ def against_document(base: Mapping[str, Any], new: Mapping[str, Any]) -> list[Ve
         )
     old = dict(_medians(base))
     verdicts = [
-        Verdict(name, old[name], seconds, seconds / old[name], is_slower(old[name], seconds, seconds / old[name], new["device"]))
+        Verdict(
+            name,
+            old[name],
+            seconds,
+            seconds / old[name],
+            is_slower(old[name], seconds, seconds / old[name], new["device"]),
+        )
         for name, seconds in _medians(new)
         if name in old
     ]
@@ -89,22 +97,22 @@ def _medians(document: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
 def against_revision(
     revision: str,
     device: str,
-    specs: Mapping[str, int],
+    specs: Mapping[str, float],
     progress: Callable[[str], None] = lambda _: None,
 ) -> list[Verdict]:
-    """The working tree against ``revision`` by ``worker.py``; ``specs``: "model kind batch" to rounds.
+    """The working tree against ``revision`` by ``worker.py``; ``specs``: "model kind batch" to seconds.
 
     Raises InputError for an unknown revision or one that cannot be built.
     """
     base_path = build(revision, progress)
     with process(device, base_path) as base, process(device, None) as new:
         verdicts = []
-        for spec, rounds in specs.items():
+        for spec, seconds in specs.items():
             progress(f"measuring {spec}")
             names = [n for n in start(base, spec) if n in set(start(new, spec))]
-            first = _judge(base, new, names, rounds, spec, device)
+            first = _judge(base, new, names, seconds, spec, device)
             suspects = [v.name.rpartition(", ")[2] for v in first if v.slower]
-            again = {v.name: v for v in _judge(base, new, suspects, rounds, spec, device)}
+            again = {v.name: v for v in _judge(base, new, suspects, seconds, spec, device)}
             # The second opinion decides: noise seldom strikes the same case twice.
             verdicts += [again.get(v.name, v) for v in first]
     if not verdicts:
@@ -113,10 +121,18 @@ def against_revision(
 
 
 def _judge(
-    base: subprocess.Popen[str], new: subprocess.Popen[str], names: Sequence[str], rounds: int, spec: str, device: str
+    base: subprocess.Popen[str],
+    new: subprocess.Popen[str],
+    names: Sequence[str],
+    seconds: float,
+    spec: str,
+    device: str,
 ) -> list[Verdict]:
     samples: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in names}
-    for r in range(rounds):
+    begin = time.perf_counter()
+    for r in range(MAX_ROUNDS):
+        if r >= MIN_ROUNDS and time.perf_counter() - begin > seconds:
+            break
         for name in names:
             pair = [(base, samples[name][0]), (new, samples[name][1])]
             for side, kept in pair if r % 2 == 0 else pair[::-1]:

@@ -1,7 +1,7 @@
 """FLOP and bytes of a decode by formula: per op, layer, scale and as a whole (SPEC section E).
 
-A multiply-add is 2 FLOP; only matrix products and attention are counted, as ``torch.utils.flop_counter`` does. Bytes are
-the least that the engine's ops can move: every op reads its inputs and its weights once and writes its result once.
+A multiply-add is 2 FLOP; only matrix products and attention are counted, as ``torch.utils.flop_counter`` does. Bytes
+are the least that the engine's ops can move: every op reads its inputs and its weights once and writes its result once.
 
     work = decode_work(PRESETS["msdd-d12-joint"], batch=1, itemsize=2)
     total(work).flops, total(w for w in work if w.scale == 32).weight_bytes

@@ -29,12 +29,16 @@ class LaunchCounter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if not func.is_view and func.overloadpacket.__name__.removesuffix("_") not in NO_KERNEL:
-            tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor)]
             self.launches += 1
-            # An argument that is returned (out=, in place) is one tensor, not two.
-            regions = {(t.data_ptr(), _elements(t), t.element_size()) for t in tensors}
-            self.bytes += sum(elements * itemsize for _, elements, itemsize in regions)
+            self.bytes += touched_bytes(args, kwargs, out)
         return out
+
+
+def touched_bytes(args: Any, kwargs: Any, out: Any) -> int:
+    """Bytes of all tensors of one call, each counted once: an argument may be returned (out=, in place)."""
+    tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor)]
+    regions = {(t.data_ptr(), _elements(t), t.element_size()) for t in tensors}
+    return sum(elements * itemsize for _, elements, itemsize in regions)
 
 
 def _elements(t: Tensor) -> int:

@@ -32,6 +32,23 @@ from msdd_fast.sampling import sample
 
 # bfloat16 eager differs from float32 by this much at most on decoded values of a few units.
 TOLERANCE = 1.0
+# PyTorch without us; its attention is SDPA, since the eager reference stores all scores.
+SDPA = "attention=sdpa,context_attention=sdpa"
+PLAIN = f"eager,{SDPA}"
+
+
+def load(name: str, device: torch.device) -> Tokenizer:
+    """A checkpoint, or a preset with random weights."""
+    try:
+        tokenizer = Tokenizer.from_pretrained(name)
+    except CheckpointError:
+        if name not in PRESETS:
+            raise
+        torch.manual_seed(0)
+        tokenizer = Tokenizer.from_config(name)
+    return tokenizer.to(device)
+
+
 def eager(tokenizer: Tokenizer, dtype: torch.dtype, compiled: bool = False) -> Callable[..., Tensor]:
     """The plain sampler and network in ``dtype``: no op of ours but the noise, and PyTorch's own attention.
 
@@ -57,7 +74,7 @@ def eager(tokenizer: Tokenizer, dtype: torch.dtype, compiled: bool = False) -> C
 def plain(device: torch.device) -> str:
     """The backends of the baseline: what a user of plain PyTorch has, with our noise."""
     noise = "triton" if device.type == "cuda" else "cpu"
-    return f"eager,attention=sdpa,start_noise={noise},renoise_upsample={noise}"
+    return f"{PLAIN},start_noise={noise},renoise_upsample={noise}"
 
 
 def in_dtype(tokenizer: Tokenizer, dtype: torch.dtype, copy: bool = False) -> Tokenizer:

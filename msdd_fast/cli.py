@@ -11,7 +11,10 @@ from collections.abc import Sequence
 from msdd_fast import __version__
 from msdd_fast.errors import MsddFastError
 
-COMMANDS = ("demo", "reconstruct", "encode", "decode", "eval", "convert", "train", "distill", "bench", "tune", "env")
+COMMANDS = (
+    *("demo", "reconstruct", "encode", "decode", "eval", "convert"),
+    *("train", "distill", "bench", "profile", "tune", "env"),
+)
 
 
 def build_parser() -> argparse.ArgumentParser:

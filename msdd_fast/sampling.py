@@ -14,6 +14,7 @@ from msdd_fast.errors import InputError
 from msdd_fast.models.decoder import Decoder
 from msdd_fast.noise import resolve_seeds
 from msdd_fast.ops.renoise_upsample import renoise_upsample_with
+from msdd_fast.ranges import spans
 from msdd_fast.schedule import Stage, StageSchedule
 
 
@@ -80,7 +81,7 @@ def sample(
 
     states: list[Tensor] = []
     x = ops.start_noise(seeds, shapes[0], backend=backend) if noise is None else noise[0].float()
-    for stage in schedule.stages:
+    for stage in spans(schedule.stages, lambda i: f"scale {cfg.stage_resolution(i)}"):
         s = stage.index
         if s > 0:
             if noise is None:

@@ -68,8 +68,14 @@ def run(args: argparse.Namespace) -> None:
         document = results.read(args.source)
         print("\n".join(line for result in document["cases"] for line in [*results.case_lines(result), ""]))
     else:
+        cases = _cases(args)
         document = decode.run_suite(
-            _cases(args), device, args.rounds, not (args.no_cold_start or args.gate), _print_case
+            cases,
+            device,
+            args.rounds,
+            with_cold_start=not (args.no_cold_start or args.gate),
+            waterfall_of=cases[0].model if args.html and cases[0].kind == "decode" else None,
+            progress=_print_case,
         )
     print("\n".join(results.facts_lines(document)))
     if args.json:

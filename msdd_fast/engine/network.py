@@ -18,6 +18,7 @@ from msdd_fast.engine.tables import BlockModulation, Modulation
 from msdd_fast.engine.weights import BlockWeights, Weights
 from msdd_fast.models.mmdit import NORM_EPS
 from msdd_fast.models.rope import RopeTable
+from msdd_fast.ranges import spans
 
 
 class Context(NamedTuple):
@@ -70,7 +71,8 @@ class Network:
         x = x.flatten(0, 1)
         split = length * batch if length else None
         h = self.ops.norm_modulate(x, m.blocks[0].shift_msa, m.blocks[0].scale_msa, split)
-        for i, (block, mod) in enumerate(zip(self.w.blocks, m.blocks, strict=True)):
+        layers = spans(zip(self.w.blocks, m.blocks, strict=True), lambda i: f"layer {i}")
+        for i, (block, mod) in enumerate(layers):
             last = i == len(self.w.blocks) - 1
             a = self._attention(block, h, length, batch, context.keys_values[i] if not length else None, rope)
             if last and split:  # nothing reads the context stream any more

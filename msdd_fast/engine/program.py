@@ -14,6 +14,7 @@ from msdd_fast.engine.tables import StageTables, Step
 from msdd_fast.images import to_uint8
 from msdd_fast.ops.renoise_upsample import renoise_upsample_with
 from msdd_fast.patch_rows import patchify, unpatchify
+from msdd_fast.ranges import spans
 from msdd_fast.sampling import clean_estimate
 from msdd_fast.schedule import StageSchedule
 
@@ -92,7 +93,7 @@ class Program:
             x = self.ops.start_noise(inputs.seeds, (3, size, size), self.dtype, patch_size=p)
         else:
             x = patchify(noise[0].to(self.dtype), p)
-        for s, tables in enumerate(self.tables):
+        for s, tables in enumerate(spans(self.tables, lambda i: f"scale {config.stage_resolution(i)}")):
             for step in tables.steps[:-1]:
                 end = self._evaluate(x, context, tables, step, guided)
                 x = self._euler(end, step.dt, inputs.scale)

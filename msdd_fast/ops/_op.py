@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from msdd_fast import ranges
 from msdd_fast.backends import BACKENDS, requested_backend
 from msdd_fast.errors import BackendUnavailableError, InputError
 
@@ -105,7 +106,11 @@ class Op:
         if chosen == "eager":
             return self.eager(*args)
         implementation = self.implementations[chosen]
-        return (implementation.function if _nobody_watches(args) else implementation.overload)(*args)
+        run = implementation.function if _nobody_watches(args) else implementation.overload
+        if not ranges.on():
+            return run(*args)
+        with ranges.span(f"{self.name} [{chosen}]"):
+            return run(*args)
 
     def select(self, *args: Any, backend: str | None = None) -> str:
         """Name of the backend that would run. Raises BackendUnavailableError for a named one that cannot."""

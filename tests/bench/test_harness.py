@@ -164,8 +164,16 @@ def test_every_benchmark_runs(tmp_path):
     document = json.loads((tmp_path / "b.json").read_text())
     assert document["machine_info"]["msdd_fast"]["cpu"]["cores"] >= 1
     assert set(document["ceilings"]) == {"copy", "float32", "bfloat16", "float16"}
-    assert {b["extra_info"]["op"] for b in document["benchmarks"]} == set(ops.__all__)
-    for entry in document["benchmarks"]:
+    assert {b["extra_info"]["op"] for b in document["benchmarks"]} == {*ops.__all__, "decode", "scale"}
+    whole = [b["extra_info"] for b in document["benchmarks"] if b["extra_info"]["op"] == "decode"]
+    assert {i["backend"] for i in whole} >= {"eager-bf16", "engine-exact"} and whole[0]["teraflops"] > 0
+    assert {b["extra_info"]["scale"] for b in document["benchmarks"] if b["extra_info"]["op"] == "scale"} == {
+        8,
+        16,
+        32,
+        64,
+    }
+    for entry in (b for b in document["benchmarks"] if b["extra_info"]["op"] in ops.__all__):
         info, stats = entry["extra_info"], entry["stats"]
         assert stats["rounds"] == 3 and stats["median"] * 1e6 == pytest.approx(info["median_us"])
         assert info["images_per_second"] == pytest.approx(info["batch"] / stats["median"])

@@ -15,4 +15,4 @@ def test_no_stem_lacks_its_siblings():
     assert files == set(ops.__all__)
     assert kernels <= files
     assert files <= tests
-    assert files == benchmarks
+    assert files == benchmarks - {"decode"}

@@ -1,0 +1,102 @@
+"""Show where the time of a decode goes: kernels by time, with bytes, FLOP and the fraction of the measured roofline.
+
+Without graphs, which hide the kernels. docs/profiling.md walks through an example.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from msdd_fast.commands.common import add_sampling, pick_device, positive_int
+from msdd_fast.errors import BackendUnavailableError
+from msdd_fast.files import require_writable
+
+HELP = "kernels of a decode by time, bytes, FLOP and roofline; traces for Perfetto and Nsight"
+NCU = ("ncu", "--set", "full", "--target-processes", "all", "--launch-skip", "2", "--launch-count", "1")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="msdd-nano", help="checkpoint or preset (default: %(default)s)")
+    parser.add_argument("--device", help="torch device (default: cuda if there is one, else cpu)")
+    parser.add_argument("--provider", choices=("engine", "eager"), default="engine", help="default: %(default)s")
+    parser.add_argument("--batch", type=positive_int, default=1, help="images (default: 1)")
+    parser.add_argument("--top", type=positive_int, default=20, metavar="N", help="rows of the table (default: 20)")
+    parser.add_argument("--trace", metavar="FILE", help="write a Chrome trace (.json), for ui.perfetto.dev")
+    parser.add_argument("--memory", action="store_true", help="also the peak of allocated memory")
+    add_sampling(parser)
+    op = parser.add_argument_group("one op alone, with the inputs of its benchmark")
+    op.add_argument("--op", metavar="NAME", help="instead of a decode")
+    op.add_argument("--shape", default="1x256", metavar="BATCHxPIXELS", help="default: %(default)s")
+    op.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="default: what the engine computes in")
+    op.add_argument("--backend", help="of the op or the engine (default: auto)")
+    op.add_argument("--ncu", action="store_true", help="run this op under Nsight Compute; without it print the command")
+
+
+def run(args: argparse.Namespace) -> None:
+    from msdd_fast.bench import profile, suite, waterfall
+    from msdd_fast.engine import accelerate
+    from msdd_fast.engine.compute import compute_dtype
+
+    if args.trace:
+        require_writable(args.trace)
+    if args.ncu:
+        _nsight(args)
+        return
+    device = pick_device(args.device)
+    dtype = suite.DTYPES[args.dtype] if args.dtype else compute_dtype(torch.bfloat16, device)[0]
+    if args.op:
+        batch, scale = profile.parse_shape(args.shape)
+        call = profile.one_op(args.op, suite.Case(scale, dtype, batch, device), args.backend)
+        found, profiler = profile.rows(call, device)
+    else:
+        tokenizer = waterfall.load(args.model, device)
+        cfg = tokenizer.config
+        z = torch.randn(args.batch, cfg.num_latent_tokens, cfg.latent_dim, device=device)
+        sampling = {"steps": args.steps, "cfg_scale": args.cfg_scale}
+        if args.provider == "engine":
+            engine = accelerate(
+                tokenizer,
+                dtype=dtype,
+                backend=args.backend or "auto",
+                graphs=False,
+                batch_sizes=(args.batch,),
+                **sampling,
+            )
+            dtype = engine.dtype
+
+            def call() -> object:
+                return engine.decode(z, args.seed)
+
+            found, profiler = profile.rows(call, device)
+        else:
+            decode = waterfall.eager(tokenizer, dtype)
+            options = {name: value for name, value in sampling.items() if value is not None}
+
+            def call() -> object:
+                return decode(z, seed=args.seed, **options)
+
+            with profile.named_layers(tokenizer.decoder):
+                found, profiler = profile.rows(call, device)
+    print("\n".join(profile.table(found, device, dtype, args.top)))
+    if args.memory:
+        snapshot = Path(args.trace).with_suffix(".memory.pickle") if args.trace and device.type == "cuda" else None
+        print(profile.memory(call, device, snapshot))
+    if args.trace:
+        profiler.export_chrome_trace(args.trace)
+        print(f"wrote {args.trace}: open it at https://ui.perfetto.dev")
+
+
+def _nsight(args: argparse.Namespace) -> None:
+    """Nsight Compute over this very command without --ncu; the command alone where it is not installed."""
+    mine = [sys.executable, "-m", "msdd_fast", *(word for word in sys.argv[1:] if word != "--ncu")]
+    command = [*NCU, *mine]
+    if shutil.which("ncu") is None:
+        print(" ".join(command))
+        raise BackendUnavailableError("--ncu needs Nsight Compute (ncu) on the PATH; the command is above")
+    subprocess.run(command, check=True)

@@ -1,0 +1,40 @@
+"""The other decoders: their sizes and FLOP are those of SPEC section C; the table."""
+
+import pytest
+
+from msdd_fast.bench import peers
+from msdd_fast.errors import InputError
+
+# Decoder parameters in millions, GFLOP of one 256x256 image.
+SPEC_C = {"SD-VAE f8d4": (49.5, 622), "DC-AE f32c32": (200.2, 692), "TAESD": (1.22, 35.3), "RAE ViT-XL": (415, 222)}
+SLOW_SPEC_C = {"DC-AE f64c128": (412, 699), "consistency decoder": (621, 2 * 8408)}
+
+
+@pytest.mark.parametrize("name", SPEC_C)
+def test_sizes_of_spec_c(name):
+    _check(name, *SPEC_C[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SLOW_SPEC_C)
+def test_large_sizes_of_spec_c(name):
+    _check(name, *SLOW_SPEC_C[name])
+
+
+def _check(name, millions, gflop):
+    pytest.importorskip("diffusers", reason="pip install 'msdd-fast[peers]'")
+    facts = peers.facts(next(p for p in peers.PEERS if p.name == name))
+    assert facts["parameters"] / 1e6 == pytest.approx(millions, rel=0.01)
+    assert facts["flops"] / 1e9 == pytest.approx(gflop, rel=0.01)
+
+
+def test_the_table():
+    rows = [
+        {"name": "a", "parameters": 2_000_000, "flops": 3 * 10**9, "eager": {"median_s": 0.5}},
+        {"name": "b", "parameters": 10**6, "flops": 10**9, "eager": {"median_s": 0.1}, "engine": {"median_s": 0.05}},
+    ]
+    lines = [line.split() for line in peers.table(rows, batch=2)]
+    assert lines[1] == ["a", "2.0", "3", "4.00", "-", "-"] and lines[2] == ["b", "1.0", "1", "20.0", "-", "40.0"]
+    assert set(SPEC_C) | set(SLOW_SPEC_C) == {p.name for p in peers.PEERS}
+    with pytest.raises(InputError, match="--only must name some of SD-VAE"):
+        peers.main(["--only", "nothing"])

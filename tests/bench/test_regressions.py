@@ -1,0 +1,141 @@
+"""Verdicts: what is planted is found, noise is not, and numbers of another device are refused."""
+
+import json
+import random
+import subprocess
+import sys
+
+import pytest
+
+from msdd_fast import cli
+from msdd_fast.bench import regressions, worker
+from msdd_fast.bench.regressions import Verdict, against_document, is_slower, lines, paired
+from msdd_fast.bench.results import save
+from msdd_fast.errors import InputError
+from tests.bench.documents import document
+
+MACHINE_WEATHER = 0.4  # the machine's speed wanders by so much; both sides feel it
+JITTER = 0.05
+
+
+def samples(slowdown, seed, rounds=12):
+    """Base and new samples in turns on a machine whose speed changes from round to round."""
+    rng = random.Random(seed)
+    base, new = [], []
+    for _ in range(rounds):
+        weather = 1 + MACHINE_WEATHER * rng.random()
+        base.append(0.1 * weather * (1 + JITTER * rng.random()))
+        new.append(0.1 * weather * (1 + JITTER * rng.random()) * (1 + slowdown))
+    return base, new
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_planted_slowdown_of_15_percent_is_found_and_noise_is_not(device):
+    for seed in range(100):
+        assert paired("x", *samples(0.15, seed), device).slower
+        assert not paired("x", *samples(0.0, seed), device).slower
+
+
+def test_both_thresholds_of_a_gpu_and_one_of_a_cpu():
+    assert not is_slower(100e-6, 119e-6, 1.19, "cuda") and is_slower(1e-3, 1.06e-3, 1.06, "cuda")
+    assert not is_slower(1e-3, 1.04e-3, 1.04, "cuda")
+    assert not is_slower(1e-3, 1.09e-3, 1.09, "cpu") and is_slower(100e-6, 119e-6, 1.19, "cpu")
+
+
+def test_stored_runs_are_compared_by_case_provider_and_scale():
+    base, new = document(), document()
+    slow = new["cases"][0]["providers"][1]
+    slow["scales"]["16"] = [1.15 * s for s in slow["scales"]["16"]]
+    verdicts = {v.name: v for v in against_document(base, new)}
+    assert len(verdicts) == 7
+    bad = [name for name, v in verdicts.items() if v.slower]
+    assert bad == ["tiny decode, batch 2, 1 step(s), CFG 1, engine-exact, 16 px"]
+    assert verdicts[bad[0]].ratio == pytest.approx(1.15)
+    assert (
+        "SLOWER" in "\n".join(lines(list(verdicts.values()))) and lines(list(verdicts.values()))[-1] == "1 of 7 slower"
+    )
+
+
+def test_another_device_or_other_cases_are_refused():
+    other = document()
+    other["machine"]["cpu"]["model"] = "Abacus"
+    with pytest.raises(
+        InputError, match=r"--compare must name a run of this device, .*, got one of Abacus, AVX2, 2 thre"
+    ):
+        against_document(other, document())
+    none = document()
+    none["cases"] = []
+    with pytest.raises(InputError, match="must name a run with a case of this run, got one without"):
+        against_document(none, document())
+
+
+def test_exit_codes(tmp_path, capsys):
+    base, new = document(), document()
+    save(base, tmp_path / "base.json")
+    save(new, tmp_path / "same.json")
+    for p in new["cases"][0]["providers"]:
+        p["samples"] = [1.15 * s for s in p["samples"]]
+    save(new, tmp_path / "slow.json")
+    compare = ["bench", "--compare", str(tmp_path / "base.json"), "--from"]
+    assert cli.main([*compare, str(tmp_path / "same.json")]) == 0
+    assert "none of 7 is slower" in capsys.readouterr().out
+    assert cli.main([*compare, str(tmp_path / "slow.json")]) == 1
+    assert "error: 3 of 7 cases became slower: tiny decode, batch 2" in capsys.readouterr().err
+    assert cli.main(["bench", "--compare", "no-such-revision"]) == 1
+    assert "must be a JSON file of msdd-fast bench or a git revision, got 'no-such-revision'" in capsys.readouterr().err
+    (tmp_path / "foreign.json").write_text("{}")
+    assert cli.main([*compare[:2], str(tmp_path / "foreign.json"), "--gate"]) == 1
+    assert "must be a JSON file of msdd-fast bench, format" in capsys.readouterr().err
+
+
+class FakeWorkers:
+    """Both sides; the new one is slower by a factor, for the first so many questions about a provider."""
+
+    def __init__(self, monkeypatch, factor, times=10**6):
+        self.factor, self.times, self.order = factor, times, []
+        monkeypatch.setattr(regressions, "build", lambda *_: "base")
+        monkeypatch.setattr(regressions, "process", self.process)
+        monkeypatch.setattr(regressions, "ask", self.ask)
+
+    def process(self, device, path):
+        class Side:
+            name = path or "new"
+
+            def __enter__(side):
+                return side
+
+            def __exit__(side, *_):
+                pass
+
+        return Side()
+
+    def ask(self, side, line):
+        if line.startswith("case"):
+            return ["eager"] if side.name == "base" else ["eager", "engine"]
+        self.order.append(side.name)
+        slow = side.name == "new" and self.order.count("new") <= self.times
+        return 0.01 * (self.factor if slow else 1)
+
+
+def test_sides_take_turns_and_a_suspect_is_measured_again(monkeypatch):
+    fake = FakeWorkers(monkeypatch, factor=1.15, times=regressions.MAX_ROUNDS)
+    (verdict,) = regressions.against_revision("main", "cpu", {"tiny decode 1": 10})
+    assert verdict.name == "tiny decode 1, eager" and not verdict.slower  # slow once, not twice
+    assert fake.order[:4] == ["base", "new", "new", "base"] and len(fake.order) == 4 * regressions.MAX_ROUNDS
+    FakeWorkers(monkeypatch, factor=1.15)
+    (verdict,) = regressions.against_revision("main", "cpu", {"tiny decode 1": 10})
+    assert verdict.slower and verdict.ratio == pytest.approx(1.15)
+
+
+def test_the_worker_measures_what_it_is_told():
+    talk = "case tiny decode 1\ntime engine\ncase tiny encode 1\ntime eager\n"
+    done = subprocess.run(
+        [sys.executable, worker.__file__, "cpu"], input=talk, capture_output=True, text=True, check=True
+    )
+    names, engine, encoders, encode = map(json.loads, done.stdout.splitlines())
+    assert names == ["eager", "engine"] and encoders == ["eager"] and engine > 0 and encode > 0
+
+
+def test_verdict_table():
+    table = lines([Verdict("a", 0.001, 0.002, 2.0, True), Verdict("b", 0.5, 0.5, 1.0, False)])
+    assert table[1].split() == ["a", "1.00", "2.00", "2.000", "SLOWER"] and table[2].split()[-1] == "ok"
