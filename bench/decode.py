@@ -55,7 +55,8 @@ class DecodeCase:
     def name(self) -> str:
         if self.kind == "encode":
             return f"{self.model} encode, batch {self.batch}"
-        return f"{self.model} decode, batch {self.batch}, {self.steps} step(s), CFG {self.cfg_scale:g}"
+        steps = f"{self.steps} step{'s' * (self.steps > 1)}"
+        return f"{self.model} decode, batch {self.batch}, {steps}, CFG {self.cfg_scale:g}"
 
 
 def standard() -> list[DecodeCase]:

@@ -22,14 +22,15 @@ h1 { font-size: 1.5rem; margin: .5rem 0; } h2 { font-size: 1.2rem; margin: 2rem 
 p.note, figcaption { color: var(--soft); font-size: .875rem; }
 section > figure, article { margin: 0 0 1rem; padding: 12px; background: var(--card); border-radius: 8px; }
 figure figure { margin: 0; padding: 0; }
-svg { width: 100%; height: auto; display: block; }
+svg { width: 100%; max-width: 640px; height: auto; display: block; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .875rem; white-space: nowrap; width: 100%; }
 th, td { text-align: right; padding: 4px 8px; border-bottom: 1px solid var(--line); }
 th:first-child, td:first-child { text-align: left; }
-text { fill: var(--fg); font: 12px system-ui, sans-serif; } text.value { fill: var(--soft); font-size: 11px; }
+text { fill: var(--fg); font: 11px system-ui, sans-serif; } text.value { fill: var(--soft); font-size: 10px; }
 .grid { stroke: var(--line); } .roof { fill: none; stroke: var(--soft); stroke-dasharray: 5 4; }
 .line { fill: none !important; stroke-width: 2; }
+@media (max-width: 560px) { text { font-size: 14px; } text.value { font-size: 13px; } }
 .legend span { margin-right: 1rem; white-space: nowrap; } .legend i { display: inline-block; width: .8em; height: .8em;
   border-radius: 2px; margin-right: .35em; }
 """ + "".join(

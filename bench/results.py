@@ -40,7 +40,8 @@ def device_of(document: Mapping[str, Any]) -> str:
     machine = document["machine"]
     if document["device"] == "cuda":
         return str(machine["gpu"]["name"])
-    return f"{machine['cpu']['model']}, {machine['cpu']['capability']}, {machine['torch_threads']} threads"
+    threads = machine["torch_threads"]
+    return f"{machine['cpu']['model']}, {machine['cpu']['capability']}, {threads} thread{'s' * (threads > 1)}"
 
 
 def slug(document: Mapping[str, Any]) -> str:

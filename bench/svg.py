@@ -6,9 +6,9 @@ import html
 import math
 from collections.abc import Mapping, Sequence
 
-WIDTH = 640
-LEFT, RIGHT, TOP, BOTTOM = 110, 60, 8, 34
-BAR = 15
+WIDTH = 480
+LEFT, RIGHT, TOP, BOTTOM = 96, 48, 8, 34
+BAR = 16
 SERIES = 8
 
 
@@ -58,7 +58,7 @@ def scatter(
     ridges = [peak / bandwidth for _, bandwidth, peak in roofs]
     x0, x1 = _decades([p[0] for p in flat] + ridges)
     y0, y1 = _decades([p[1] for p in flat] + [peak for *_, peak in roofs])
-    height = 340
+    height = 320
 
     def at(x: float, y: float) -> tuple[float, float]:
         right = WIDTH - 20
@@ -91,7 +91,7 @@ def lines(series: Mapping[str, Sequence[tuple[int, float]]], ticks: Sequence[str
     flat = [v for vs in series.values() for _, v in vs]
     if not flat:
         return ""
-    height, high = 240, max(flat) * 1.05
+    height, high = 200, max(flat) * 1.05
     step = (WIDTH - 40 - LEFT) / max(len(ticks) - 1, 1)
 
     def at(i: int, v: float) -> tuple[float, float]:
@@ -121,7 +121,7 @@ def short(x: float) -> str:
     for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
         if abs(x) >= size:
             return f"{x / (1e3 if letter == 'k' else size):.3g}{letter}"
-    return f"{x:.3g}"
+    return f"{x:.0f}" if abs(x) >= 100 else f"{x:.3g}"
 
 
 def _decades(values: Sequence[float]) -> tuple[float, float]:

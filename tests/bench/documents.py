@@ -33,7 +33,7 @@ def document():
         "ceilings": {"copy": 1e10, "float32": 1e11},
         "cases": [
             {
-                "case": {"name": "tiny decode, batch 2, 1 step(s), CFG 1", **decode},
+                "case": {"name": "tiny decode, batch 2, 1 step, CFG 1", **decode},
                 "providers": [provider("eager-fp32", 0.02), provider("engine-exact", 0.01)],
                 "missing": {"compile": "left out"},
                 "work": {"whole": work, "8": work, "16": work},

@@ -54,7 +54,7 @@ def test_the_command_stores_what_it_prints(tmp_path, capsys, monkeypatch):
 def test_the_suites():
     names = [c.name for c in SUITES["standard"]()]
     for model, batch in (("msdd-nano", 1), ("msdd-nano", 8), ("msdd-d12-joint", 1), ("msdd-d12", 1)):
-        assert f"{model} decode, batch {batch}, 1 step(s), CFG 1" in names
+        assert f"{model} decode, batch {batch}, 1 step, CFG 1" in names
     full = SUITES["full"]()
     assert {c.batch for c in full} == {1, 8, 64} and {(c.steps, c.cfg_scale) for c in full if c.kind == "decode"} == {
         (1, 1.0),

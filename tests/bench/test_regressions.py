@@ -49,7 +49,7 @@ def test_stored_runs_are_compared_by_case_provider_and_scale():
     verdicts = {v.name: v for v in against_document(base, new)}
     assert len(verdicts) == 7
     bad = [name for name, v in verdicts.items() if v.slower]
-    assert bad == ["tiny decode, batch 2, 1 step(s), CFG 1, engine-exact, 16 px"]
+    assert bad == ["tiny decode, batch 2, 1 step, CFG 1, engine-exact, 16 px"]
     assert verdicts[bad[0]].ratio == pytest.approx(1.15)
     assert (
         "SLOWER" in "\n".join(lines(list(verdicts.values()))) and lines(list(verdicts.values()))[-1] == "1 of 7 slower"
