@@ -34,14 +34,14 @@ def copy_bandwidth(device: torch.device) -> float:
 
 @functools.cache
 def gemm_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP per second of ``torch.mm`` of square matrices of random numbers, 8192 on a GPU.
+    """FLOP per second of ``torch.mm(a, w.t())``, as a linear layer has it, of square random matrices, 8192 on a GPU.
 
     On a CPU 256, doubled until one product takes 10 ms: rates differ by a hundred with the instructions it has.
     """
     n = 8192 if device.type == "cuda" else 256
     while True:
         a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-        seconds = _seconds(functools.partial(torch.mm, a, b), device)
+        seconds = _seconds(functools.partial(torch.mm, a, b.t()), device)
         if device.type == "cuda" or seconds > GEMM_SECONDS:
             return 2 * n**3 / seconds
         n *= 2

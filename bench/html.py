@@ -67,8 +67,8 @@ def _throughput(document: Mapping[str, Any], series: Sequence[str]) -> str:
         groups: dict[str, dict[str, float]] = {}
         for p in result["providers"]:
             for scale, m in measurements(p):
-                groups.setdefault(_scale(scale, result), {})[p["provider"]] = batch / m.median
-        whole = _scale("whole", result)
+                groups.setdefault(_scale(scale), {})[p["provider"]] = batch / m.median
+        whole = _scale("whole")
         ordered = {**{k: v for k, v in groups.items() if k != whole}, whole: groups[whole]}
         figure = f"<figure>{svg.bars(ordered, 'img/s', series)}</figure>{_table(ordered, series)}"
         missing = "".join(f"<p class=note>{html.escape(f'{n}: {why}')}</p>" for n, why in result["missing"].items())
@@ -114,7 +114,7 @@ def _roofline(document: Mapping[str, Any]) -> str:
         for p in result["providers"]:
             for scale, m in measurements(p):
                 work = result["work"][scale]
-                what = f"{result['case']['name']}, {_scale(scale, result)}"
+                what = f"{result['case']['name']}, {_scale(scale)}"
                 points.setdefault(p["provider"], []).append(
                     (work["flops"] / work["bytes"], work["flops"] / m.median / 1e9, what)
                 )
@@ -161,5 +161,5 @@ def _table(groups: Mapping[str, Mapping[str, float]], series: Sequence[str]) -> 
     return f'<div class="scroll"><table><tr>{head}{rows}</table></div>'
 
 
-def _scale(scale: str, result: Mapping[str, Any]) -> str:
-    return f"{scale} px" if scale != "whole" else f"whole {result['case']['kind']}"
+def _scale(scale: str) -> str:
+    return f"{scale} px" if scale != "whole" else "whole"

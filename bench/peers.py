@@ -3,8 +3,8 @@
     python -m msdd_fast.bench.peers [--batch 1] [--dtype fp32] [--only NAME ...] [--json FILE]
 
 The others are built by diffusers (``pip install 'msdd-fast[peers]'``) at the configurations of SPEC section C with
-random weights: speed does not depend on them. Same dtype, batch, timer and rounds for all; FLOP are counted by torch while one
-image is decoded. A teacher of 30 steps is one step measured and multiplied, and marked so.
+random weights: speed does not depend on them. Same dtype, batch, timer and rounds for all; FLOP are counted by torch
+while one image is decoded. A teacher of 30 steps is one step measured and multiplied, and marked so.
 """
 
 from __future__ import annotations

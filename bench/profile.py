@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+import statistics
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -25,12 +26,14 @@ from torch.utils.flop_counter import flop_registry
 
 from msdd_fast import ranges
 from msdd_fast.bench import suite
-from msdd_fast.bench.ceilings import floor_seconds
+from msdd_fast.bench.ceilings import copy_bandwidth, floor_seconds, gemm_rate
+from msdd_fast.bench.report import ceilings_line
 from msdd_fast.bench.results import aligned, number
 from msdd_fast.bench.trace import NO_KERNEL, touched_bytes
 from msdd_fast.errors import InputError
 
-PRODUCTS = {"aten::mm": 0, "aten::addmm": 1}
+ROUNDS = 5
+PRODUCTS = ("aten::mm", "aten::addmm")
 Key = tuple[str, str]
 """(scale, kernel)"""
 
@@ -72,23 +75,27 @@ class Counter(TorchDispatchMode):
 
 
 def rows(run: Callable[[], Any], device: torch.device) -> tuple[list[Row], Any]:
-    """Rows of one call, slowest first, and the profiler, whose trace can be exported. ``run`` is called three times."""
+    """Rows of one call, slowest first, and the profiler of the last call, whose trace can be exported.
+
+    Times are medians over ``ROUNDS`` calls: a neighbour on the machine should not point at the wrong kernel.
+    """
     with torch.no_grad(), ranges.watched():
         run()
         with Counter() as counter:
             run()
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
-        with profile(activities=activities, record_shapes=True) as profiler:
-            run()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-    found: dict[Key, Row] = {}
-    for key, event in _units(profiler.events(), counter):
-        row = found.setdefault(key, Row(*key))
-        row.calls += 1
-        row.seconds += (event.device_time_total if device.type == "cuda" else event.cpu_time_total) * 1e-6
-    for key, row in found.items():
-        row.bytes, row.flops = counter.bytes.get(key, 0), counter.flops.get(key, 0)
+        rounds = []
+        for _ in range(ROUNDS):
+            with profile(activities=activities, record_shapes=True) as profiler:
+                run()
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+            rounds.append(_seconds(profiler, counter, device))
+    found = {}
+    for key, times in rounds[-1].items():
+        row = Row(*key, calls=len(times), bytes=counter.bytes.get(key, 0), flops=counter.flops.get(key, 0))
+        row.seconds = statistics.median(sum(r.get(key, [])) for r in rounds)
+        found[key] = row
     return sorted(found.values(), key=lambda r: -r.seconds), profiler
 
 
@@ -104,7 +111,8 @@ def table(found: Sequence[Row], device: torch.device, dtype: torch.dtype, top: i
         s.bytes, s.flops = s.bytes + r.bytes, s.flops + r.flops
     lines += [_cells(s, whole, device, dtype) for s in sorted(scales.values(), key=lambda s: s.scale.rjust(6))]
     rest = [f"... {len(found) - top} more kernels"] if len(found) > top else []
-    return [*aligned(lines), *rest]
+    ceilings = {"copy": copy_bandwidth(device), str(dtype).removeprefix("torch."): gemm_rate(device, dtype)}
+    return [f"ceilings of this run: {ceilings_line(ceilings)}", *aligned(lines), *rest]
 
 
 @contextmanager
@@ -186,6 +194,14 @@ def memory(run: Callable[[], Any], device: torch.device, path: Path | None) -> s
         now += change
         peak = max(peak, now)
     return f"peak {peak / 2**20:.1f} MiB above what was there before the call ({len(changes)} allocations and releases)"
+
+
+def _seconds(profiler: Any, counter: Counter, device: torch.device) -> dict[Key, list[float]]:
+    """Of every call of each kernel in one profile."""
+    times: dict[Key, list[float]] = defaultdict(list)
+    for key, event in _units(profiler.events(), counter):
+        times[key].append((event.device_time_total if device.type == "cuda" else event.cpu_time_total) * 1e-6)
+    return times
 
 
 def _units(events: Sequence[Any], counter: Counter) -> Iterator[tuple[Key, Any]]:
