@@ -347,7 +347,7 @@ def crossing_offsets(ttir: str, arguments: list[str], within: tuple[str, ...]) -
 
     An offset reaches them if it depends on the program's index along an axis of the grid that is not in ``within``,
     or on an argument called stride_*. Such a value must not be added, subtracted, multiplied or shifted in 32 bits, nor
-    be cut to 32 bits: each operation that does so is counted. What is loaded is data, not an offset.
+    be cut to 32 bits: each operation that does so is counted. What is loaded is data, and a comparison's outcome a bit: neither is an offset.
     """
     names = re.findall(r"(%\w+): ", next(line for line in ttir.splitlines() if "tt.func public" in line))
     crossing = {name for name, argument in zip(names, arguments, strict=True) if argument.startswith("stride_")}
@@ -364,7 +364,7 @@ def crossing_offsets(ttir: str, arguments: list[str], within: tuple[str, ...]) -
                 crossing.add(result)
         elif operation == "tt.addptr":
             wide += used[1] in crossing and "i64" in kind
-        elif operation != "tt.load" and "!tt.ptr" not in kind and crossing & set(used):
+        elif operation not in ("tt.load", "arith.cmpi") and "!tt.ptr" not in kind and crossing & set(used):
             crossing.add(result)
             sums = ("arith.addi", "arith.subi", "arith.muli", "arith.shli")
             narrow += (operation in sums and "i64" not in kind) or operation == "arith.trunci"

@@ -110,6 +110,7 @@ BOUNDED = ["%a = arith.remsi %row, %width : i32", "%b = tt.addptr %p, %a : !tt.p
         (["%0 = arith.addi %stride_x, %width : i32"], (0, 1)),
         ([ROW, *WIDE[:3], "%d = arith.trunci %c : i64 to i32"], (0, 1)),
         ([ROW.replace(" y ", " x "), *NARROW], (0, 0)),  # declared to count inside an image
+        ([ROW, "%q = arith.cmpi slt, %row, %width : i32", "%a = arith.muli %q, %width : i32"], (0, 0)),
         ([ROW, "%q = tt.load %p : !tt.ptr<i32>", "%a = arith.muli %q, %width : i32"], (0, 0)),
     ],
 )
