@@ -162,6 +162,7 @@ OP = Op(
     lambda q, *_: attention_result(q),
 )
 OP.register("cuda", _cuda, _can_use_cuda)
-OP.register("triton", _triton, _can_use_triton)
+# The C++ first: with TRITON_INTERPRET=1 the other could run on CPU tensors too, very slowly.
 OP.register("cpu", _cpu, _can_use_cpu)
+OP.register("triton", _triton, _can_use_triton)
 OP.register("sdpa", _sdpa, _can_use_sdpa, differentiable=True)
