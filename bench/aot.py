@@ -345,9 +345,10 @@ def compile_case(case: Case, dtype: str, target: str) -> Facts:
 def crossing_offsets(ttir: str, arguments: list[str], within: tuple[str, ...]) -> tuple[int, int]:
     """Pointer offsets that reach other images or rows: how many are 64 bits wide, and how many sums may overflow.
 
-    An offset reaches them if it depends on the program's index along an axis of the grid that is not in ``within``,
-    or on an argument called stride_*. Such a value must not be added, subtracted, multiplied or shifted in 32 bits, nor
-    be cut to 32 bits: each operation that does so is counted. What is loaded is data, and a comparison's outcome a bit: neither is an offset.
+    An offset reaches them if it depends on the program's index along an axis of the grid that is not in ``within``, or
+    on an argument called stride_*. Such a value must not be added, subtracted, multiplied or shifted in 32 bits, nor be
+    cut to 32 bits: each operation that does so is counted. What is loaded is data, and the outcome of a comparison a
+    bit: neither is an offset.
     """
     names = re.findall(r"(%\w+): ", next(line for line in ttir.splitlines() if "tt.func public" in line))
     crossing = {name for name, argument in zip(names, arguments, strict=True) if argument.startswith("stride_")}
