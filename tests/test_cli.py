@@ -107,6 +107,12 @@ def pixels(path):
     return torch.from_numpy(np.asarray(Image.open(path)).copy()).permute(2, 0, 1)
 
 
+def nearly_equal(a, b):
+    """Two pictures that may differ by rounding before they were quantised: one level, in one value of a thousand."""
+    difference = (a.int() - b.int()).abs()
+    return a.shape == b.shape and int(difference.max()) <= 1 and float(difference.float().mean()) < 1e-3
+
+
 def inputs(photos):
     return torch.stack([to_tensor(center_crop(load_image(photos / n), SIZE)) for n in ("a.png", "b.jpg", "sub/c.png")])
 
@@ -124,7 +130,7 @@ def test_reconstruct(succeeds, tiny, photos, tmp_path):
     y = tiny.decode(tiny.encode(x), seed=4)
     shown = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)
     assert torch.equal(shown[:, :SIZE, :SIZE], to_uint8(x[0]))
-    assert torch.equal(shown[:, SIZE + 4 :, -SIZE:], to_uint8(y[1]))
+    assert nearly_equal(shown[:, SIZE + 4 :, -SIZE:], to_uint8(y[1]))
     for name, value in zip(("a.png", "b.jpg"), psnr(y, x).tolist(), strict=True):
         assert f"{name}: {value:.2f} dB" in out
 
@@ -190,7 +196,7 @@ def test_encode_then_decode(succeeds, tiny, photos, tmp_path):
     assert tree(out) == ["a.png", "b.png", "sub/c.png"]
     expected = to_uint8(tiny.decode(z, seed=5, steps=2, cfg_scale=1.5))
     for i, name in enumerate(names):
-        assert torch.equal(pixels(out / f"{name}.png"), expected[i])
+        assert nearly_equal(pixels(out / f"{name}.png"), expected[i])
 
 
 def test_encode_one_picture_decode_one_picture(succeeds, tiny, photos, tmp_path):
@@ -198,7 +204,7 @@ def test_encode_one_picture_decode_one_picture(succeeds, tiny, photos, tmp_path)
     z, names = load_latents(tmp_path / "z.safetensors")
     assert names == ["a"]
     succeeds("decode", tmp_path / "z.safetensors", "-o", tmp_path / "picture.png")
-    assert torch.equal(pixels(tmp_path / "picture.png"), to_uint8(tiny.decode(z))[0])
+    assert nearly_equal(pixels(tmp_path / "picture.png"), to_uint8(tiny.decode(z))[0])
 
 
 def test_sampling_defaults_come_from_the_checkpoint(tiny, z_file, latents, tmp_path, capsys):
@@ -209,7 +215,7 @@ def test_sampling_defaults_come_from_the_checkpoint(tiny, z_file, latents, tmp_p
     args = ["decode", z_file, "-o", tmp_path / "out", "--checkpoint", tmp_path / "ckpt", "--device", "cpu"]
     assert cli.main([str(a) for a in args]) == 0
     expected = to_uint8(tiny.decode(latents.z, steps=2, cfg_scale=3.0))
-    assert torch.equal(pixels(tmp_path / "out" / "w.png"), expected[1])
+    assert nearly_equal(pixels(tmp_path / "out" / "w.png"), expected[1])
 
 
 def test_decode_resumes(succeeds, z_file, tmp_path):
