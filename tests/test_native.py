@@ -167,9 +167,9 @@ def test_the_extension_itself_refuses_what_it_cannot_do():
     with pytest.raises(ValueError, match="x is missing"):
         extension.renoise_upsample(0, 0, 0, False, 0, 1, 1, 4, 4, 1.0, 1.0, 1, 0.0)
     with pytest.raises(ValueError, match="v_cond is missing"):
-        extension.cfg_euler((0, 0), (0, 0), (0, 0), (0, 0), 1, 1.0, 1.0)
+        extension.cfg_euler(0, 0, (0, 0, 0), (0, 0, 0), (0, 0, 0), 1, 1, 1.0, 1.0)
     with pytest.raises(ValueError, match="negative"):
-        extension.cfg_euler((0, 0), (0, 0), (0, 0), (0, 0), -1, 1.0, 1.0)
+        extension.cfg_euler(0, 0, (0, 0, 0), (0, 0, 0), (0, 0, 0), -1, 1, 1.0, 1.0)
 
 
 def test_constants_of_the_header_equal_those_of_noise_py():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import threading
 import time
 import weakref
@@ -157,7 +156,7 @@ class FastDecoder:
             z = torch.zeros(size, self.config.num_latent_tokens, self.config.latent_dim, device=self.device)
             self.decode(z)
             if self.graphs:
-                self._cost[size] = statistics.median(self._seconds(z) for _ in range(5))
+                self._cost[size] = sorted(self._seconds(z) for _ in range(5))[2]
 
     def decode(
         self,
