@@ -122,7 +122,8 @@ def providers(tokenizer: Tokenizer, batch: int, with_compile: bool) -> tuple[lis
     bars: dict[str, Callable[[Tensor], Tensor]] = {"eager-bf16": eager(tokenizer, torch.bfloat16)}
     if best.dtype != torch.bfloat16:
         bars[f"eager-{_short(best.dtype)}"] = eager(tokenizer, best.dtype)
-    bars["hoist"] = accelerate(tokenizer, backend=PLAIN, **options).decode
+    noise = f"start_noise={fused},stage_transition={fused}"
+    bars["hoist"] = accelerate(tokenizer, backend=f"{PLAIN},{noise}", **options).decode
     bars["fused ops"] = accelerate(tokenizer, backend=f"{fused},{SDPA}", **options).decode
     bars["attention"] = accelerate(tokenizer, **options).decode
     if best.graphs:

@@ -7,6 +7,7 @@
 #include <thread>
 
 #if defined(__unix__) || defined(__APPLE__)
+#include <dlfcn.h>
 #include <pthread.h>
 #endif
 
@@ -87,14 +88,47 @@ Pool& pool() {
     return *found;
 }
 
+// The OpenMP team that PyTorch's own operators run on, if the process has one. Its threads spin for a while after each
+// operator, so they are ready at once, while threads of our own would compete with them for the same cores.
+using Parallel = void (*)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
+
+Parallel find_team() {
+#if defined(__unix__) || defined(__APPLE__)
+    return reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+#else
+    return nullptr;
+#endif
+}
+
+struct Shared {
+    const std::function<void(std::int64_t)>& task;
+    std::int64_t count;
+    std::atomic<std::int64_t> next{0};
+};
+
+void take_tasks(void* data) {
+    auto& shared = *static_cast<Shared*>(data);
+    for (std::int64_t i; (i = shared.next++) < shared.count;) shared.task(i);
+}
+
+std::atomic<bool> forked{false};
+
 #if defined(__unix__) || defined(__APPLE__)
 // A child of fork() has no helpers, and finds the mutexes as they happened to be. It forgets the pool, whose memory
-// stays behind, and makes a new one when it needs one.
-[[maybe_unused]] const int at_fork = pthread_atfork(nullptr, nullptr, [] { current.store(nullptr); });
+// stays behind, and makes a new one when it needs one. OpenMP's team does not survive either, and cannot be renewed.
+[[maybe_unused]] const int at_fork = pthread_atfork(nullptr, nullptr, [] {
+    current.store(nullptr);
+    forked.store(true);
+});
 #endif
 
 }  // namespace
 
-void run_tasks(std::int64_t count, const std::function<void(std::int64_t)>& task) { pool().run(count, task); }
+void run_tasks(std::int64_t count, const std::function<void(std::int64_t)>& task) {
+    static const Parallel team = find_team();
+    if (team == nullptr || forked) return pool().run(count, task);
+    Shared shared{task, count};
+    team(take_tasks, &shared, static_cast<unsigned>(count), 0);
+}
 
 }  // namespace msdd_fast

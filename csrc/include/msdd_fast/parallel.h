@@ -1,8 +1,9 @@
-// A parallel loop on a pool of threads of our own.
+// A parallel loop on the threads of PyTorch's OpenMP team, or else on a pool of our own.
 //
-// Why not OpenMP: torch ships its own libgomp inside the wheel. Linking the system's would put a second OpenMP
-// runtime in the process, whose spinning pool competes with torch's for the same cores and breaks after fork(). Why not
-// a std::thread each time: starting one costs 20 to 50 us, one after the other, more than the work of small images.
+// Why not link OpenMP: torch ships its own libgomp inside the wheel. The system's would be a second OpenMP runtime in
+// the process, whose spinning pool competes with torch's for the same cores. The team that is there is found when the
+// library is first used; without one (no torch, another runtime, after fork()) the pool serves. Why not a std::thread
+// each time: starting one costs 20 to 50 us, one after the other, more than the work of small images.
 #pragma once
 
 #include <algorithm>
@@ -11,8 +12,8 @@
 
 namespace msdd_fast {
 
-// Runs task(0) .. task(count - 1), each once, on the caller and on as many helpers as are awake in time. Returns when
-// all are done. Called by two threads at once, the second does its tasks alone. `task` must not throw.
+// Runs task(0) .. task(count - 1), each once, on the caller and on up to count - 1 other threads. Returns when all are
+// done. `task` must not throw.
 void run_tasks(std::int64_t count, const std::function<void(std::int64_t)>& task);
 
 // Calls body(begin, end) on contiguous parts of [0, count), at least `grain` items each, on at most `threads`
