@@ -96,16 +96,25 @@ def load_config(directory: Path) -> TokenizerConfig:
 
 
 def read_weights(directory: Path) -> dict[str, Tensor]:
-    """All tensors of a checkpoint directory, as stored."""
-    index = directory / INDEX_FILE
+    """All tensors of a checkpoint directory, as stored.
+
+    An index whose metadata name a bundled checkpoint as "base" holds only what differs from it: two decoders of one
+    encoder need the encoder once.
+    """
+    index, base = directory / INDEX_FILE, None
     if index.exists():
         try:
-            files = sorted({str(file) for file in json.loads(index.read_text())["weight_map"].values()})
+            data = json.loads(index.read_text())
+            files = sorted({str(file) for file in data["weight_map"].values()})
+            base = data.get("metadata", {}).get("base")
         except (OSError, ValueError, RecursionError, LookupError, AttributeError, TypeError) as e:
             raise CheckpointError(f"{index} is not a safetensors index: {e}") from e
     else:
         files = [WEIGHTS_FILE]
-    tensors: dict[str, Tensor] = {}
+    if base is not None and (base not in bundled_names() or ASSETS / base == directory):
+        names = ", ".join(bundled_names())
+        raise CheckpointError(f"{index}: base must be another bundled checkpoint ({names}), got {base!r}")
+    tensors: dict[str, Tensor] = {} if base is None else read_weights(ASSETS / base)
     for file in files:
         if Path(file).name != file:
             raise CheckpointError(f"{index}: shard names must be plain file names, got {file!r}")

@@ -31,7 +31,7 @@ class DistillConfig:
     """Image folders and .tar shards."""
     out: str
     """Folder of the run; an interrupted run in it is continued."""
-    teacher: str = "msdd-nano"
+    teacher: str = "msdd-nano-teacher"
     """Trained tokenizer: a bundled name, a directory or a hub id. Its encoder stays as it is."""
     student: str | None = None
     """What the student starts from, if not from the teacher: the same encoder, any decoder."""
