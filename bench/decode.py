@@ -23,8 +23,9 @@ from msdd_fast.bench.coldstart import cold_start
 from msdd_fast.bench.harness import Measurement, Provider, close_to, compare
 from msdd_fast.bench.machine import machine_info
 from msdd_fast.bench.roofline import decode_work, encode_work, total
+from msdd_fast.bench.scales import PLAIN_PYTORCH
 from msdd_fast.bench.timing import WallTimer, now
-from msdd_fast.bench.waterfall import TOLERANCE, eager, in_dtype, load, plain
+from msdd_fast.bench.waterfall import TOLERANCE, eager, in_dtype, load
 from msdd_fast.engine import FastDecoder, accelerate
 from msdd_fast.engine.compute import compute_dtype
 from msdd_fast.engine.fast_decoder import TIERS
@@ -272,10 +273,9 @@ def _facts(tokenizer: Tokenizer, case: DecodeCase, c: Candidate, m: Measurement,
 
 
 def _encode(tokenizer: Tokenizer, images: Tensor) -> Callable[[], Tensor]:
-    backend = plain(images.device)
 
     def run() -> Tensor:
-        with use_backend(backend):
+        with use_backend(PLAIN_PYTORCH):
             return tokenizer.encode(images).float()
 
     return run

@@ -9,10 +9,15 @@ from typing import NamedTuple
 
 import torch
 
+from msdd_fast.backends import use_backend
 from msdd_fast.config import TokenizerConfig
 from msdd_fast.engine import FastDecoder
 from msdd_fast.models.tokenizer import Tokenizer
 from msdd_fast.sampling import StageResult
+
+# Backends of what a user of plain PyTorch has. Its attention is SDPA, since the eager reference stores all scores; the
+# noise is ours, since the eager one is a slow reference of integer operations.
+PLAIN_PYTORCH = "eager,attention=sdpa,context_attention=sdpa,start_noise=auto,renoise_upsample=auto"
 
 
 class ScaleTiming(NamedTuple):
@@ -26,7 +31,10 @@ class ScaleTiming(NamedTuple):
 def measure_scales(
     tokenizer: Tokenizer, batch: int, steps: int | None = None, cfg_scale: float | None = None, rounds: int = 5
 ) -> list[ScaleTiming]:
-    """Time ``rounds`` eager decodes of random latents after one warm-up; medians for every scale and the whole."""
+    """Time ``rounds`` plain PyTorch decodes of random latents after a warm-up; medians for every scale and the whole.
+
+    Backends: ``PLAIN_PYTORCH``.
+    """
     cfg = tokenizer.config
     device = next(tokenizer.parameters()).device
     z = torch.randn(batch, cfg.num_latent_tokens, cfg.latent_dim, generator=torch.Generator().manual_seed(0)).to(device)
@@ -37,7 +45,8 @@ def measure_scales(
         def mark(_: StageResult, marks: list[float] = marks) -> None:
             marks.append(_now(device))
 
-        tokenizer.decode(z, 0, steps, cfg_scale, stage_callback=mark)
+        with use_backend(PLAIN_PYTORCH):
+            tokenizer.decode(z, 0, steps, cfg_scale, stage_callback=mark)
         if i > 0:  # the first round is the warm-up
             for s in range(cfg.schedule.num_stages):
                 samples[s].append(marks[s + 1] - marks[s])

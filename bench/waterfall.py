@@ -21,6 +21,7 @@ from torch import Tensor
 from msdd_fast.backends import use_backend
 from msdd_fast.bench.harness import Measurement, Provider, close_to, compare
 from msdd_fast.bench.machine import machine_info
+from msdd_fast.bench.scales import PLAIN_PYTORCH
 from msdd_fast.bench.timing import timer_for
 from msdd_fast.bench.trace import count_launches
 from msdd_fast.config import PRESETS
@@ -32,9 +33,7 @@ from msdd_fast.sampling import sample
 
 # bfloat16 eager differs from float32 by this much at most on decoded values of a few units.
 TOLERANCE = 1.0
-# PyTorch without us; its attention is SDPA, since the eager reference stores all scores.
 SDPA = "attention=sdpa,context_attention=sdpa"
-PLAIN = f"eager,{SDPA}"
 
 
 def load(name: str, device: torch.device) -> Tokenizer:
@@ -57,24 +56,18 @@ def eager(tokenizer: Tokenizer, dtype: torch.dtype, compiled: bool = False) -> C
     """
     model = in_dtype(tokenizer, dtype, copy=compiled)
     if compiled:
+        torch._dynamo.config.recompile_limit = 64  # a graph for every scale, batch and dtype of this run
         model.decoder.compile(dynamic=False)
     sampling = tokenizer.config.sampling
     defaults = {"steps": sampling.steps, "cfg_scale": sampling.cfg_scale, "seed": 0}
-    backend = plain(next(tokenizer.parameters()).device)
 
     def decode(z: Tensor, **options: Any) -> Tensor:
-        with use_backend(backend), torch.no_grad():
+        with use_backend(PLAIN_PYTORCH), torch.no_grad():
             out = sample(model.decoder, z.to(dtype), model.schedule, **{**defaults, **options})
         assert isinstance(out, Tensor)
         return out
 
     return decode
-
-
-def plain(device: torch.device) -> str:
-    """The backends of the baseline: what a user of plain PyTorch has, with our noise."""
-    noise = "triton" if device.type == "cuda" else "cpu"
-    return f"{PLAIN},start_noise={noise},renoise_upsample={noise}"
 
 
 def in_dtype(tokenizer: Tokenizer, dtype: torch.dtype, copy: bool = False) -> Tokenizer:
@@ -122,8 +115,7 @@ def providers(tokenizer: Tokenizer, batch: int, with_compile: bool) -> tuple[lis
     bars: dict[str, Callable[[Tensor], Tensor]] = {"eager-bf16": eager(tokenizer, torch.bfloat16)}
     if best.dtype != torch.bfloat16:
         bars[f"eager-{_short(best.dtype)}"] = eager(tokenizer, best.dtype)
-    noise = f"start_noise={fused},stage_transition={fused}"
-    bars["hoist"] = accelerate(tokenizer, backend=f"{PLAIN},{noise}", **options).decode
+    bars["hoist"] = accelerate(tokenizer, backend=f"{PLAIN_PYTORCH},stage_transition=auto", **options).decode
     bars["fused ops"] = accelerate(tokenizer, backend=f"{fused},{SDPA}", **options).decode
     bars["attention"] = accelerate(tokenizer, **options).decode
     if best.graphs:

@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> None:
     run_at = f"{cfg.image_size} px, batch {args.batch_size}, {steps} step(s) per scale"
     dtypes = [str(d).removeprefix("torch.") for d in (next(tokenizer.parameters()).dtype, engine.dtype)]
     print(f"{args.checkpoint}, {run_at}, {where}")
-    print(f"\neager decode, {dtypes[0]}")
+    print(f"\nplain PyTorch, {dtypes[0]}")
     print(format_table(measure_scales(tokenizer, args.batch_size, args.steps, args.cfg_scale)))
     print(f"\nengine, {dtypes[1]}")
     print(format_table(measure_engine_scales(engine, args.batch_size)))
