@@ -176,11 +176,13 @@ template <class T>
 MSDD_INLINE void final_tokens_of(const FinalStep& job, std::int64_t index) {
     const auto& [grid, batch, channels, patch] = job.end.shape;
     const std::int64_t image = index % batch, token_row = index / batch, side = grid * patch;
-    const std::int64_t square = patch * patch, features = channels * square;
+    const std::int64_t features = channels * patch * patch;
     const std::int64_t step = job.channels_last ? channels : 1;  // from pixel to pixel
     const std::int64_t plane = job.channels_last ? 1 : side * side;
     T* const out = static_cast<T*>(job.out) + image * channels * side * side + token_row * patch * side * step;
-    for (std::int64_t column = 0; column < grid; ++column)
+    for (std::int64_t column = 0; column < grid; ++column) {
+        std::int64_t channel = 0, y = 0,
+                     inside = 0;  // of the next feature: counted, since to divide costs more than to copy
         for (std::int64_t begin = 0; begin < features; begin += LANES) {
             const std::int64_t count = std::min<std::int64_t>(LANES, features - begin);
             float pixels[LANES];
@@ -192,16 +194,24 @@ MSDD_INLINE void final_tokens_of(const FinalStep& job, std::int64_t index) {
             T values[LANES];
             to_pixels(pixels, values);
             for (std::int64_t i = 0; i < count;) {
-                const std::int64_t feature = begin + i, inside = feature % patch, y = feature / patch % patch;
                 const std::int64_t pieces = std::min(patch - inside, count - i);
-                T* target = out + feature / square * plane + (y * side + column * patch + inside) * step;
+                T* target = out + channel * plane + (y * side + column * patch + inside) * step;
                 if (step == 1)
                     copy(target, values + i, pieces);
                 else
                     for (std::int64_t k = 0; k < pieces; ++k) target[k * step] = values[i + k];
                 i += pieces;
+                inside += pieces;
+                if (inside == patch) {
+                    inside = 0;
+                    if (++y == patch) {
+                        y = 0;
+                        ++channel;
+                    }
+                }
             }
         }
+    }
 }
 
 MSDD_SIMD_CLONES void final_tokens(const FinalStep& job, std::int64_t index) {
