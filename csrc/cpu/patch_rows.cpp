@@ -63,6 +63,26 @@ MSDD_INLINE void gather(const PatchRows& rows, std::int64_t offset, std::int64_t
     }
 }
 
+template <class T>
+MSDD_INLINE void read_of(const T* source, std::int64_t count, float (&pixels)[LANES]) {
+    if (count == LANES) return widen(source, LANES, pixels);
+    T raw[LANES] = {};
+    copy(raw, source, count);
+    widen(raw, LANES, pixels);
+}
+
+// `count` elements from `offset` on, then zeros.
+MSDD_INLINE void read_row(const PatchRows& rows, std::int64_t offset, std::int64_t count, float (&pixels)[LANES]) {
+    switch (rows.dtype) {
+        case DType::float32:
+            return read_of(static_cast<const float*>(rows.data) + offset, count, pixels);
+        case DType::bfloat16:
+            return read_of(static_cast<const BFloat16*>(rows.data) + offset, count, pixels);
+        case DType::float16:
+            return read_of(static_cast<const Float16*>(rows.data) + offset, count, pixels);
+    }
+}
+
 struct EndOfStage {
     PatchRows x, v, v_uncond;  // x absent: there is no stage before, E = 0
     PatchShape shape;
@@ -188,7 +208,7 @@ MSDD_INLINE void final_tokens_of(const FinalStep& job, std::int64_t index) {
             float pixels[LANES];
             const auto read = [&](const PatchRows& rows, float (&target)[LANES]) {
                 const std::int64_t token = token_row * job.end.shape.grid + column;
-                gather(rows, token * rows.token_stride + image * rows.image_stride + begin, LANES, 0, count, target);
+                read_row(rows, token * rows.token_stride + image * rows.image_stride + begin, count, target);
             };
             euler(job.end, read, pixels);
             T values[LANES];
