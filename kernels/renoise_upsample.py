@@ -49,7 +49,22 @@ def renoise_upsample_kernel(
     spread, common = spread * beta, common * beta
     seed = tl.load(p_seeds + i_image)
     counter = o_block.to(tl.uint32)
-    if K == 2:
+    b_top, b_low = renoised_blocks(b_x, seed, counter, stage, spread, common, K, BLOCK)
+    o_wide = tl.arange(0, 2 * K)[None, :]
+    m_out = (o_row < rows)[:, None] & (2 * o_col[:, None] + o_wide < 2 * width)
+    p_top = p_out + 4 * i_image * rows * width + (4 * o_row * width + 2 * o_col)[:, None] + o_wide
+    tl.store(p_top, b_top.to(p_out.dtype.element_ty), mask=m_out)
+    tl.store(p_top + 2 * width, b_low.to(p_out.dtype.element_ty), mask=m_out)
+
+
+@triton.jit
+def renoised_blocks(b_x, seed, counter, stage, spread, common, K: tl.constexpr, BLOCK: tl.constexpr):
+    """K neighbouring blocks per lane, pixels b_x [BLOCK, K], counters from [BLOCK] on: rows top and low [BLOCK, 2K]."""
+    if K == 1:
+        t00, t01, l00, l01 = renoised_block(b_x.reshape(BLOCK), seed, counter, stage, spread, common)
+        b_top = tl.join(t00, t01)
+        b_low = tl.join(l00, l01)
+    elif K == 2:
         b_x0, b_x1 = tl.split(b_x)
         t00, t01, l00, l01 = renoised_block(b_x0, seed, counter, stage, spread, common)
         t10, t11, l10, l11 = renoised_block(b_x1, seed, counter + 1, stage, spread, common)
@@ -65,11 +80,7 @@ def renoise_upsample_kernel(
         t30, t31, l30, l31 = renoised_block(b_x3, seed, counter + 3, stage, spread, common)
         b_top = interleave4(t00, t01, t10, t11, t20, t21, t30, t31)
         b_low = interleave4(l00, l01, l10, l11, l20, l21, l30, l31)
-    o_wide = tl.arange(0, 2 * K)[None, :]
-    m_out = (o_row < rows)[:, None] & (2 * o_col[:, None] + o_wide < 2 * width)
-    p_top = p_out + 4 * i_image * rows * width + (4 * o_row * width + 2 * o_col)[:, None] + o_wide
-    tl.store(p_top, b_top.reshape(BLOCK, 2 * K).to(p_out.dtype.element_ty), mask=m_out)
-    tl.store(p_top + 2 * width, b_low.reshape(BLOCK, 2 * K).to(p_out.dtype.element_ty), mask=m_out)
+    return b_top.reshape(BLOCK, 2 * K), b_low.reshape(BLOCK, 2 * K)
 
 
 @triton.jit

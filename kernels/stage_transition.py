@@ -14,9 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from msdd_fast.kernels._noise import interleave2, interleave4
 from msdd_fast.kernels._patches import end_of_stage, widest_run
-from msdd_fast.kernels.renoise_upsample import blocks_per_lane, renoised_block
+from msdd_fast.kernels.renoise_upsample import blocks_per_lane, renoised_blocks
 from msdd_fast.noise import correlation_factors
 
 BLOCK = 128
@@ -76,26 +75,7 @@ def stage_transition_kernel(
     o_x = o_token - o_y * grid
     side = grid * P
     counter = ((o_channel * side + o_y * P + o_line) * side + o_x * P + o_piece * K).to(tl.uint32)
-    if K == 1:
-        t00, t01, l00, l01 = renoised_block(b_x.reshape(BLOCK), seed, counter, stage, spread, common)
-        b_top = tl.join(t00, t01)
-        b_low = tl.join(l00, l01)
-    elif K == 2:
-        b_x0, b_x1 = tl.split(b_x)
-        t00, t01, l00, l01 = renoised_block(b_x0, seed, counter, stage, spread, common)
-        t10, t11, l10, l11 = renoised_block(b_x1, seed, counter + 1, stage, spread, common)
-        b_top = interleave2(t00, t01, t10, t11)
-        b_low = interleave2(l00, l01, l10, l11)
-    else:
-        b_even, b_odd = tl.split(b_x.reshape(BLOCK, 2, 2))
-        b_x0, b_x2 = tl.split(b_even)
-        b_x1, b_x3 = tl.split(b_odd)
-        t00, t01, l00, l01 = renoised_block(b_x0, seed, counter, stage, spread, common)
-        t10, t11, l10, l11 = renoised_block(b_x1, seed, counter + 1, stage, spread, common)
-        t20, t21, l20, l21 = renoised_block(b_x2, seed, counter + 2, stage, spread, common)
-        t30, t31, l30, l31 = renoised_block(b_x3, seed, counter + 3, stage, spread, common)
-        b_top = interleave4(t00, t01, t10, t11, t20, t21, t30, t31)
-        b_low = interleave4(l00, l01, l10, l11, l20, l21, l30, l31)
+    b_top, b_low = renoised_blocks(b_x, seed, counter, stage, spread, common, K, BLOCK)
 
     # Line 2 * line of 2P, piece 2K * piece of 2P: which half says which of the four fine tokens.
     HALF: tl.constexpr = P // 2
@@ -105,8 +85,8 @@ def stage_transition_kernel(
     o_feature = (o_channel * P + o_line % HALF * 2) * P + o_piece % (RUNS // 2) * (2 * K)
     m_out = (o_token < grid * grid)[:, None] & (tl.arange(0, 2 * K) < 2 * K)[None, :]
     p_top = p_out + (n * stride_x + i_image * FEATURES + o_feature)[:, None] + tl.arange(0, 2 * K)[None, :]
-    tl.store(p_top, b_top.reshape(BLOCK, 2 * K).to(p_out.dtype.element_ty), mask=m_out)
-    tl.store(p_top + P, b_low.reshape(BLOCK, 2 * K).to(p_out.dtype.element_ty), mask=m_out)
+    tl.store(p_top, b_top.to(p_out.dtype.element_ty), mask=m_out)
+    tl.store(p_top + P, b_low.to(p_out.dtype.element_ty), mask=m_out)
 
 
 def stage_transition(

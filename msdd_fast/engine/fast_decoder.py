@@ -286,6 +286,10 @@ class FastDecoder:
         """
         return describe(self, z)
 
+    def graph_memory(self) -> dict[str, int]:
+        """Bytes that the graphs of ``decode`` hold; empty before the first capture."""
+        return {} if self._recorder is None else {"graphs": self._recorder.memory()}
+
     # --- Below: private. ---
 
     def _inputs(self, z: Tensor, seed: int | Sequence[int] | Tensor, cfg_scale: float | None) -> Inputs:

@@ -131,7 +131,7 @@ def describe(engine: FastDecoder, z: Tensor | None) -> Report:
         sampling=f"{engine.steps} step(s) per scale, CFG {engine.cfg_scale:g}",
         graphs=f"{'yes' if engine.graphs else 'no'}: {engine.graphs_reason}",
         batch_sizes=engine.batch_sizes,
-        memory=dict(engine.memory),
+        memory={**engine.memory, **engine.graph_memory()},
         constant=(
             "all adaLN vectors, so that their matrices need not be kept",
             "context keys and values: once per image"

@@ -13,6 +13,7 @@ reference is differentiable but for uint8.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -93,7 +94,7 @@ def _fake(
     return torch.empty(shape, dtype=out_dtype, device=x.device, memory_format=order)
 
 
-def _triton(
+def _laid_out(
     x: Tensor,
     v: Tensor,
     dt: Tensor,
@@ -102,27 +103,22 @@ def _triton(
     v_uncond: Tensor | None = None,
     scale: Tensor | None = None,
     channels_last: bool = False,
-) -> Tensor:
+) -> tuple[Any, ...]:
+    """The arguments as the kernels read them; copies only what is laid out otherwise."""
+    v, v_uncond = with_contiguous_rows(v), None if v_uncond is None else with_contiguous_rows(v_uncond)
+    return x.contiguous(), v, dt, patch_size, out_dtype, v_uncond, scale, channels_last
+
+
+def _triton(*args: Any) -> Tensor:
     from msdd_fast.kernels.final_step import final_step as launch
 
-    v, v_uncond = with_contiguous_rows(v), None if v_uncond is None else with_contiguous_rows(v_uncond)
-    return launch(x.contiguous(), v, dt, patch_size, out_dtype, v_uncond, scale, channels_last)
+    return launch(*_laid_out(*args))
 
 
-def _cpu(
-    x: Tensor,
-    v: Tensor,
-    dt: Tensor,
-    patch_size: int,
-    out_dtype: torch.dtype,
-    v_uncond: Tensor | None = None,
-    scale: Tensor | None = None,
-    channels_last: bool = False,
-) -> Tensor:
+def _cpu(*args: Any) -> Tensor:
     from msdd_fast import native
 
-    v, v_uncond = with_contiguous_rows(v), None if v_uncond is None else with_contiguous_rows(v_uncond)
-    return native.final_step(x.contiguous(), v, dt, patch_size, out_dtype, v_uncond, scale, channels_last)
+    return native.final_step(*_laid_out(*args))
 
 
 OP = Op(

@@ -16,6 +16,7 @@ reference is differentiable.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from torch import Tensor
 
@@ -96,7 +97,7 @@ def _fake(x: Tensor, *_: object) -> Tensor:
     return x.new_empty(4 * x.shape[0], x.shape[1], x.shape[2])
 
 
-def _triton(
+def _laid_out(
     x: Tensor,
     v: Tensor,
     dt: Tensor,
@@ -108,32 +109,23 @@ def _triton(
     correlation: float,
     v_uncond: Tensor | None = None,
     scale: Tensor | None = None,
-) -> Tensor:
-    from msdd_fast.kernels.stage_transition import stage_transition as launch
-
+) -> tuple[Any, ...]:
+    """The arguments as the kernels read them; copies only what is laid out otherwise."""
     v, v_uncond = with_contiguous_rows(v), None if v_uncond is None else with_contiguous_rows(v_uncond)
     scalars = (dt, alpha, beta, seeds.contiguous(), stage, patch_size, correlation)
-    return launch(x.contiguous(), v, *scalars, v_uncond, scale)
+    return x.contiguous(), v, *scalars, v_uncond, scale
 
 
-def _cpu(
-    x: Tensor,
-    v: Tensor,
-    dt: Tensor,
-    alpha: Tensor,
-    beta: Tensor,
-    seeds: Tensor,
-    stage: int,
-    patch_size: int,
-    correlation: float,
-    v_uncond: Tensor | None = None,
-    scale: Tensor | None = None,
-) -> Tensor:
+def _triton(*args: Any) -> Tensor:
+    from msdd_fast.kernels.stage_transition import stage_transition as launch
+
+    return launch(*_laid_out(*args))
+
+
+def _cpu(*args: Any) -> Tensor:
     from msdd_fast import native
 
-    v, v_uncond = with_contiguous_rows(v), None if v_uncond is None else with_contiguous_rows(v_uncond)
-    scalars = (dt, alpha, beta, seeds, stage, patch_size, correlation)
-    return native.stage_transition(x.contiguous(), v, *scalars, v_uncond, scale)
+    return native.stage_transition(*_laid_out(*args))
 
 
 OP = Op(

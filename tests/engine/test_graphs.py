@@ -37,6 +37,9 @@ class Replayer:
         self.previous.append(result)
         return lambda: self.refresh(index), result
 
+    def memory(self):
+        return 12 * 2**20
+
     def refresh(self, index):
         for old, new in zip(_tensors(self.previous[index]), _tensors(self.again(index)), strict=True):
             old.copy_(new)
@@ -74,6 +77,7 @@ def test_padding_and_clones(cross, replaying):
     assert (second - cross.decode(z[4:8], 1)).abs().max() < FLOAT32
     assert (engine.decode(z, 3) - cross.decode(z, 3)).abs().max() < FLOAT32  # 4 + 4 + 1 padded
     assert Replayer.recorded == 1
+    assert "12.0 MiB graphs" in str(engine.report())
     assert plain.graphs  # the fixture overrules
 
 

@@ -1,12 +1,14 @@
 """The fused ops need no memory but for their inputs and their output: no noise tensor, no copy, no intermediate.
 
-Proven for the C++ kernels by the peak of the process's resident memory, which sees every allocator; for the Triton
-kernels by what their launchers allocate and pass on (a kernel itself cannot allocate; that it spills nothing to memory
-is in test_aot.py), and on a GPU by the peak of PyTorch's allocator.
+Proven for the C++ kernels by a limit on the process's address space, which binds every allocator; for the Triton
+kernels by what their launchers allocate and pass on (a kernel itself cannot allocate; that it spills nothing is in
+test_aot.py), and on a GPU by the peak of PyTorch's allocator.
 """
 
-import gc
 import importlib
+import resource
+import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -37,52 +39,50 @@ def case(name, batch, grid, device="cpu", dtype=torch.float32):
 
 
 NAMES = ["renoise_upsample", "stage_transition", "final_step", "cfg_euler", "cfg_combine", "euler_step"]
-CLEAR, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 
-def resident(key):
-    (line,) = [line for line in STATUS.read_text().splitlines() if line.startswith(key)]
-    return int(line.split()[1]) * 1024
-
-
-def peak_growth(function):
-    """Bytes by which the peak of resident memory exceeds what is resident before the call; and the result."""
-    gc.collect()
-    CLEAR.write_text("5")  # the peak starts anew
-    before = resident("VmRSS")
-    out = function()
-    return resident("VmHWM") - before, out
-
-
-def needs_peak():
+@contextmanager
+def address_space_for(size):
+    """Only ``size`` bytes more may be allocated inside; resident memory says less, as malloc may reuse what it kept."""
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + size, limits[1]))
     try:
-        CLEAR.write_text("5")
-    except OSError as error:
-        pytest.skip(f"the peak of resident memory cannot be reset here: {error}")
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+def need_a_limit():
+    if not sys.platform.startswith("linux"):
+        pytest.skip("the limit on the address space is read and set as on Linux")
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_peak_of_the_cpu_kernels_is_their_output(name):
-    """Tensors of 48 MiB and more, which malloc takes from the system one by one and gives back."""
+def test_the_cpu_kernels_need_memory_for_their_output_only(name):
+    """Tensors of 48 MiB and more, for which malloc asks the system each time."""
     if not extension_status()[0]:
         pytest.skip(f"backend 'cpu': {extension_status()[1]}")
-    needs_peak()
+    need_a_limit()
     arguments = case(name, 64, 32)
-    growth, out = peak_growth(lambda: getattr(ops, name)(*arguments, backend="cpu"))
-    assert out.nbytes >= 48 * MEBIBYTE
-    assert 0.9 * out.nbytes < growth < out.nbytes + 4 * MEBIBYTE
+    size = getattr(ops, name)(*arguments, backend="cpu").nbytes  # and all threads have begun
+    assert size >= 48 * MEBIBYTE
+    with address_space_for(size + 4 * MEBIBYTE):
+        out = getattr(ops, name)(*arguments, backend="cpu")
+    assert out.nbytes == size
 
 
-def test_the_peak_shows_a_noise_tensor():
+def test_the_limit_shows_a_noise_tensor():
     """The same measurement of plain PyTorch, which has one: so the test above could fail."""
-    needs_peak()
+    need_a_limit()
     x, alpha, beta, *_ = case("renoise_upsample", 64, 32)
 
     def plain():
         return renoise_upsample_with(x, alpha, beta, torch.randn(64, 3, 512, 512))
 
-    growth, out = peak_growth(plain)
-    assert growth > 2 * out.nbytes
+    size = plain().nbytes
+    with address_space_for(size + 4 * MEBIBYTE), pytest.raises(RuntimeError, match="alloc"):
+        plain()
 
 
 class Allocations(TorchDispatchMode):
