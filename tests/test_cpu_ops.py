@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import re
 import shutil
@@ -44,7 +45,7 @@ def renoise(x, correlation=-1 / 3, seeds=None):
 
 
 def bits(x):
-    return x.view(torch.int32 if x.dtype == torch.float32 else torch.int16)
+    return x.view({1: torch.int8, 2: torch.int16, 4: torch.int32}[x.itemsize])
 
 
 # --- conversions ---
@@ -284,6 +285,7 @@ def test_every_simd_level_gives_the_same_bits(level, tmp_path):
     one.renoise_upsample.argtypes = [pointer, pointer, ctypes.c_int, ctypes.c_int, pointer, *[i64] * 4]
     one.renoise_upsample.argtypes += [f32, f32, i64, ctypes.c_double]
     one.stage_transition.argtypes = [*[pointer] * 4, ctypes.c_int, pointer, *[i64] * 4]
+    one.final_step.argtypes = [*[pointer] * 4, ctypes.c_int, ctypes.c_int, *[i64] * 4]
     one.cfg_euler.argtypes = [*[pointer] * 4, ctypes.c_int, i64, f32, f32]
     for dtype, code in DTYPES.items():
         for order, last in ((torch.contiguous_format, 0), (torch.channels_last, 1)):
@@ -299,7 +301,13 @@ def test_every_simd_level_gives_the_same_bits(level, tmp_path):
         out = torch.empty_like(expected)
         one.stage_transition(*(a.data_ptr() for a in (out, *args)), code, seeds.data_ptr(), 5, 2, 3, 8)
         assert torch.equal(bits(out), bits(expected))
+        for pixel, pixel_code in {**DTYPES, torch.uint8: 3}.items():
+            expected = native.final_step(*args[:2], DT, 8, pixel, args[2], SCALE, False)
+            out = torch.empty_like(expected)
+            one.final_step(*(a.data_ptr() for a in (out, *args)), code, pixel_code, 5, 2, 3, 8)
+            assert torch.equal(bits(out), bits(expected))
         args = [randn(12_345, dtype=dtype, seed=i) for i in range(3)]
+        args[0][:3] = torch.tensor([math.nan, math.inf, -math.inf])
         out = torch.empty_like(args[0])
         one.cfg_euler(*(a.data_ptr() for a in (out, *args)), code, len(out), SCALE.item(), DT.item())
         assert torch.equal(bits(out), bits(cfg_euler(*args)))

@@ -1,17 +1,15 @@
 #include "msdd_fast/patch_rows.h"
 
 #include <algorithm>
-#include <cstring>
 #include <string>
 
+#include "end_of_stage.h"
 #include "msdd_fast/check.h"
 #include "msdd_fast/parallel.h"
 #include "msdd_fast/renoise.h"
 #include "msdd_fast/simd.h"
 
 namespace msdd_fast {
-
-constexpr std::int64_t GRAIN_PIXELS = 1 << 15;  // of final_step: about 0.05 ms of memory traffic
 
 // A line of pixels of one channel lies in pieces of `patch` pixels, one in each token of a row of tokens.
 struct Line {
@@ -28,15 +26,6 @@ MSDD_INLINE void for_pieces(const Line& line, std::int64_t begin, std::int64_t t
         body(token + inside, first, count);
         first += count;
     }
-}
-
-// The usual patch gets a copy of known length, which is a few instructions instead of a call.
-template <class T>
-MSDD_INLINE void copy(T* target, const T* source, std::int64_t count) {
-    if (count == 8)
-        std::memcpy(target, source, 8 * sizeof(T));
-    else
-        std::memcpy(target, source, static_cast<std::size_t>(count) * sizeof(T));
 }
 
 template <class T>
@@ -61,46 +50,6 @@ MSDD_INLINE void gather(const PatchRows& rows, std::int64_t offset, std::int64_t
         case DType::float16:
             return gather_of(static_cast<const Float16*>(rows.data) + offset, line, begin, count, pixels);
     }
-}
-
-template <class T>
-MSDD_INLINE void read_of(const T* source, std::int64_t count, float (&pixels)[LANES]) {
-    if (count == LANES) return widen(source, LANES, pixels);
-    T raw[LANES] = {};
-    copy(raw, source, count);
-    widen(raw, LANES, pixels);
-}
-
-// `count` elements from `offset` on, then zeros.
-MSDD_INLINE void read_row(const PatchRows& rows, std::int64_t offset, std::int64_t count, float (&pixels)[LANES]) {
-    switch (rows.dtype) {
-        case DType::float32:
-            return read_of(static_cast<const float*>(rows.data) + offset, count, pixels);
-        case DType::bfloat16:
-            return read_of(static_cast<const BFloat16*>(rows.data) + offset, count, pixels);
-        case DType::float16:
-            return read_of(static_cast<const Float16*>(rows.data) + offset, count, pixels);
-    }
-}
-
-struct EndOfStage {
-    PatchRows x, v, v_uncond;  // x absent: there is no stage before, E = 0
-    PatchShape shape;
-    EulerScalars scalars;
-};
-
-// E where `read` takes the operands from.
-template <class Read>
-MSDD_INLINE void euler(const EndOfStage& end, const Read& read, float (&pixels)[LANES]) {
-    float v[LANES], uncond[LANES];
-    const float dt = end.scalars.dt, scale = end.scalars.scale;
-    read(end.x, pixels);
-    read(end.v, v);
-    if (end.v_uncond.data != nullptr) {
-        read(end.v_uncond, uncond);
-        for (int i = 0; i < LANES; ++i) v[i] = uncond[i] + scale * (v[i] - uncond[i]);
-    }
-    for (int i = 0; i < LANES; ++i) pixels[i] += dt * v[i];
 }
 
 // E at pixels [begin, begin + count) of line `y` of a channel of an image.
@@ -169,84 +118,6 @@ MSDD_SIMD_CLONES void renoise_pair(const Renoise& job, std::int64_t index) {
     }
 }
 
-MSDD_INLINE void quantise(const float* source, std::int64_t count, std::uint8_t* target) {
-    for (std::int64_t i = 0; i < count; ++i) {
-        float value = source[i] * 127.5f + 128.0f;
-        value = value > 0.0f ? value : 0.0f;  // NaN, too
-        value = value < 255.0f ? value : 255.0f;
-        target[i] = static_cast<std::uint8_t>(static_cast<std::int32_t>(value));
-    }
-}
-
-MSDD_INLINE void to_pixels(const float* source, float* target) { std::memcpy(target, source, LANES * sizeof(float)); }
-MSDD_INLINE void to_pixels(const float* source, BFloat16* target) { narrow(source, LANES, target); }
-MSDD_INLINE void to_pixels(const float* source, Float16* target) { narrow(source, LANES, target); }
-MSDD_INLINE void to_pixels(const float* source, std::uint8_t* target) { quantise(source, LANES, target); }
-
-struct FinalStep {
-    EndOfStage end;
-    void* out;
-    PixelType type;
-    bool channels_last;
-};
-
-// A row of tokens of one image. Tokens are read from their first to their last feature, since memory that is read in
-// order comes before it is asked for; the lines of the image, which they are scattered to, stay in the cache meanwhile.
-template <class T>
-MSDD_INLINE void final_tokens_of(const FinalStep& job, std::int64_t index) {
-    const auto& [grid, batch, channels, patch] = job.end.shape;
-    const std::int64_t image = index % batch, token_row = index / batch, side = grid * patch;
-    const std::int64_t features = channels * patch * patch;
-    const std::int64_t step = job.channels_last ? channels : 1;  // from pixel to pixel
-    const std::int64_t plane = job.channels_last ? 1 : side * side;
-    T* const out = static_cast<T*>(job.out) + image * channels * side * side + token_row * patch * side * step;
-    for (std::int64_t column = 0; column < grid; ++column) {
-        std::int64_t channel = 0, y = 0,
-                     inside = 0;  // of the next feature: counted, since to divide costs more than to copy
-        for (std::int64_t begin = 0; begin < features; begin += LANES) {
-            const std::int64_t count = std::min<std::int64_t>(LANES, features - begin);
-            float pixels[LANES];
-            const auto read = [&](const PatchRows& rows, float (&target)[LANES]) {
-                const std::int64_t token = token_row * job.end.shape.grid + column;
-                read_row(rows, token * rows.token_stride + image * rows.image_stride + begin, count, target);
-            };
-            euler(job.end, read, pixels);
-            T values[LANES];
-            to_pixels(pixels, values);
-            for (std::int64_t i = 0; i < count;) {
-                const std::int64_t pieces = std::min(patch - inside, count - i);
-                T* target = out + channel * plane + (y * side + column * patch + inside) * step;
-                if (step == 1)
-                    copy(target, values + i, pieces);
-                else
-                    for (std::int64_t k = 0; k < pieces; ++k) target[k * step] = values[i + k];
-                i += pieces;
-                inside += pieces;
-                if (inside == patch) {
-                    inside = 0;
-                    if (++y == patch) {
-                        y = 0;
-                        ++channel;
-                    }
-                }
-            }
-        }
-    }
-}
-
-MSDD_SIMD_CLONES void final_tokens(const FinalStep& job, std::int64_t index) {
-    switch (job.type) {
-        case PixelType::float32:
-            return final_tokens_of<float>(job, index);
-        case PixelType::bfloat16:
-            return final_tokens_of<BFloat16>(job, index);
-        case PixelType::float16:
-            return final_tokens_of<Float16>(job, index);
-        case PixelType::uint8:
-            return final_tokens_of<std::uint8_t>(job, index);
-    }
-}
-
 namespace {
 
 void run(const Renoise& job, int threads) {
@@ -282,22 +153,6 @@ void start_noise_rows(void* out, DType dtype, const std::int64_t* seeds, std::in
            "height and width must be multiples of patch_size, got " + std::to_string(height) + "x" +
                std::to_string(width) + " and " + std::to_string(patch));
     run({{}, START_FORMULA, seeds, batch, channels, height / patch, width / patch, patch, out, dtype}, threads);
-}
-
-void final_step(void* out, PixelType type, bool channels_last, const PatchRows& x, const PatchRows& v,
-                const PatchRows& v_uncond, const PatchShape& shape, const EulerScalars& euler, int threads) {
-    const auto& [grid, batch, channels, patch] = shape;
-    expect(grid >= 0 && batch >= 0 && channels >= 0, "sizes must not be negative");
-    expect(patch >= 1, "patch_size must be at least 1, got " + std::to_string(patch));
-    expect_threads(threads);
-    const std::int64_t side = grid * patch;
-    if (side * batch * channels == 0) return;
-    expect(x.data != nullptr && v.data != nullptr, "x or v is missing");
-    const FinalStep job{{x, v, v_uncond, shape, euler}, out, type, channels_last};
-    const std::int64_t grain = GRAIN_PIXELS / (side * patch * channels);
-    parallel_for(batch * grid, std::max<std::int64_t>(1, grain), threads, [&](std::int64_t begin, std::int64_t end) {
-        for (std::int64_t i = begin; i < end; ++i) final_tokens(job, i);
-    });
 }
 
 }  // namespace msdd_fast

@@ -17,14 +17,23 @@ extern "C" void cfg_euler(void* out, const void* x, const void* v_cond, const vo
     msdd_fast::cfg_euler(out, type, {{x, type}}, {{v_cond, type}}, {{v_uncond, type}}, 1, count, scale, dt, 1);
 }
 
+static msdd_fast::PatchRows patch_rows(const void* data, int dtype, std::int64_t batch, std::int64_t features) {
+    return {data, static_cast<msdd_fast::DType>(dtype), batch * features, features};
+}
+
 // Guided, contiguous patch rows.
 extern "C" void stage_transition(void* out, const void* x, const void* v, const void* v_uncond, int dtype,
                                  const std::int64_t* seeds, std::int64_t grid, std::int64_t batch,
                                  std::int64_t channels, std::int64_t patch) {
-    const auto rows = [&](const void* data) {
-        const std::int64_t features = channels * patch * patch;
-        return msdd_fast::PatchRows{data, static_cast<msdd_fast::DType>(dtype), batch * features, features};
-    };
+    const auto rows = [&](const void* data) { return patch_rows(data, dtype, batch, channels * patch * patch); };
     msdd_fast::stage_transition(out, rows(x), rows(v), rows(v_uncond), {grid, batch, channels, patch}, {-0.25f, 1.7f},
                                 seeds, {0.625f, 0.7f, 2, -1.0 / 3.0}, 1);
+}
+
+// The same, to pixels of `type` in NCHW order.
+extern "C" void final_step(void* out, const void* x, const void* v, const void* v_uncond, int dtype, int type,
+                           std::int64_t grid, std::int64_t batch, std::int64_t channels, std::int64_t patch) {
+    const auto rows = [&](const void* data) { return patch_rows(data, dtype, batch, channels * patch * patch); };
+    msdd_fast::final_step(out, static_cast<msdd_fast::PixelType>(type), false, rows(x), rows(v), rows(v_uncond),
+                          {grid, batch, channels, patch}, {-0.25f, 1.7f}, 1);
 }

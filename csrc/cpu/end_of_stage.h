@@ -1,0 +1,41 @@
+// The Euler step at the end of a stage, LANES pixels at a time, wherever their operands are read from.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+
+#include "msdd_fast/patch_rows.h"
+#include "msdd_fast/renoise.h"
+
+namespace msdd_fast {
+
+// The usual patch gets a copy of known length, which is a few instructions instead of a call.
+template <class T>
+MSDD_INLINE void copy(T* target, const T* source, std::int64_t count) {
+    if (count == 8)
+        std::memcpy(target, source, 8 * sizeof(T));
+    else
+        std::memcpy(target, source, static_cast<std::size_t>(count) * sizeof(T));
+}
+
+struct EndOfStage {
+    PatchRows x, v, v_uncond;  // x absent: there is no stage before, E = 0
+    PatchShape shape;
+    EulerScalars scalars;
+};
+
+// E where `read` takes the operands from.
+template <class Read>
+MSDD_INLINE void euler(const EndOfStage& end, const Read& read, float (&pixels)[LANES]) {
+    float v[LANES], uncond[LANES];
+    const float dt = end.scalars.dt, scale = end.scalars.scale;
+    read(end.x, pixels);
+    read(end.v, v);
+    if (end.v_uncond.data != nullptr) {
+        read(end.v_uncond, uncond);
+        for (int i = 0; i < LANES; ++i) v[i] = uncond[i] + scale * (v[i] - uncond[i]);
+    }
+    for (int i = 0; i < LANES; ++i) pixels[i] += dt * v[i];
+}
+
+}  // namespace msdd_fast
