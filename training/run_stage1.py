@@ -32,6 +32,8 @@ class TrainConfig:
     """Model: a preset name."""
     image_size: int | None = None
     """Pixels per side, if not the preset's."""
+    num_stages: int | None = None
+    """Scales, each half the next one's resolution, if not the preset's; 1 is ordinary single-scale flow matching."""
     min_crop: float = 0.8
     """Random square crops take this much to all of the shorter side."""
     flip: bool = True
@@ -49,6 +51,9 @@ def train_stage1(config: TrainConfig) -> Tokenizer:
     model_config = get_preset(config.preset)
     if config.image_size is not None:
         model_config = dataclasses.replace(model_config, image_size=config.image_size)
+    if config.num_stages is not None:
+        schedule = dataclasses.replace(model_config.schedule, num_stages=config.num_stages)
+        model_config = dataclasses.replace(model_config, schedule=schedule)
     size = model_config.image_size
     dataset = ImageDataset(find_images(config.data), size, config.loop.seed, config.min_crop, config.flip)
     preview = preview_images(config.preview, dataset, size)

@@ -36,6 +36,17 @@ def teacher(images, tmp_path_factory):
     return out / "checkpoint"
 
 
+def test_scales_of_the_preset_can_be_overruled(images, tmp_path, capsys):
+    out = tmp_path / "single"
+    options = ["--data", str(images), "--preset", "tiny", "--loop.steps", "1", "--loop.precision", "float32"]
+    assert main(["train", *options, *LOOP[2:], "--out", str(out), "--num-stages", "1"]) == 0
+    assert len(Tokenizer.from_pretrained(out / "checkpoint").schedule) == 1
+    assert "mse/64" in losses(out)[0] and "mse/32" not in losses(out)[0]
+    assert main(["train", *options, *LOOP[2:], "--out", str(tmp_path / "none"), "--num-stages", "0"]) == 1
+    assert "num_stages must be 1 to 10, got 0" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
 @pytest.mark.parametrize("recipe", ["adversarial", "teacher-matching"])
 def test_distil_save_load_accelerate_decode(images, teacher, tmp_path, recipe):
     out = tmp_path / "stage2"
