@@ -212,7 +212,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, accumulate: Tensor | None = None,
     """softmax(q k^T / sqrt(d)) v, plus ``accumulate``, rounded once; memory order of ``attention_result(q)``.
 
     q (B, Nq, H, d), k and v (B, Nk, H, d), accumulate like q: one dtype, any strides but the last, which is 1. Nothing
-    is copied. Nk >= 1; d a multiple of 16 up to 128. ``level`` ("plain", "avx2", "avx512") is for tests.
+    is copied. Nk >= 1; d a multiple of 16 up to 128. ``level`` (attention.h) is for tests.
     """
     operands = {"q": q, "k": k, "v": v} if accumulate is None else {"q": q, "k": k, "v": v, "accumulate": accumulate}
     for name, x in operands.items():

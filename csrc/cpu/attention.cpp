@@ -17,9 +17,12 @@ constexpr std::int64_t GRAIN_PRODUCTS = 1'000'000;  // multiplications worth a t
 
 AttentionTask task_of(const std::string& level) {
     if (level == "plain") return attention_task_plain;
+    if (level == "plain_bf16") return attention_task_plain_bf16;
 #ifdef MSDD_X86_LEVELS
     if (level == "avx2" && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return attention_task_avx2;
     if (level == "avx512" && __builtin_cpu_supports("avx512f") && task_of("avx2")) return attention_task_avx512;
+    if (level == "avx512bf16" && __builtin_cpu_supports("avx512bf16") && task_of("avx512"))
+        return attention_task_avx512bf16;
 #endif
     return nullptr;
 }
@@ -50,7 +53,7 @@ std::int64_t queries_per_task(const AttentionShape& shape, int threads) {
 }  // namespace
 
 std::string attention_level() {
-    for (const char* level : {"avx512", "avx2"})
+    for (const char* level : {"avx512bf16", "avx512", "avx2"})
         if (task_of(level)) return level;
     return "plain";
 }
@@ -64,7 +67,8 @@ void attention(HeadsView out, HeadsView q, HeadsView k, HeadsView v, HeadsView a
            "head size must be a multiple of 16 up to 128, got " + std::to_string(head_size));
     expect_threads(threads);
     const AttentionTask run = task_of(level.empty() ? attention_level() : level);
-    expect(run != nullptr, "level must be plain, avx2 or avx512 and run on this machine, got " + level);
+    expect(run != nullptr,
+           "level must be plain, plain_bf16, avx2, avx512 or avx512bf16 and run on this machine, got " + level);
     if (batch == 0 || queries == 0 || heads == 0) return;
 
     const AttentionJob job{out, q, k, v, accumulate, dtype, shape};

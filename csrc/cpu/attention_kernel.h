@@ -3,16 +3,22 @@
 //   MSDD_SIMD            attribute of functions that use the level's instructions
 //   Vec, LANES, ROWS     vector of floats; ROWS x 2 of them are the sums that the registers hold
 //   load store set fma add sub mul max scale_by_power reduce_max reduce_add transpose_8x8
+//   MSDD_PAIRS           if it multiplies pairs of bfloat16, and then also dot and to_pairs
 //
 // All of it has internal linkage, so that the levels do not meet. For one task (up to 384 queries of a head), block by
 // block of keys: K^T and V are converted to float32 and packed in panels two vectors wide, then for each tile of 24
 // queries scores = q K^T, weights = exp(scores - maximum), sums = sums * correction + weights V. Both products are the
 // same routine. A row's arithmetic depends on nothing but the row and the keys.
 //
+// With pairs, bfloat16 stays as it is: a float's place holds two numbers that are neighbours in the depth of the
+// product (of the head size, of the keys), and the weights are rounded. Sums and softmax are float32 either way.
+//
 // Included more than once by nobody: no guard.
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
+#include <type_traits>
 
 #include "attention_job.h"
 
@@ -22,7 +28,20 @@ namespace {
 constexpr std::int64_t PANEL = 2 * LANES;
 static_assert(TILE_QUERIES % ROWS == 0 && BLOCK_KEYS % PANEL == 0, "blocks are whole");
 
-// c[ROWS][PANEL] = a[ROWS][depth] b[depth][PANEL], or c += that.
+#ifdef MSDD_PAIRS
+constexpr bool HAS_PAIRS = true;
+#else
+constexpr bool HAS_PAIRS = false;
+MSDD_SIMD inline Vec dot(Vec, Vec, Vec c) { return c; }  // named, not called
+MSDD_SIMD inline Vec to_pairs(Vec a, Vec) { return a; }
+#endif
+
+// Whether numbers of this type are multiplied in pairs.
+template <class T>
+constexpr bool PAIRS = HAS_PAIRS && std::is_same_v<T, BFloat16>;
+
+// c[ROWS][PANEL] = a[ROWS][depth] b[depth][PANEL], or c += that; depth in numbers or pairs.
+template <bool IN_PAIRS>
 MSDD_SIMD inline void multiply(const float* a, std::int64_t a_stride, const float* b, std::int64_t depth, float* c,
                                std::int64_t c_stride, bool accumulate) {
     Vec sums[ROWS][2];
@@ -36,8 +55,8 @@ MSDD_SIMD inline void multiply(const float* a, std::int64_t a_stride, const floa
 #pragma GCC unroll 16
         for (int row = 0; row < ROWS; ++row) {
             const Vec factor = set(a[row * a_stride + i]);
-            sums[row][0] = fma(factor, left, sums[row][0]);
-            sums[row][1] = fma(factor, right, sums[row][1]);
+            sums[row][0] = IN_PAIRS ? dot(factor, left, sums[row][0]) : fma(factor, left, sums[row][0]);
+            sums[row][1] = IN_PAIRS ? dot(factor, right, sums[row][1]) : fma(factor, right, sums[row][1]);
         }
     }
 #pragma GCC unroll 16
@@ -97,24 +116,53 @@ MSDD_SIMD inline void widen_row(const T* from, std::int64_t width, float* to) {
     for (std::int64_t i = 0; i < width; i += 16) widen<T>(from + i, 16, to + i);
 }
 
-// Rows [0, count) of `from`, and zeros up to `padded`, as float32 [padded][width].
+// Rows [0, count) of `from`, and zeros up to `padded`, as [padded][width] numbers or [padded][width / 2] pairs.
 template <class T>
 MSDD_SIMD inline void pack_rows(const T* from, std::int64_t stride, std::int64_t count, std::int64_t padded,
                                 std::int64_t width, float* to) {
-    for (std::int64_t i = 0; i < count; ++i) widen_row(from + i * stride, width, to + i * width);
-    std::fill(to + count * width, to + padded * width, 0.0f);
+    const std::int64_t depth = PAIRS<T> ? width / 2 : width;
+    for (std::int64_t i = 0; i < count; ++i) {
+        if constexpr (PAIRS<T>)
+            std::memcpy(to + i * depth, from + i * stride, static_cast<std::size_t>(width) * sizeof(T));
+        else
+            widen_row(from + i * stride, width, to + i * depth);
+    }
+    std::fill(to + count * depth, to + padded * depth, 0.0f);
 }
 
-// Keys to K^T in panels [width][PANEL], zeros in the last one's rest.
+// Keys to K^T in panels [width or width / 2][PANEL], zeros in the last one's rest.
 template <class T>
 MSDD_SIMD void pack_keys(const T* from, std::int64_t stride, std::int64_t count, std::int64_t width, float* to) {
     alignas(64) float rows[8 * MAX_HEAD_SIZE];
+    const std::int64_t depth = PAIRS<T> ? width / 2 : width;  // a multiple of 8, as the width is one of 16
     for (std::int64_t key = 0; key < (count + PANEL - 1) / PANEL * PANEL; key += 8) {
         const std::int64_t there = std::clamp<std::int64_t>(count - key, 0, 8);
         pack_rows(from + key * stride, stride, there, 8, width, rows);
-        float* const panel = to + key / PANEL * PANEL * width + key % PANEL;
-        for (std::int64_t i = 0; i < width; i += 8) transpose_8x8(rows + i, width, panel + i * PANEL, PANEL);
+        float* const panel = to + key / PANEL * PANEL * depth + key % PANEL;
+        for (std::int64_t i = 0; i < depth; i += 8) transpose_8x8(rows + i, depth, panel + i * PANEL, PANEL);
     }
+}
+
+// Rows 2j and 2j + 1 as pairs: panels [ceil(count / 2)][PANEL] of the width, zeros beside and below.
+MSDD_SIMD inline void pack_value_pairs(const BFloat16* from, std::int64_t stride, std::int64_t count,
+                                       std::int64_t width, float* to) {
+    const BFloat16 zeros[MAX_HEAD_SIZE] = {};
+    for (std::int64_t i = 0; i < width; i += PANEL) {
+        const std::int64_t there = std::min(PANEL, width - i);
+        for (std::int64_t key = 0; key < count; key += 2, to += PANEL) {
+            const BFloat16 *even = from + key * stride + i, *odd = key + 1 < count ? even + stride : zeros;
+            std::uint32_t pairs[PANEL] = {};
+            for (std::int64_t j = 0; j < there; j += 16)
+                for (std::int64_t l = j; l < j + 16; ++l)
+                    pairs[l] = even[l].bits | static_cast<std::uint32_t>(odd[l].bits) << 16;
+            std::memcpy(to, pairs, sizeof pairs);
+        }
+    }
+}
+
+// A row of weights to pairs, in place from its beginning on; the width is a whole number of panels.
+MSDD_SIMD inline void pair_row(float* row, std::int64_t width) {
+    for (std::int64_t i = 0; i < width; i += PANEL) store(row + i / 2, to_pairs(load(row + i), load(row + i + LANES)));
 }
 
 // Values in panels [count][PANEL] of the width, zeros in the last one's rest.
@@ -148,7 +196,9 @@ T* row_of(const HeadsView& view, std::int64_t image, std::int64_t token, std::in
 template <class T>
 MSDD_SIMD void attend(const AttentionJob& job, std::int64_t image, std::int64_t head, std::int64_t first,
                       std::int64_t count, float* scratch) {
+    constexpr bool IN_PAIRS = PAIRS<T>;
     const std::int64_t d = job.shape.head_size, width = (d + PANEL - 1) / PANEL * PANEL;
+    const std::int64_t depth = IN_PAIRS ? d / 2 : d;  // of q K^T
     // exp(s / sqrt(d)) = 2^(scale * s)
     const float scale = static_cast<float>(1.4426950408889634 / std::sqrt(static_cast<double>(d)));
     float* const keys = scratch;
@@ -166,18 +216,23 @@ MSDD_SIMD void attend(const AttentionJob& job, std::int64_t image, std::int64_t 
         const std::int64_t block = std::min(BLOCK_KEYS, job.shape.keys - begin);
         const std::int64_t columns = (block + PANEL - 1) / PANEL * PANEL;
         pack_keys<T>(row_of<T>(job.k, image, begin, head), job.k.token, block, d, keys);
-        pack_values<T>(row_of<T>(job.v, image, begin, head), job.v.token, block, d, values);
+        if constexpr (IN_PAIRS)
+            pack_value_pairs(row_of<T>(job.v, image, begin, head), job.v.token, block, d, values);
+        else
+            pack_values<T>(row_of<T>(job.v, image, begin, head), job.v.token, block, d, values);
+        const std::int64_t value_rows = IN_PAIRS ? (block + 1) / 2 : block;
         for (std::int64_t tile = 0; tile < padded; tile += TILE_QUERIES) {
             const std::int64_t rows = std::min(TILE_QUERIES, padded - tile);
             for (std::int64_t column = 0; column < columns; column += PANEL)
                 for (std::int64_t row = 0; row < rows; row += ROWS)
-                    multiply(queries + (tile + row) * d, d, keys + column * d, d, scores + row * columns + column,
-                             columns, false);
+                    multiply<IN_PAIRS>(queries + (tile + row) * depth, depth, keys + column * depth, depth,
+                                       scores + row * columns + column, columns, false);
             for (std::int64_t row = 0; row < rows; ++row) {
                 float* const these = scores + row * columns;
                 std::fill(these + block, these + columns, -INFINITY);
                 const std::int64_t at = tile + row;
                 const float correction = softmax_row(these, columns, scale, is_first, maxima[at], totals[at]);
+                if constexpr (IN_PAIRS) pair_row(these, columns);
                 if (is_first || correction == 1.0f) continue;
                 const Vec factor = set(correction);
                 for (std::int64_t i = 0; i < width; i += LANES)
@@ -185,8 +240,8 @@ MSDD_SIMD void attend(const AttentionJob& job, std::int64_t image, std::int64_t 
             }
             for (std::int64_t i = 0; i < width; i += PANEL)
                 for (std::int64_t row = 0; row < rows; row += ROWS)
-                    multiply(scores + row * columns, columns, values + i * block, block,
-                             sums + (tile + row) * width + i, width, !is_first);
+                    multiply<IN_PAIRS>(scores + row * columns, columns, values + i * value_rows, value_rows,
+                                       sums + (tile + row) * width + i, width, !is_first);
         }
     }
     for (std::int64_t i = 0; i < count; ++i) {

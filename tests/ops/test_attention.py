@@ -10,7 +10,7 @@ from msdd_fast import backends, native, ops
 from msdd_fast.errors import BackendUnavailableError, InputError
 from msdd_fast.models import mmdit
 from msdd_fast.ops._heads import is_token_major
-from tests.tolerances import FLOAT32_SLACK, ROUNDING, assert_rounded_once
+from tests.tolerances import FLOAT32_SLACK, ROUNDING, assert_no_worse, assert_rounded_once
 
 module = sys.modules["msdd_fast.ops.attention"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -65,15 +65,23 @@ def assert_near(out, q, k, v):
         assert worst <= 2 * (ops.attention(q, k, v, backend="eager").double() - expected).abs().max() + FLOAT32_SLACK
 
 
+def rounds_weights(dtype):
+    """Whether this machine's C++ kernel multiplies pairs of bfloat16."""
+    return dtype == torch.bfloat16 and HAS_EXTENSION and backends.load_extension().attention_level().endswith("bf16")
+
+
 @pytest.mark.parametrize("backend", ["eager", CPU])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_against_the_formula(backend, dtype, shape):
-    """float32 inside, rounded once."""
+    """float32 inside, rounded once; with bfloat16 products, the weights are rounded, too, as in SDPA."""
     q, k, v = qkv(shape, dtype)
     out = ops.attention(q, k, v, backend=backend)
     assert_near(out, q, k, v)
-    assert_rounded_once(out, exact(q, k, v), dtype)
+    if backend == "cpu" and rounds_weights(dtype):
+        assert_no_worse(out, ops.attention(q, k, v, backend="sdpa"), exact(q, k, v), dtype)
+    else:
+        assert_rounded_once(out, exact(q, k, v), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -154,7 +162,7 @@ class TestExtremeScores:
 
 
 @needs_extension
-@pytest.mark.parametrize("level", ["plain", "avx2", "avx512"])
+@pytest.mark.parametrize("level", ["plain", "plain_bf16", "avx2", "avx512", "avx512bf16"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_simd_level(level, shape):
     for dtype in DTYPES:
@@ -162,7 +170,7 @@ def test_every_simd_level(level, shape):
         try:
             out = native.attention(q, k, v, level=level)
         except InputError as e:
-            assert "level must be plain, avx2 or avx512 and run on this machine" in str(e)
+            assert "level must be plain, plain_bf16, avx2, avx512 or avx512bf16 and run on this machine" in str(e)
             pytest.skip(f"this machine cannot run {level}")
         assert_near(out, q, k, v)
 
@@ -205,7 +213,8 @@ def test_accumulate(dtype, token_major):
     """Added before the one rounding; any strides; alone it changes nothing."""
     q, k, v = packed(2, 30, 3, 16, dtype, token_major)
     base = packed(2, 30, 3, 16, dtype, not token_major)[0]
-    out = native.attention(q, k, v, base)
+    level = "avx2" if rounds_weights(dtype) else ""
+    out = native.attention(q, k, v, base, level=level)
     assert in_order_of(q, out)
     assert_rounded_once(out, exact(q, k, v) + base.double(), dtype)
     assert torch.equal(native.attention(q, k, v, torch.zeros_like(base)), native.attention(q, k, v))
@@ -223,7 +232,7 @@ def test_accumulate(dtype, token_major):
         (dict(k=torch.zeros(2, 5, 2, 32)[..., ::2]), "k must be .* with the last dimension contiguous"),
         (dict(v=torch.zeros(2, 5, 2, 16).bfloat16()), "v must be .* in q's dtype, torch.float32.* got torch.bfloat16"),
         (dict(q=torch.zeros(2, 3, 2, 16, device="meta")), "q must be a float32.* on meta"),
-        (dict(level="sse9"), "level must be plain, avx2 or avx512 and run on this machine, got sse9"),
+        (dict(level="sse9"), "level must be plain, plain_bf16, .* and run on this machine, got sse9"),
     ],
 )
 def test_native_refuses_what_would_read_wrong_memory(change, message):

@@ -20,11 +20,13 @@ struct AttentionShape {
 
 constexpr std::int64_t MAX_HEAD_SIZE = 128;
 
-// "avx512", "avx2" or "plain": the best that this machine can run.
+// The best of these that this machine can run: "avx512bf16", "avx512", "avx2", "plain". There is also "plain_bf16",
+// which does what "avx512bf16" does, for tests.
 std::string attention_level();
 
 // out = softmax(q k^T / sqrt(head size)) v, plus `accumulate` where it is given (it may be `out`). All of one dtype,
-// float32 inside, rounded once. `out` must not overlap q, k or v.
+// float32 inside, rounded once; but that the bf16 levels round the weights of bfloat16 attention, as SDPA does. `out`
+// must not overlap q, k or v.
 //
 // `level` names the code to run, for tests; empty means attention_level(). Neither the number of threads nor the other
 // images and heads change a bit of the result. Allocates some 0.4 MB a thread, whatever the shape, and keeps it.
