@@ -1,7 +1,8 @@
 """img/s of whole decodes, of each scale and of encodes, for every provider, in interleaved rounds.
 
 Providers: ``eager-bf16`` (plain PyTorch in bfloat16, nothing hoisted), plain PyTorch and ``torch.compile`` of it in the
-engine's compute dtype, and the engine in each of its tiers.
+engine's compute dtype, and the engine in each of its tiers. torch.compile runs in a process of its own (isolated.py),
+which is ended where its first call takes longer than the case allows; the table then says so.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,7 +21,8 @@ from msdd_fast.backends import use_backend
 from msdd_fast.bench import waterfall
 from msdd_fast.bench.ceilings import copy_bandwidth, gemm_rate
 from msdd_fast.bench.coldstart import cold_start
-from msdd_fast.bench.harness import Measurement, Provider, close_to, compare
+from msdd_fast.bench.harness import MIN_ROUNDS, Measurement, Provider, close_to, compare
+from msdd_fast.bench.isolated import Isolated, IsolatedError, isolated
 from msdd_fast.bench.machine import machine_info
 from msdd_fast.bench.roofline import decode_work, encode_work, total
 from msdd_fast.bench.scales import PLAIN_PYTORCH
@@ -35,23 +37,28 @@ from msdd_fast.models.tokenizer import Tokenizer
 FORMAT = "msdd-fast bench 1"
 ROUNDS = 200
 SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-# Every scale, conditional and not, is a graph of its own: more than Dynamo compiles of one function by default.
-RECOMPILE_LIMIT = 64
+# On a CPU a deeper decoder is compiled block by block: the C++ of four whole networks of 12 takes many minutes.
+WHOLE_DEPTH = 6
 
 Mark = Callable[[], None]
 
 
 @dataclass(frozen=True)
 class DecodeCase:
-    """One line of the table. ``kind``: "decode" or "encode"; ``seconds`` bound the timing, not the preparation."""
+    """One table. ``kind``: "decode" or "encode".
+
+    ``seconds``: of timing for each provider, from its ``min_rounds``-th round on; preparation comes on top.
+    ``compile_seconds``: until torch.compile must have made its first call; 0 leaves it out.
+    """
 
     model: str
     batch: int = 1
     steps: int = 1
     cfg_scale: float = 1.0
     kind: str = "decode"
-    seconds: float = 20.0
-    with_compile: bool = True
+    seconds: float = 8.0
+    min_rounds: int = MIN_ROUNDS
+    compile_seconds: float = 60.0
 
     @property
     def name(self) -> str:
@@ -62,25 +69,30 @@ class DecodeCase:
 
 
 def standard() -> list[DecodeCase]:
-    """What two CPU cores do in under ten minutes."""
-    nano = [DecodeCase("msdd-nano", batch, kind=kind) for batch in (1, 8) for kind in ("decode", "encode")]
-    return [*nano, *(DecodeCase(name, seconds=30.0) for name in ("msdd-d12-joint", "msdd-d12"))]
+    """What two CPU cores do in under ten minutes: there bfloat16 takes twenty seconds for one decode of 12 layers."""
+    nano = [DecodeCase("msdd-nano", batch) for batch in (1, 8)]
+    encodes = [DecodeCase("msdd-nano", batch, kind="encode", seconds=4.0) for batch in (1, 8)]
+    large = [DecodeCase(name, seconds=12.0, min_rounds=1) for name in ("msdd-d12-joint", "msdd-d12")]
+    return [*nano, *encodes, *large]
 
 
 def full() -> list[DecodeCase]:
     """For a GPU: the standard models and the 3-scale and single-scale ones, all batches, teachers with guidance too."""
     names = ("msdd-nano", "msdd-d12", "msdd-d12-joint", "msdd-d12-joint-3scale", "msdd-d12-single-scale")
     settings = itertools.product(names, (1, 8, 64), ((1, 1.0), (1, 2.0), (30, 1.0), (30, 2.0)))
-    decodes = [DecodeCase(name, batch, steps, cfg) for name, batch, (steps, cfg) in settings]
-    return [*decodes, *(DecodeCase(name, batch, kind="encode") for name in names[:3] for batch in (1, 8, 64))]
+    decodes = [DecodeCase(name, batch, steps, cfg, compile_seconds=900.0) for name, batch, (steps, cfg) in settings]
+    encodes = [
+        DecodeCase(name, batch, kind="encode", compile_seconds=900.0) for name in names[:3] for batch in (1, 8, 64)
+    ]
+    return [*decodes, *encodes]
 
 
 def gate() -> list[DecodeCase]:
     """Little enough for every change: at most a minute."""
     return [
-        DecodeCase("msdd-nano", 1, seconds=12, with_compile=False),
-        DecodeCase("msdd-nano", 8, seconds=16, with_compile=False),
-        DecodeCase("msdd-nano", 1, kind="encode", seconds=5, with_compile=False),
+        DecodeCase("msdd-nano", 1, seconds=4.0, compile_seconds=0.0),
+        DecodeCase("msdd-nano", 8, seconds=5.0, compile_seconds=0.0),
+        DecodeCase("msdd-nano", 1, kind="encode", seconds=2.0, compile_seconds=0.0),
     ]
 
 
@@ -131,83 +143,130 @@ class Candidate:
     dtype: torch.dtype
     whole: Callable[[], Tensor]
     marked: Lapped
+    clock: Callable[[], float] | None = None
+    first_s: float | None = None
 
 
-def candidates(tokenizer: Tokenizer, case: DecodeCase) -> tuple[list[Candidate], dict[str, str], Callable[[], Tensor]]:
-    """Providers, the reasons why others are missing, and the float32 reference."""
+def inputs_of(tokenizer: Tokenizer, case: DecodeCase) -> Tensor:
+    """Latents to decode or images to encode: the same random numbers in every process."""
     cfg, device = tokenizer.config, next(tokenizer.parameters()).device
     generator = torch.Generator().manual_seed(0)
+    if case.kind == "encode":
+        return torch.rand(case.batch, 3, cfg.image_size, cfg.image_size, generator=generator).to(device) * 2 - 1
+    return torch.randn(case.batch, cfg.num_latent_tokens, cfg.latent_dim, generator=generator).to(device)
+
+
+def plain(
+    tokenizer: Tokenizer, case: DecodeCase, dtype: torch.dtype, compiled: bool = False
+) -> Callable[[Mark], Tensor]:
+    """The case in plain PyTorch, or in ``torch.compile`` of that; marks after each scale."""
+    inputs = inputs_of(tokenizer, case)
+    if case.kind == "encode":
+        encode = eager_encode(tokenizer, dtype, compiled)
+        return lambda _: encode(inputs)
+    decode = eager(tokenizer, dtype, compiled, _by_block(tokenizer, case))
+    return lambda mark: decode(inputs, steps=case.steps, cfg_scale=case.cfg_scale, stage_callback=lambda _: mark())
+
+
+def compiled(case: dict[str, Any], device: str, dtype: str) -> Callable[[Mark], Tensor]:
+    """``plain`` with torch.compile, from plain data: what the process of ``isolated`` runs."""
+    wanted = DecodeCase(**case)
+    return plain(load(wanted.model, torch.device(device)), wanted, getattr(torch, dtype), compiled=True)
+
+
+def _by_block(tokenizer: Tokenizer, case: DecodeCase) -> bool:
+    cpu = next(tokenizer.parameters()).device.type == "cpu"
+    return cpu and case.kind == "decode" and tokenizer.config.decoder.depth > WHOLE_DEPTH
+
+
+def candidates(
+    tokenizer: Tokenizer, case: DecodeCase, compiler: str, other: Isolated | None
+) -> tuple[list[Candidate], dict[str, str]]:
+    """Providers, and the reasons why others are missing; ``other``: the process of the provider ``compiler``."""
+    device = next(tokenizer.parameters()).device
     dtype = compute_dtype(torch.bfloat16, device)[0]
-    dtypes = list(dict.fromkeys((torch.bfloat16, dtype)))
     missing: dict[str, str] = {}
     found: list[Candidate] = []
-    if not case.with_compile:
-        missing["compile"] = "left out"
+    for d in dict.fromkeys((torch.bfloat16, dtype)):
+        run = plain(tokenizer, case, d)
+        found.append(Candidate(f"eager-{SHORT[d]}", d, lambda f=run: f(_ignore), Lapped(run)))  # type: ignore[misc]
+    if other is not None:
+        found.append(_elsewhere(compiler, dtype, other))
     if case.kind == "encode":
-        images = torch.rand(case.batch, 3, cfg.image_size, cfg.image_size, generator=generator).to(device) * 2 - 1
-        for d in dtypes:
-            run = _encode(in_dtype(tokenizer, d), images.to(d))
-            found.append(Candidate(f"eager-{SHORT[d]}", d, run, Lapped(_unmarked(run))))
-        if case.with_compile:
-            model = in_dtype(tokenizer, dtype, copy=True)
-            model.encoder.compile(dynamic=False)
-            run = _encode(model, images.to(dtype))
-            found.append(Candidate(f"compile-{SHORT[dtype]}", dtype, run, Lapped(_unmarked(run))))
-        return found, missing, _encode(tokenizer, images)
-    z = torch.randn(case.batch, cfg.num_latent_tokens, cfg.latent_dim, generator=generator).to(device)
-    options: dict[str, Any] = {"steps": case.steps, "cfg_scale": case.cfg_scale}
-    kinds = [(d, False) for d in dtypes] + ([(dtype, True)] if case.with_compile else [])
-    for d, compiled in kinds:
-        decode = eager(tokenizer, d, compiled)
-        marked = Lapped(lambda mark, f=decode: f(z, **options, stage_callback=lambda _: mark()))  # type: ignore[misc]
-        name = f"{'compile' if compiled else 'eager'}-{SHORT[d]}"
-        found.append(Candidate(name, d, lambda f=decode: f(z, **options), marked))  # type: ignore[misc]
+        return found, missing
+    z = inputs_of(tokenizer, case)
     for tier in TIERS:
         try:
-            engine = accelerate(tokenizer, tier=tier, batch_sizes=(case.batch,), **options)
-            engine.decode(z)
+            engine = accelerate(
+                tokenizer, tier=tier, batch_sizes=(case.batch,), steps=case.steps, cfg_scale=case.cfg_scale
+            )
         except (BackendUnavailableError, InputError) as error:
             missing[f"engine-{tier}"] = str(error)
             continue
         marked = Lapped(lambda mark, e=engine: engine_stages(e, z, mark))  # type: ignore[misc]
         found.append(Candidate(f"engine-{tier}", engine.dtype, lambda e=engine: e.decode(z), marked))  # type: ignore[misc]
-    return found, missing, lambda: eager(tokenizer, torch.float32)(z, **options)
+    return found, missing
+
+
+def _elsewhere(name: str, dtype: torch.dtype, other: Isolated) -> Candidate:
+    """A provider whose calls another process makes and times; its first call has been made."""
+    marked = Lapped(lambda _: other.result)
+
+    def clock() -> float:
+        *laps, rest = other.laps()
+        marked.laps.append(laps)
+        return sum(laps) + rest
+
+    return Candidate(name, dtype, lambda: other.result, marked, clock, other.first_s)
+
+
+def _ignore() -> None:
+    """A mark that nobody wants."""
 
 
 def measure_case(tokenizer: Tokenizer, case: DecodeCase, rounds: int = ROUNDS) -> dict[str, Any]:
     """All providers of one case as plain data; samples are seconds of one call.
 
-    On a CPU the marks between scales cost nothing, so that one run gives the whole and its scales. On a GPU each mark
-    waits for the device: there the scales are timed in a second run.
+    ``tokenizer`` is ``load(case.model)``: torch.compile has another copy of it. On a CPU the marks between scales cost
+    nothing, so that one run gives the whole and its scales. On a GPU each mark waits for the device: there the scales
+    are timed in a second run.
     """
-    cuda = next(tokenizer.parameters()).device.type == "cuda"
-    with _fresh_compiler() if case.with_compile else contextlib.nullcontext():
-        found, missing, reference = candidates(tokenizer, case)
-        near = close_to(reference(), TOLERANCE)
-        first: dict[str, float] = {}
-        for c in found:
-            begin = now()
-            (c.whole if cuda else c.marked)()
-            first[c.name] = now() - begin
+    device = next(tokenizer.parameters()).device
+    cuda = device.type == "cuda"
+    with contextlib.ExitStack() as stack:
+        name = f"compile-{SHORT[compute_dtype(torch.bfloat16, device)[0]]}"
+        if _by_block(tokenizer, case):
+            name += " by block"
+        other, reason = _compiling(stack, case, device)
+        found, missing = candidates(tokenizer, case, name, other)
+        near = close_to(plain(tokenizer, case, torch.float32)(_ignore), TOLERANCE)
         timer = WallTimer()
-        marked = [Provider(c.name, c.marked) for c in found]
-        whole = [Provider(c.name, c.whole) for c in found] if cuda else marked
-        results = compare(whole, near, timer, rounds, warmup=0, seconds=case.seconds)
+        marked = [Provider(c.name, c.marked, c.clock) for c in found]
+        whole = [Provider(c.name, c.whole, c.clock) for c in found] if cuda else marked
+        results = compare(whole, near, timer, rounds, 0, case.seconds, case.min_rounds)
+        parts = results
         if cuda and case.kind == "decode":
-            compare(marked, near, timer, len(results[found[0].name].samples), warmup=1)
+            parts = compare(marked, near, timer, rounds, 1, case.seconds, case.min_rounds)
     return {
         "case": {"name": case.name, **asdict(case)},
-        "providers": [_facts(tokenizer, case, c, results[c.name], first[c.name]) for c in found],
-        "missing": missing,
+        "providers": [_facts(tokenizer, case, c, results[c.name], len(parts[c.name].samples)) for c in found],
+        "missing": {**({name: reason} if reason else {}), **missing},
         "work": work_of(tokenizer, case),
     }
 
 
-@contextlib.contextmanager
-def _fresh_compiler() -> Iterator[None]:
-    torch.compiler.reset()  # compiled code of earlier cases counts towards the limit
-    with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
-        yield
+def _compiling(
+    stack: contextlib.ExitStack, case: DecodeCase, device: torch.device
+) -> tuple[Isolated | None, str | None]:
+    """torch.compile of the case in a process that lives as long as ``stack``, or the reason why there is none."""
+    if not case.compile_seconds:
+        return None, "left out"
+    dtype = str(compute_dtype(torch.bfloat16, device)[0]).removeprefix("torch.")
+    arguments = {"case": asdict(case), "device": str(device), "dtype": dtype}
+    try:
+        return stack.enter_context(isolated(f"{__name__}:compiled", arguments, case.compile_seconds)), None
+    except IsolatedError as error:
+        return None, f"torch.compile {error}"
 
 
 def work_of(tokenizer: Tokenizer, case: DecodeCase) -> dict[str, dict[str, int]]:
@@ -255,31 +314,30 @@ def run_suite(
     }
 
 
-def _facts(tokenizer: Tokenizer, case: DecodeCase, c: Candidate, m: Measurement, first: float) -> dict[str, Any]:
+def _facts(tokenizer: Tokenizer, case: DecodeCase, c: Candidate, m: Measurement, laps: int) -> dict[str, Any]:
+    """``laps``: how many of the last calls were timed by scale."""
     facts: dict[str, Any] = {
         "provider": c.name,
         "dtype": str(c.dtype).removeprefix("torch."),
-        "first_call_s": first,
+        "first_call_s": m.first_s if c.first_s is None else c.first_s,
         "max_error": m.max_error,
         "samples": [round(s, 7) for s in m.samples],
     }
     if case.kind == "decode":
-        laps = c.marked.laps[-len(m.samples) :]
+        columns = zip(*c.marked.laps[-laps:], strict=True)
         resolutions = map(tokenizer.config.stage_resolution, range(tokenizer.config.schedule.num_stages))
-        facts["scales"] = {
-            str(r): [round(x, 7) for x in xs] for r, xs in zip(resolutions, zip(*laps, strict=True), strict=True)
-        }
+        facts["scales"] = {str(r): [round(x, 7) for x in xs] for r, xs in zip(resolutions, columns, strict=True)}
     return facts
 
 
-def _encode(tokenizer: Tokenizer, images: Tensor) -> Callable[[], Tensor]:
+def eager_encode(tokenizer: Tokenizer, dtype: torch.dtype, compiled: bool = False) -> Callable[[Tensor], Tensor]:
+    """The plain encoder in ``dtype``, with none of our ops."""
+    model = in_dtype(tokenizer, dtype, copy=compiled)
+    if compiled:
+        model.encoder.compile(dynamic=False)
 
-    def run() -> Tensor:
+    def encode(images: Tensor) -> Tensor:
         with use_backend(PLAIN_PYTORCH):
-            return tokenizer.encode(images).float()
+            return model.encode(images.to(dtype)).float()
 
-    return run
-
-
-def _unmarked(run: Callable[[], Tensor]) -> Callable[[Mark], Tensor]:
-    return lambda _: run()
+    return encode

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from msdd_fast.bench.timing import Timer
+from msdd_fast.bench.timing import Timer, now
 from msdd_fast.errors import InputError
 
 # Relative error of one rounding to nearest. A plain expression rounds after every operation, on intermediates that may
@@ -38,19 +38,27 @@ class WrongResultError(AssertionError):
 
 @dataclass(frozen=True)
 class Provider:
-    """One way to compute a result; the inputs are inside ``function``."""
+    """One way to compute a result; the inputs are inside ``function``.
+
+    ``clock``: seconds of one more call by a clock of its own, for a provider that runs in another process.
+    """
 
     name: str
     function: Callable[[], Any]
+    clock: Callable[[], float] | None = None
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What was measured of one provider; ``samples`` are seconds per call, one for each round."""
+    """What was measured of one provider; ``samples`` are seconds per call, one for each round.
+
+    ``first_s``: seconds of the call whose result was checked, the first one of a fresh provider.
+    """
 
     provider: str
     samples: tuple[float, ...]
     max_error: float | None
+    first_s: float | None = None
 
     @property
     def median(self) -> float:
@@ -76,8 +84,12 @@ def compare(
     rounds: int = 20,
     warmup: int = 3,
     seconds: float = float("inf"),
+    min_rounds: int = MIN_ROUNDS,
 ) -> dict[str, Measurement]:
-    """Measurements by name, in the given order. From the ``MIN_ROUNDS``-th round on, none starts after ``seconds``.
+    """Measurements by name, in the given order.
+
+    A provider that has ``min_rounds`` samples and was timed for ``seconds`` in all leaves the rounds that follow:
+    a slow one gets few samples and does not keep the others from theirs.
 
     Raises InputError for no provider, a name given twice or no round, WrongResultError before anything is timed.
     """
@@ -86,26 +98,33 @@ def compare(
         raise InputError(f"providers must have one name each, got {names}")
     if rounds < 1:
         raise InputError(f"rounds must be at least 1, got {rounds}")
-    errors = {p.name: check(p.name, p.function()) for p in providers}
+    errors, first_s = {}, {}
+    for p in providers:
+        begin = now()
+        result = p.function()
+        first_s[p.name] = now() - begin
+        errors[p.name] = check(p.name, result)
     for p in providers:
         for _ in range(warmup):
             p.function()
-    calls = {p.name: timer.calls(p.function) for p in providers}
+    calls = {p.name: timer.calls(p.function) for p in providers if p.clock is None}
     samples: dict[str, list[float]] = {name: [] for name in names}
+    spent = dict.fromkeys(names, 0.0)
     collecting = gc.isenabled()
     gc.disable()
     try:
-        begin = time.perf_counter()
         for r in range(rounds):
-            if r >= MIN_ROUNDS and time.perf_counter() - begin > seconds:
-                break
             first = r % len(providers)
             for p in (*providers[first:], *providers[:first]):
-                samples[p.name].append(timer.seconds(p.function, calls[p.name]))
+                if r >= min_rounds and spent[p.name] >= seconds:
+                    continue
+                begin = time.perf_counter()
+                samples[p.name].append(p.clock() if p.clock else timer.seconds(p.function, calls[p.name]))
+                spent[p.name] += time.perf_counter() - begin
     finally:
         if collecting:
             gc.enable()
-    return {name: Measurement(name, tuple(samples[name]), errors[name]) for name in names}
+    return {name: Measurement(name, tuple(samples[name]), errors[name], first_s[name]) for name in names}
 
 
 def close_to(reference: Tensor | Sequence[Tensor], tolerance: float | None = None) -> Check:

@@ -24,7 +24,8 @@ def decoded(request: pytest.FixtureRequest) -> dict:
     name = "tiny" if option("--quick") else "msdd-nano"
     device = torch.device(option("--device") or ("cuda" if torch.cuda.is_available() else "cpu"))
     compiled = not (option("--quick") or option("--no-compile"))
-    case = DecodeCase(name, option("--batch") or 1, seconds=1.0 if option("--quick") else 20.0, with_compile=compiled)
+    seconds, limit = 0.2 if option("--quick") else 8.0, 300.0 if compiled else 0.0
+    case = DecodeCase(name, option("--batch") or 1, seconds=seconds, compile_seconds=limit)
     rounds = 3 if option("--quick") else option("--rounds") or 100
     return {**measure_case(load(name, device), case, rounds), "device": device}
 

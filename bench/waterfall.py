@@ -48,16 +48,20 @@ def load(name: str, device: torch.device) -> Tokenizer:
     return tokenizer.to(device)
 
 
-def eager(tokenizer: Tokenizer, dtype: torch.dtype, compiled: bool = False) -> Callable[..., Tensor]:
+def eager(
+    tokenizer: Tokenizer, dtype: torch.dtype, compiled: bool = False, by_block: bool = False
+) -> Callable[..., Tensor]:
     """The plain sampler and network in ``dtype``: no op of ours but the noise, and PyTorch's own attention.
 
     The eager noise is a reference for tests, made of integer operations; no sampler would use it. Our fast noise makes
-    the baseline as strong as one with torch.randn, and its images comparable. Takes ``sample``'s options.
+    the baseline as strong as one with torch.randn, and its images comparable. Takes ``sample``'s options. ``by_block``:
+    compile the blocks, which share their code, and not the network as a whole, which takes many times as long.
     """
     model = in_dtype(tokenizer, dtype, copy=compiled)
     if compiled:
         torch._dynamo.config.recompile_limit = 64  # a graph for every scale, batch and dtype of this run
-        model.decoder.compile(dynamic=False)
+        for module in model.decoder.blocks if by_block else [model.decoder]:
+            module.compile(dynamic=False)
     sampling = tokenizer.config.sampling
     defaults = {"steps": sampling.steps, "cfg_scale": sampling.cfg_scale, "seed": 0}
 

@@ -1,5 +1,7 @@
 """One side of ``msdd-fast bench --compare REVISION``: measures what it is told to, one call at a time.
 
+    worker.py DEVICE SLOWDOWN      SLOWDOWN: share by which every call is made longer (0, but in bench/trial.py)
+
     stdin                          stdout (one JSON value a line)
     case MODEL KIND BATCH          names of the providers, each of which has run once
     time PROVIDER                  seconds of one call
@@ -39,25 +41,28 @@ def providers(model: str, kind: str, batch: int, device: torch.device) -> dict:
     return found
 
 
-def seconds(function, device: torch.device) -> float:
+def seconds(function, device: torch.device, slowdown: float) -> float:
     begin = time.perf_counter()
     function()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    end = begin + (time.perf_counter() - begin) * (1 + slowdown)
+    while time.perf_counter() < end:
+        pass  # a planted slowdown costs the machine what a true one would
     return time.perf_counter() - begin
 
 
 def main() -> None:
-    device, found = torch.device(sys.argv[1]), {}
+    device, slowdown, found = torch.device(sys.argv[1]), float(sys.argv[2]), {}
     for line in sys.stdin:
         command, *words = line.split()
         if command == "case":
             found = providers(words[0], words[1], int(words[2]), device)
             for function in found.values():
-                seconds(function, device)
+                seconds(function, device, slowdown)
             answer = list(found)
         else:
-            answer = seconds(found[words[0]], device)
+            answer = seconds(found[words[0]], device, slowdown)
         print(json.dumps(answer), flush=True)
 
 

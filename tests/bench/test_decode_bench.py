@@ -26,7 +26,7 @@ def tiny():
 
 
 def test_a_case_has_every_provider_its_scales_and_its_work(tiny):
-    result = measure_case(tiny, DecodeCase("tiny", batch=2, cfg_scale=2.0, seconds=0, with_compile=False))
+    result = measure_case(tiny, DecodeCase("tiny", batch=2, cfg_scale=2.0, seconds=0, compile_seconds=0))
     providers = {p["provider"]: p for p in result["providers"]}
     assert next(iter(providers)) == "eager-bf16" and "engine-exact" in providers
     for p in providers.values():
@@ -34,7 +34,7 @@ def test_a_case_has_every_provider_its_scales_and_its_work(tiny):
         for i, whole in enumerate(p["samples"]):
             assert 0 < sum(s[i] for s in p["scales"].values()) <= whole * 1.01 + 1e-4
     assert providers["engine-exact"]["max_error"] < 1e-3
-    assert result["missing"]["compile"] == "left out"
+    assert result["missing"]["compile-fp32"] == "left out"
     assert result["work"]["whole"]["flops"] == total(decode_work(tiny.config, 2, cfg_scale=2.0)).flops
     table = case_lines(result)
     assert table[1].split()[:4] == ["8", "px", "16", "px"] and len(table) == 2 + len(providers) + len(result["missing"])
