@@ -3,8 +3,12 @@
     python -m msdd_fast.bench.peers [--batch 1] [--dtype fp32] [--only NAME ...] [--json FILE]
 
 The others are built by diffusers (``pip install 'msdd-fast[peers]'``) at the configurations of SPEC section C with
-random weights: speed does not depend on them. Same dtype, batch, timer and rounds for all; FLOP are counted by torch
-while one image is decoded. A teacher of 30 steps is one step measured and multiplied, and marked so.
+random weights: speed does not depend on them. Same dtype, batch and timer for all, one decoder after the other, since
+together they would not fit into a small memory; FLOP are counted by torch while one image is decoded.
+
+What would take too long is marked: a decoder whose first call takes longer than ``--seconds`` is not called again, so
+its number includes what a first call does once; a teacher of 30 steps is one step measured and multiplied;
+torch.compile runs in a process of its own, which is ended where its first call is not back after ``--compile-seconds``.
 """
 
 from __future__ import annotations
@@ -12,6 +16,9 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import statistics
+import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +28,13 @@ import torch
 from torch import Tensor, nn
 
 from msdd_fast.bench.ceilings import copy_bandwidth, gemm_rate
-from msdd_fast.bench.harness import Provider, compare
+from msdd_fast.bench.decode import WHOLE_DEPTH
+from msdd_fast.bench.isolated import IsolatedError, isolated
 from msdd_fast.bench.machine import machine_info
 from msdd_fast.bench.results import aligned, number
 from msdd_fast.bench.roofline import decode_work, total
 from msdd_fast.bench.suite import DTYPES
-from msdd_fast.bench.timing import WallTimer
+from msdd_fast.bench.timing import now
 from msdd_fast.bench.waterfall import eager, load
 from msdd_fast.engine import accelerate
 from msdd_fast.errors import InputError
@@ -34,6 +42,7 @@ from msdd_fast.errors import InputError
 SIZE = 256
 OURS = ("msdd-d12-joint", "msdd-d12", "msdd-nano")
 TEACHER, TEACHER_STEPS = "msdd-d12-joint", 30
+WAYS = ("eager", "compile", "engine")
 
 
 @dataclass(frozen=True)
@@ -46,7 +55,7 @@ class Peer:
     decode: Callable[[Any, Tensor], Tensor]
     decoder: Callable[[Any], list[nn.Module]]
     evaluate: Callable[[Any], Tensor] | None = None
-    """One of two evaluations, where ``decode`` cannot run without data."""
+    """One of two evaluations, where ``decode`` cannot run on tensors without data."""
 
 
 def _dc_ae(latent: int, vits: int, channels: Sequence[int], scaling: float) -> Callable[[], nn.Module]:
@@ -138,7 +147,7 @@ PEERS = (
         (4, 32, 32),
         _sample,
         lambda m: [m.decoder_unet],
-        lambda m: m.decoder_unet(torch.empty(1, 7, SIZE, SIZE), torch.empty(1)).sample,
+        lambda m: m.decoder_unet(torch.empty(1, 7, SIZE, SIZE), torch.zeros(1, dtype=torch.int64)).sample,
     ),
 )
 
@@ -166,83 +175,172 @@ def facts(peer: Peer) -> dict[str, Any]:
     return {"parameters": parameters, "flops": flops}
 
 
-def time_one(run: Callable[[], Any], rounds: int, seconds: float) -> dict[str, Any]:
-    result = compare([Provider("it", run)], lambda *_: None, WallTimer(), rounds, warmup=1, seconds=seconds)["it"]
-    return {"median_s": result.median, "samples": list(result.samples)}
+def time_it(run: Callable[[], Any], rounds: int, seconds: float) -> dict[str, Any]:
+    """Median of the calls after the first one; of the first one where it took longer than ``seconds``."""
+    begin = now()
+    run()
+    first = now() - begin
+    samples: list[float] = []
+    while first <= seconds and len(samples) < rounds and (not samples or sum(samples) < seconds):
+        begin = now()
+        run()
+        samples.append(now() - begin)
+    return {"median_s": statistics.median(samples or [first]), "samples": samples, "first_s": first}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What all decoders of a run share; ``compile_seconds`` 0 leaves torch.compile out."""
+
+    device: torch.device
+    dtype: torch.dtype
+    batch: int = 1
+    rounds: int = 20
+    seconds: float = 10.0
+    compile_seconds: float = 60.0
+
+
+def time_compiled(name: str, options: Options, eager_s: float) -> dict[str, Any]:
+    """As ``time_it``, of ``compiled(name, ...)`` in a process of its own; else {"missing": the reason}."""
+    if not options.compile_seconds:
+        return {"missing": "left out"}
+    if eager_s > options.compile_seconds:
+        return {"missing": f"left out: one eager call alone takes {eager_s:.0f} s"}
+    arguments = {
+        "name": name,
+        "device": str(options.device),
+        "dtype": str(options.dtype).removeprefix("torch."),
+        "batch": options.batch,
+    }
+    try:
+        with isolated(f"{__name__}:compiled", arguments, options.compile_seconds) as call:
+            samples = [sum(call.laps())]
+            while len(samples) < options.rounds and sum(samples) < options.seconds:
+                samples.append(sum(call.laps()))
+            return {"median_s": statistics.median(samples), "samples": samples, "first_s": call.first_s}
+    except IsolatedError as error:
+        return {"missing": f"torch.compile {error}"}
+
+
+def compiled(name: str, device: str, dtype: str, batch: int) -> Callable[[Callable[[], None]], Tensor]:
+    """The decoder ``name`` under torch.compile: what the process of ``time_compiled`` runs."""
+    where, kind = torch.device(device), getattr(torch, dtype)
+    if name in OURS:
+        tokenizer = load(name, where)
+        decode = eager(tokenizer, kind, compiled=True, by_block=by_block(tokenizer, where))
+        latents = _latents(tokenizer, batch)
+        return lambda _: decode(latents)
+    peer = next(p for p in PEERS if p.name == name)
+    model, z = build(peer, where, kind, batch)
+    for module in peer.decoder(model):
+        module.compile(dynamic=False)  # in place: decode calls the submodule
+
+    def run(_: Callable[[], None]) -> Tensor:
+        with torch.no_grad():
+            return peer.decode(model, z)
+
+    return run
+
+
+def by_block(tokenizer: Any, device: torch.device) -> bool:
+    """Deep networks of ours on a CPU are compiled as in bench/decode.py."""
+    return device.type == "cpu" and tokenizer.config.decoder.depth > WHOLE_DEPTH
+
+
+def build(peer: Peer, device: torch.device, dtype: torch.dtype, batch: int) -> tuple[nn.Module, Tensor]:
+    """The decoder with random weights, and latents."""
+    torch.manual_seed(0)
+    model = peer.build().eval().requires_grad_(False).to(device, dtype)
+    return model, torch.randn(batch, *peer.latent, device=device, dtype=dtype)
 
 
 def measure(
-    device: torch.device,
-    dtype: torch.dtype,
-    batch: int,
-    rounds: int,
-    seconds: float,
-    compiled: bool,
-    only: Sequence[str],
+    options: Options, only: Sequence[str] = (), progress: Callable[[str], None] = lambda _: None
 ) -> list[dict[str, Any]]:
-    """One row a decoder. They follow one another: together they would not fit into a small memory."""
-    rows = []
+    """One row a decoder: name, parameters, flops, and for each way to run it what ``time_it`` gives."""
+    rows: list[dict[str, Any]] = []
     for peer in PEERS:
-        if only and peer.name not in only:
-            continue
-        row = {"name": peer.name, **facts(peer)}
-        torch.manual_seed(0)
-        with torch.no_grad():
-            model = peer.build().eval().requires_grad_(False).to(device, dtype)
-            z = torch.randn(batch, *peer.latent, device=device, dtype=dtype)
-            row["eager"] = time_one(lambda p=peer, m=model, z=z: p.decode(m, z), rounds, seconds)  # type: ignore[misc]
-            if compiled:
-                torch.compiler.reset()
-                for module in peer.decoder(model):
-                    module.compile(dynamic=False)  # in place: decode calls the submodule
-                row["compile"] = time_one(lambda p=peer, m=model, z=z: p.decode(m, z), rounds, seconds)  # type: ignore[misc]
-        rows.append(row)
-        del model
-        gc.collect()
+        if not only or peer.name in only:
+            progress(peer.name)
+            rows.append(_theirs(peer, options))
+            gc.collect()
     for name in OURS:
-        if only and name not in only:
-            continue
-        rows += _ours(name, device, dtype, batch, rounds, seconds, compiled)
+        if not only or name in only:
+            progress(name)
+            rows += _ours(name, options)
+            gc.collect()
     return rows
 
 
-def _ours(
-    name: str, device: torch.device, dtype: torch.dtype, batch: int, rounds: int, seconds: float, compiled: bool
-) -> list[dict[str, Any]]:
-    tokenizer = load(name, device)
-    cfg = tokenizer.config
-    z = torch.randn(batch, cfg.num_latent_tokens, cfg.latent_dim, device=device)
+def _theirs(peer: Peer, options: Options) -> dict[str, Any]:
+    timed = _eager(peer, options)  # its model is gone before another process makes its own
+    return {
+        "name": peer.name,
+        **facts(peer),
+        "eager": timed,
+        "compile": time_compiled(peer.name, options, timed["median_s"]),
+    }
+
+
+@torch.no_grad()
+def _eager(peer: Peer, options: Options) -> dict[str, Any]:
+    model, z = build(peer, options.device, options.dtype, options.batch)
+    return time_it(lambda: peer.decode(model, z), options.rounds, options.seconds)
+
+
+def _latents(tokenizer: Any, batch: int) -> Tensor:
+    cfg, device = tokenizer.config, next(tokenizer.parameters()).device
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(batch, cfg.num_latent_tokens, cfg.latent_dim, generator=generator).to(device)
+
+
+def _ours(name: str, options: Options) -> list[dict[str, Any]]:
+    """One step a scale; of ``TEACHER`` the teacher's row too."""
+    tokenizer = load(name, options.device)
+    cfg, z = tokenizer.config, _latents(tokenizer, options.batch)
     row: dict[str, Any] = {
         "name": name if cfg.image_size == SIZE else f"{name} ({cfg.image_size} px)",
         "parameters": sum(p.numel() for p in tokenizer.decoder.parameters()),
         "flops": total(decode_work(cfg)).flops,
     }
-    plain = eager(tokenizer, dtype)
-    row["eager"] = time_one(lambda: plain(z), rounds, seconds)
-    if compiled:
-        torch.compiler.reset()
-        quick = eager(tokenizer, dtype, compiled=True)
-        row["compile"] = time_one(lambda: quick(z), rounds, seconds)
-    engine = accelerate(tokenizer, dtype=dtype, batch_sizes=(batch,))
-    engine.warmup()
-    row["engine"] = time_one(lambda: engine.decode(z), rounds, seconds)
+    plain = eager(tokenizer, options.dtype)
+    row["eager"] = time_it(lambda: plain(z), options.rounds, options.seconds)
+    row["compile"] = time_compiled(name, options, row["eager"]["median_s"])
+    if by_block(tokenizer, options.device):
+        row["compile"]["note"] = "by block"
+    engine = accelerate(tokenizer, dtype=options.dtype, batch_sizes=(options.batch,))
+    row["engine"] = time_it(lambda: engine.decode(z), options.rounds, options.seconds)
     if name != TEACHER:
         return [row]
-    teacher = {"name": f"{name}, {TEACHER_STEPS} steps a scale, calculated", "parameters": row["parameters"]}
+    teacher = {"name": f"{name}, {TEACHER_STEPS} steps a scale", "parameters": row["parameters"]}
     teacher["flops"] = total(decode_work(cfg, steps=TEACHER_STEPS)).flops
-    for way in ("eager", "compile", "engine"):
-        if way in row:
-            teacher[way] = {"median_s": TEACHER_STEPS * row[way]["median_s"], "calculated": True}
+    for way in WAYS:
+        if "median_s" in row[way]:
+            seconds = TEACHER_STEPS * row[way]["median_s"]
+            teacher[way] = {"median_s": seconds, "note": f"calculated: {TEACHER_STEPS} times one step"}
     return [row, teacher]
 
 
 def table(rows: Sequence[dict[str, Any]], batch: int) -> list[str]:
-    """img/s of every way to run each decoder."""
-    lines = [["decoder", "M", "GFLOP", "eager img/s", "compile img/s", "engine img/s"]]
+    """img/s of every way to run each decoder; a mark after a number refers to a note below."""
+    lines = [["decoder", "M", "GFLOP", *(f"{way} img/s" for way in WAYS)]]
+    notes: list[str] = []
     for r in rows:
-        speeds = [number(batch / r[way]["median_s"]) if way in r else "-" for way in ("eager", "compile", "engine")]
-        lines.append([r["name"], f"{r['parameters'] / 1e6:.1f}", f"{r['flops'] / 1e9:.0f}", *speeds])
-    return aligned(lines)
+        cells = []
+        for way in WAYS:
+            note = _note(r.get(way, {}))
+            if note and note not in notes:
+                notes.append(note)
+            speed = number(batch / r[way]["median_s"]) if "median_s" in r.get(way, {}) else "-"
+            cells.append(speed + (f" [{notes.index(note) + 1}]" if note else ""))
+        lines.append([r["name"], f"{r['parameters'] / 1e6:.1f}", f"{r['flops'] / 1e9:.0f}", *cells])
+    return [*aligned(lines), *(f"[{i}] {note}" for i, note in enumerate(notes, 1))]
+
+
+def _note(timed: dict[str, Any]) -> str | None:
+    if "missing" in timed or "note" in timed:
+        return str(timed.get("missing") or timed["note"])
+    return "its first call" if timed and not timed.get("samples", True) else None
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -251,22 +349,32 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16" if torch.cuda.is_available() else "fp32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--seconds", type=float, default=20.0, help="per decoder, from the third round on")
-    parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--seconds", type=float, default=10.0, help="per decoder and way (default: %(default)s)")
+    parser.add_argument("--compile-seconds", type=float, default=60.0, help="0 leaves it out (default: %(default)s)")
     parser.add_argument("--only", nargs="*", default=[], metavar="NAME")
     parser.add_argument("--json", type=Path)
+    parser.add_argument(
+        "--from", dest="source", type=Path, metavar="FILE", help="measure nothing: print a stored table"
+    )
     args = parser.parse_args(arguments)
+    if args.source:
+        document = json.loads(args.source.read_text())
+        print("\n".join(table(document["rows"], document["batch"])))
+        return
     known = [p.name for p in PEERS] + list(OURS)
     if set(args.only) - set(known):
         raise InputError(f"--only must name some of {', '.join(known)}, got {', '.join(args.only)}")
-    device, dtype = torch.device(args.device), DTYPES[args.dtype]
-    rows = measure(device, dtype, args.batch, args.rounds, args.seconds, not args.no_compile, args.only)
+    options = Options(
+        torch.device(args.device), DTYPES[args.dtype], args.batch, args.rounds, args.seconds, args.compile_seconds
+    )
+    rows = measure(options, args.only, lambda name: print(f"measuring {name}", file=sys.stderr, flush=True))
     print("\n".join(table(rows, args.batch)))
     if args.json:
-        ceilings = {"copy": copy_bandwidth(device), args.dtype: gemm_rate(device, dtype)}
+        ceilings = {"copy": copy_bandwidth(options.device), args.dtype: gemm_rate(options.device, options.dtype)}
         document = {
             "batch": args.batch,
             "dtype": args.dtype,
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "machine": machine_info(),
             "ceilings": ceilings,
             "rows": rows,

@@ -4,11 +4,14 @@ import json
 import random
 import subprocess
 import sys
+import time
+from functools import partial
 
 import pytest
+import torch
 
 from msdd_fast import cli
-from msdd_fast.bench import regressions, worker
+from msdd_fast.bench import regressions, trial, worker
 from msdd_fast.bench.regressions import Verdict, against_document, is_slower, lines, paired
 from msdd_fast.bench.results import save
 from msdd_fast.errors import InputError
@@ -36,10 +39,12 @@ def test_a_planted_slowdown_of_15_percent_is_found_and_noise_is_not(device):
         assert not paired("x", *samples(0.0, seed), device).slower
 
 
-def test_both_thresholds_of_a_gpu_and_one_of_a_cpu():
+def test_both_thresholds():
     assert not is_slower(100e-6, 119e-6, 1.19, "cuda") and is_slower(1e-3, 1.06e-3, 1.06, "cuda")
     assert not is_slower(1e-3, 1.04e-3, 1.04, "cuda")
-    assert not is_slower(1e-3, 1.09e-3, 1.09, "cpu") and is_slower(100e-6, 119e-6, 1.19, "cpu")
+    assert not is_slower(100e-6, 119e-6, 1.19, "cpu") and is_slower(1e-3, 1.11e-3, 1.11, "cpu")
+    assert not is_slower(1e-3, 1.09e-3, 1.09, "cpu")
+    assert is_slower(1e-3, 1.06e-3, 1.06, "cpu", share=0.5) and not is_slower(1e-3, 1.04e-3, 1.04, "cpu", share=0.5)
 
 
 def test_stored_runs_are_compared_by_case_provider_and_scale():
@@ -89,15 +94,17 @@ def test_exit_codes(tmp_path, capsys):
 
 
 class FakeWorkers:
-    """Both sides; the new one is slower by a factor, for the first so many questions about a provider."""
+    """Both sides; the new one is slower by a factor, and by another after the first so many questions."""
 
-    def __init__(self, monkeypatch, factor, times=10**6):
-        self.factor, self.times, self.order = factor, times, []
+    def __init__(self, monkeypatch, factor, times=10**6, then=1.0):
+        self.factor, self.times, self.then, self.order, self.started = factor, times, then, [], 0
         monkeypatch.setattr(regressions, "build", lambda *_: "base")
         monkeypatch.setattr(regressions, "process", self.process)
         monkeypatch.setattr(regressions, "ask", self.ask)
 
-    def process(self, device, path):
+    def process(self, device, path, slowdown=0.0):
+        self.started += 1
+
         class Side:
             name = path or "new"
 
@@ -113,24 +120,55 @@ class FakeWorkers:
         if line.startswith("case"):
             return ["eager"] if side.name == "base" else ["eager", "engine"]
         self.order.append(side.name)
-        slow = side.name == "new" and self.order.count("new") <= self.times
-        return 0.01 * (self.factor if slow else 1)
+        if side.name == "base":
+            return 0.01
+        return 0.01 * (self.factor if self.order.count("new") <= self.times else self.then)
 
 
 def test_sides_take_turns_and_a_suspect_is_measured_again(monkeypatch):
-    fake = FakeWorkers(monkeypatch, factor=1.15, times=regressions.MAX_ROUNDS)
-    (verdict,) = regressions.against_revision("main", "cpu", {"tiny decode 1": 10})
+    rounds, case = regressions.MAX_ROUNDS, {"tiny decode 1": 10}
+    fake = FakeWorkers(monkeypatch, factor=1.15, times=rounds)
+    (verdict,) = regressions.against_revision("main", "cpu", case)
     assert verdict.name == "tiny decode 1, eager" and not verdict.slower  # slow once, not twice
-    assert fake.order[:4] == ["base", "new", "new", "base"] and len(fake.order) == 4 * regressions.MAX_ROUNDS
-    FakeWorkers(monkeypatch, factor=1.15)
-    (verdict,) = regressions.against_revision("main", "cpu", {"tiny decode 1": 10})
+    assert fake.order[:4] == ["base", "new", "new", "base"] and len(fake.order) == 4 * rounds and fake.started == 4
+    FakeWorkers(monkeypatch, factor=1.15, then=1.15)
+    (verdict,) = regressions.against_revision("main", "cpu", case)
     assert verdict.slower and verdict.ratio == pytest.approx(1.15)
+    FakeWorkers(monkeypatch, factor=1.08, times=rounds, then=1.15)
+    (verdict,) = regressions.against_revision("main", "cpu", case)
+    assert verdict.slower  # the first samples only hinted at it
+    (verdict,) = regressions.against_revision("main", "cpu", {"tiny decode 1 eager": 10})
+    assert verdict.name == "tiny decode 1, eager"
+    with pytest.raises(InputError, match="--compare must name a revision with a provider of this one"):
+        regressions.against_revision("main", "cpu", {"tiny decode 1 engine": 10})  # the base has none
+    fake = FakeWorkers(monkeypatch, factor=1.04)
+    (verdict,) = regressions.against_revision("main", "cpu", case)
+    assert not verdict.slower and fake.started == 2 and len(fake.order) == 2 * rounds  # no suspect
+
+
+def test_the_trial_tells_a_gate_that_works_from_one_that_does_not(monkeypatch, capsys, tmp_path):
+    def between(base, specs, device, slowdown, found):
+        return [Verdict("a", 0.1, 0.1, 1.0, found(slowdown)), Verdict("b", 0.1, 0.1, 1.0, found(slowdown))]
+
+    for found, code, last in (
+        (lambda s: s > 0.1, 0, "all 3 as they must be"),
+        (lambda _: False, 1, "1 of 3 wrong"),
+        (lambda _: True, 1, "2 of 3 wrong"),
+    ):
+        monkeypatch.setattr(trial, "between", partial(between, found=found))
+        assert trial.main(["--times", "2", "--json", str(tmp_path / "t.json"), "--device", "cpu"]) == code
+        assert capsys.readouterr().out.splitlines()[-1] == last
+    assert len(json.loads((tmp_path / "t.json").read_text())["runs"]) == 3
+
+
+def test_a_planted_slowdown_makes_calls_longer():
+    assert worker.seconds(lambda: time.sleep(0.02), torch.device("cpu"), slowdown=1.0) >= 0.04
 
 
 def test_the_worker_measures_what_it_is_told():
     talk = "case tiny decode 1\ntime engine\ncase tiny encode 1\ntime eager\n"
     done = subprocess.run(
-        [sys.executable, worker.__file__, "cpu"], input=talk, capture_output=True, text=True, check=True
+        [sys.executable, worker.__file__, "cpu", "0"], input=talk, capture_output=True, text=True, check=True
     )
     names, engine, encoders, encode = map(json.loads, done.stdout.splitlines())
     assert names == ["eager", "engine"] and encoders == ["eager"] and engine > 0 and encode > 0
