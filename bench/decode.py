@@ -31,7 +31,7 @@ from msdd_fast.bench.waterfall import TOLERANCE, eager, in_dtype, load
 from msdd_fast.engine import FastDecoder, accelerate
 from msdd_fast.engine.compute import compute_dtype
 from msdd_fast.engine.fast_decoder import TIERS
-from msdd_fast.errors import BackendUnavailableError, InputError
+from msdd_fast.errors import AccuracyError, BackendUnavailableError, InputError
 from msdd_fast.models.tokenizer import Tokenizer
 
 FORMAT = "msdd-fast bench 1"
@@ -200,7 +200,7 @@ def candidates(
             engine = accelerate(
                 tokenizer, tier=tier, batch_sizes=(case.batch,), steps=case.steps, cfg_scale=case.cfg_scale
             )
-        except (BackendUnavailableError, InputError) as error:
+        except (AccuracyError, BackendUnavailableError, InputError) as error:
             missing[f"engine-{tier}"] = str(error)
             continue
         marked = Lapped(lambda mark, e=engine: engine_stages(e, z, mark))  # type: ignore[misc]

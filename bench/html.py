@@ -9,6 +9,7 @@ from typing import Any
 
 from msdd_fast.bench import svg
 from msdd_fast.bench.results import PERCENTILES, device_of, facts_lines, measurements, number, percentile
+from msdd_fast.bench.waterfall import notes
 
 STYLE = """
 :root { color-scheme: light dark; --bg: #fff; --fg: #1b1f24; --soft: #667; --line: #d8dce2; --card: #f6f7f9; }
@@ -21,7 +22,7 @@ body { margin: 0 auto; max-width: 900px; padding: 16px; background: var(--bg); c
 h1 { font-size: 1.5rem; margin: .5rem 0; } h2 { font-size: 1.2rem; margin: 2rem 0 .5rem; } h3 { font-size: 1rem; }
 p.note, figcaption { color: var(--soft); font-size: .875rem; }
 section > figure, article { margin: 0 0 1rem; padding: 12px; background: var(--card); border-radius: 8px; }
-figure figure { margin: 0; padding: 0; }
+figure { margin: 0; } p { overflow-wrap: anywhere; }
 svg { width: 100%; max-width: 640px; height: auto; display: block; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .875rem; white-space: nowrap; width: 100%; }
@@ -31,7 +32,7 @@ text { fill: var(--fg); font: 11px system-ui, sans-serif; } text.value { fill: v
 .grid { stroke: var(--line); } .roof { fill: none; stroke: var(--soft); stroke-dasharray: 5 4; }
 .line { fill: none !important; stroke-width: 2; }
 @media (max-width: 560px) { text { font-size: 14px; } text.value { font-size: 13px; } }
-.legend span { margin-right: 1rem; white-space: nowrap; } .legend i { display: inline-block; width: .8em; height: .8em;
+.legend span { margin-right: 1rem; display: inline-block; } .legend i { display: inline-block; width: .8em; height: .8em;
   border-radius: 2px; margin-right: .35em; }
 """ + "".join(
     f".s{i} {{ fill: {c}; background: {c}; stroke: none; }} .line.s{i} {{ stroke: {c}; }}\n"
@@ -46,7 +47,7 @@ def page(document: Mapping[str, Any], past: Sequence[Mapping[str, Any]] = ()) ->
     parts = [
         ("Images per second", _throughput(document, series)),
         ("Latency", _latency(document, series)),
-        ("Where the speed comes from", _waterfall(document)),
+        ("Where the speed comes from", _waterfall(document, series)),
         ("Roofline", _roofline(document)),
         ("Cold start", _cold_start(document)),
         ("History", _history([*past, document])),
@@ -95,16 +96,27 @@ def _latency(document: Mapping[str, Any], series: Sequence[str]) -> str:
     return svg.legend(series) + "".join(parts)
 
 
-def _waterfall(document: Mapping[str, Any]) -> str:
+def _waterfall(document: Mapping[str, Any], series: Sequence[str]) -> str:
     waterfall = document.get("waterfall")
     if not waterfall:
         return ""
+    colours = list(dict.fromkeys([*series, "engine-exact"]))
+    plain = colours[0]
+
+    def colour(name: str) -> str:
+        """Its own where it has one; the exact tier's for each step towards it."""
+        return name if name in colours else plain if name.startswith(("compile", "bare")) else "engine-exact"
+
     parts = []
     for result in waterfall["results"]:
-        bars = {r["provider"]: {"img/s": r["images_per_second"]} for r in result["rows"]}
+        bars = {r["provider"]: {colour(r["provider"]): r["images_per_second"]} for r in result["rows"]}
         name = html.escape(f"{waterfall['model']} decode, batch {result['batch']}, img/s")
-        parts.append(f"<article><h3>{name}</h3>{svg.bars(bars, 'img/s', ['img/s'])}</article>")
-    note = "<p class=note>Each bar has everything above it, but for compile and the bare matrix products.</p>"
+        said = "".join(f"<p class=note>{html.escape(line)}</p>" for line in notes(result))
+        parts.append(f"<article><h3>{name}</h3>{svg.bars(bars, 'img/s', colours)}{said}</article>")
+    note = (
+        "<p class=note>Each bar has everything above it, up to the exact tier. Beside it: the fast tier, "
+        "torch.compile, and the bare matrix products.</p>"
+    )
     return note + "".join(parts)
 
 

@@ -148,7 +148,11 @@ def between(
                 for name, (more_old, more_new) in take(old, new, names, specs[spec] / 2).items():
                     samples[spec][name][0].extend(more_old)
                     samples[spec][name][1].extend(more_new)
-    return [paired(f"{spec}, {name}", *pair, device) for spec, taken in samples.items() for name, pair in taken.items()]
+    return [
+        paired(f"{' '.join(spec.split()[:3])}, {name}", *pair, device)
+        for spec, taken in samples.items()
+        for name, pair in taken.items()
+    ]
 
 
 def take(old: subprocess.Popen[str], new: subprocess.Popen[str], names: Sequence[str], seconds: float) -> Samples:

@@ -104,8 +104,10 @@ def case_lines(result: Mapping[str, Any]) -> list[str]:
 def facts_lines(document: Mapping[str, Any]) -> list[str]:
     """Device, versions, ceilings and cold start."""
     machine = document["machine"]
+    commit, _, changes = (machine["commit"] or "unknown").partition("+")
+    commit = commit[:10] + ("+" + changes if changes else "")
     lines = [
-        f"{device_of(document)}; torch {machine['packages']['torch']}; commit {machine['commit']}; {document['time']}",
+        f"{device_of(document)}; torch {machine['packages']['torch']}; commit {commit}; {document['time']}",
         f"ceilings of this run: {ceilings_line(document['ceilings'])}",
     ]
     if document["cold_start"]:

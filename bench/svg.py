@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 WIDTH = 480
 LEFT, RIGHT, TOP, BOTTOM = 96, 48, 8, 34
 BAR = 16
+LETTER = 7.8  # of the labels, at the size that they have on a phone
 SERIES = 8
 
 
@@ -19,7 +20,8 @@ def bars(groups: Mapping[str, Mapping[str, float]], unit: str, series: Sequence[
         return ""
     low = 10 ** math.floor(math.log10(min(values))) if log else 0.0
     high = max(values)
-    room = WIDTH - LEFT - RIGHT
+    left = max(48, 12 + LETTER * max(map(len, groups)))
+    room = WIDTH - left - RIGHT
 
     def length(v: float) -> float:
         if v <= 0:
@@ -28,14 +30,14 @@ def bars(groups: Mapping[str, Mapping[str, float]], unit: str, series: Sequence[
 
     body, y = [], TOP
     for group, entries in groups.items():
-        body.append(_text(LEFT - 8, y + BAR * len(entries) / 2 + 4, group, "end"))
+        body.append(_text(left - 8, y + BAR * len(entries) / 2 + 3, group, "end"))
         for name, value in entries.items():
-            label = f"{name}: {short(value)} {unit}"
+            title = html.escape(f"{group}, {name}: {short(value)} {unit}")
             body.append(
-                f'<rect class="s{series.index(name) % SERIES}" x="{LEFT}" y="{y}" width="{max(length(value), 1):.1f}" '
-                f'height="{BAR - 3}" rx="2"><title>{html.escape(f"{group}, {label}")}</title></rect>'
+                f'<rect class="s{series.index(name) % SERIES}" x="{left:.0f}" y="{y}" rx="2" height="{BAR - 3}" '
+                f'width="{max(length(value), 1):.1f}"><title>{title}</title></rect>'
             )
-            body.append(_text(LEFT + max(length(value), 1) + 5, y + BAR - 5, short(value), "start", "value"))
+            body.append(_text(left + max(length(value), 1) + 5, y + BAR - 5, short(value), "start", "value"))
             y += BAR
         y += 9
     return _svg(y, body, f"bars, {unit}{', logarithmic' if log else ''}")
@@ -111,8 +113,10 @@ def lines(series: Mapping[str, Sequence[tuple[int, float]]], ticks: Sequence[str
             body.append(
                 f'<circle class="s{k % SERIES}" cx="{x:.1f}" cy="{y:.1f}" r="4"><title>{title}</title></circle>'
             )
-    shown = range(0, len(ticks), max(1, len(ticks) // 6))
-    body += [_text(at(i, 0)[0], height - 12, ticks[i], "middle" if i else "start", "value") for i in shown]
+    last = len(ticks) - 1
+    middle = {last // 2: "middle"} if last > 1 and last % 2 == 0 else {}
+    for i, anchor in {**middle, last: "end", 0: "start"}.items():
+        body.append(_text(at(i, 0)[0], height - 12, ticks[i], anchor, "value"))
     return _svg(height, body, f"{unit} over runs")
 
 

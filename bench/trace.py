@@ -37,12 +37,19 @@ class LaunchCounter(TorchDispatchMode):
 def touched_bytes(args: Any, kwargs: Any, out: Any) -> int:
     """Bytes of all tensors of one call, each counted once: an argument may be returned (out=, in place)."""
     tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor)]
-    regions = {(t.data_ptr(), _elements(t), t.element_size()) for t in tensors}
+    regions = {(_place(t), _elements(t), t.element_size()) for t in tensors}
     return sum(elements * itemsize for _, elements, itemsize in regions)
+
+
+def _place(t: Tensor) -> int:
+    """Weights that oneDNN packed keep their storage to themselves."""
+    return t.data_ptr() if t.layout == torch.strided else id(t)
 
 
 def _elements(t: Tensor) -> int:
     """Distinct elements: an expanded dimension is read from the cache."""
+    if t.layout != torch.strided:
+        return t.numel()
     return math.prod(size for size, stride in zip(t.shape, t.stride(), strict=True) if stride)
 
 

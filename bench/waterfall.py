@@ -3,7 +3,8 @@
     python -m msdd_fast.bench.waterfall msdd-nano --batch 1 8 [--json FILE]
 
 Bars, each with everything before it: eager-bf16 (the eager tokenizer in bfloat16, no op of ours, nothing hoisted), the
-engine's compute dtype, hoisting and packing, fused ops, attention, and on a GPU the graph. Beside them torch.compile of
+engine's compute dtype, hoisting and packing, fused ops, attention, and on a GPU the graph: the exact tier. Beside them
+the fast tier (int8 products on a CPU, float8 on a GPU) with the PSNR that it is expected to lose, torch.compile of
 eager-bf16 and of eager in the compute dtype, and the engine's matrix products alone, timed with its shapes and weights.
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,8 @@ from msdd_fast.bench.trace import count_launches
 from msdd_fast.config import PRESETS
 from msdd_fast.engine import FastDecoder, accelerate
 from msdd_fast.engine.linear import DenseLinear
-from msdd_fast.errors import CheckpointError
+from msdd_fast.engine.report import Accuracy
+from msdd_fast.errors import AccuracyError, BackendUnavailableError, CheckpointError, InputError
 from msdd_fast.models.tokenizer import Tokenizer
 from msdd_fast.sampling import sample
 
@@ -108,8 +111,21 @@ def bare_products(engine: FastDecoder, z: Tensor) -> tuple[Callable[[], None], i
     return run, sum(2 * x.shape[0] * x.shape[1] * out.shape[1] for _, x, out in calls)
 
 
-def providers(tokenizer: Tokenizer, batch: int, with_compile: bool) -> tuple[list[Provider], FastDecoder, Tensor]:
-    """The bars for one batch size, the last engine, and the latents."""
+FAST = "engine-fast"
+
+
+@dataclass
+class Bars:
+    """The bars of one batch size, the exact tier's engine, and the fast tier's accuracy or the reason why it is out."""
+
+    providers: list[Provider]
+    best: FastDecoder
+    z: Tensor
+    fast: Accuracy | str
+
+
+def bars_of(tokenizer: Tokenizer, batch: int, with_compile: bool) -> Bars:
+    """Every way to run the decode of a random batch."""
     cfg, device = tokenizer.config, next(tokenizer.parameters()).device
     generator = torch.Generator().manual_seed(0)
     z = torch.randn(batch, cfg.num_latent_tokens, cfg.latent_dim, generator=generator).to(device)
@@ -125,16 +141,24 @@ def providers(tokenizer: Tokenizer, batch: int, with_compile: bool) -> tuple[lis
     if best.graphs:
         best.warmup()
         bars["graph"] = best.decode
+    accuracy: Accuracy | str
+    try:
+        quick = accelerate(tokenizer, tier="fast", batch_sizes=(batch,))
+        assert quick.accuracy is not None
+        accuracy, bars[FAST] = quick.accuracy, quick.decode
+    except (AccuracyError, BackendUnavailableError, InputError) as error:
+        accuracy = str(error)
     if with_compile:
         for dtype in dict.fromkeys((torch.bfloat16, best.dtype)):
             bars[f"compile-{_short(dtype)}"] = eager(tokenizer, dtype, compiled=True)
-    return [Provider(name, _call(decode, z)) for name, decode in bars.items()], best, z
+    return Bars([Provider(name, _call(decode, z)) for name, decode in bars.items()], best, z, accuracy)
 
 
 def measure(tokenizer: Tokenizer, batch: int, rounds: int, with_compile: bool = True) -> dict[str, Any]:
     """One waterfall as plain data."""
-    bars, engine, z = providers(tokenizer, batch, with_compile)
-    products, flops = bare_products(engine, z)
+    found = bars_of(tokenizer, batch, with_compile)
+    bars, z = found.providers, found.z
+    products, flops = bare_products(found.best, z)
     reference = tokenizer.decode(z)
     near = close_to(reference, TOLERANCE)
     results = compare(
@@ -149,7 +173,10 @@ def measure(tokenizer: Tokenizer, batch: int, rounds: int, with_compile: bool = 
     for row, provider in zip(rows, bars, strict=False):
         if not row["provider"].startswith("compile"):
             row["launches"], row["bytes"] = count_launches(provider.function)
-    return {"batch": batch, "matmul_flop": flops, "rows": rows}
+        if row["provider"] == FAST and isinstance(found.fast, Accuracy):
+            row["expected_psnr_loss"] = found.fast.expected_loss
+    missing = {FAST: found.fast} if isinstance(found.fast, str) else {}
+    return {"batch": batch, "matmul_flop": flops, "rows": rows, "missing": missing}
 
 
 def _row(m: Measurement, base: Measurement, batch: int, flops: int) -> dict[str, Any]:
@@ -175,7 +202,14 @@ def table(result: dict[str, Any]) -> str:
             f"{r['provider']:>16} {r['median_s'] * 1e3:>9.1f} {r['images_per_second']:>8.2f} {r['speedup']:>6.2f} "
             f"{r['matmul_gflops']:>8.0f} {error:>8} {count}".rstrip()
         )
-    return "\n".join(lines)
+    return "\n".join([*lines, *notes(result)])
+
+
+def notes(result: dict[str, Any]) -> list[str]:
+    """What must be said beside the fast tier's bar, or why there is none."""
+    losses = [r["expected_psnr_loss"] for r in result["rows"] if "expected_psnr_loss" in r]
+    said = [f"{FAST} is not exact: int8 or float8 products, expected to cost {loss:.3f} dB of PSNR" for loss in losses]
+    return said + [f"{name}: {why}" for name, why in result.get("missing", {}).items()]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
