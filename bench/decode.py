@@ -264,7 +264,7 @@ def _compiling(
     dtype = str(compute_dtype(torch.bfloat16, device)[0]).removeprefix("torch.")
     arguments = {"case": asdict(case), "device": str(device), "dtype": dtype}
     try:
-        return stack.enter_context(isolated(f"{__name__}:compiled", arguments, case.compile_seconds)), None
+        return stack.enter_context(isolated("msdd_fast.bench.decode:compiled", arguments, case.compile_seconds)), None
     except IsolatedError as error:
         return None, f"torch.compile {error}"
 

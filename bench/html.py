@@ -32,8 +32,8 @@ text { fill: var(--fg); font: 11px system-ui, sans-serif; } text.value { fill: v
 .grid { stroke: var(--line); } .roof { fill: none; stroke: var(--soft); stroke-dasharray: 5 4; }
 .line { fill: none !important; stroke-width: 2; }
 @media (max-width: 560px) { text { font-size: 14px; } text.value { font-size: 13px; } }
-.legend span { margin-right: 1rem; display: inline-block; } .legend i { display: inline-block; width: .8em; height: .8em;
-  border-radius: 2px; margin-right: .35em; }
+.legend span { margin-right: 1rem; display: inline-block; }
+.legend i { display: inline-block; width: .8em; height: .8em; border-radius: 2px; margin-right: .35em; }
 """ + "".join(
     f".s{i} {{ fill: {c}; background: {c}; stroke: none; }} .line.s{i} {{ stroke: {c}; }}\n"
     for i, c in enumerate(("#8a94a3", "#5b8def", "#e0a030", "#2fa37c", "#c65bcf", "#d95f5f", "#4bb3c8", "#9a7b5f"))

@@ -6,6 +6,7 @@ Without graphs, which hide the kernels. docs/profiling.md walks through an examp
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import subprocess
 import sys
@@ -43,6 +44,7 @@ def run(args: argparse.Namespace) -> None:
     from msdd_fast.engine import accelerate
     from msdd_fast.engine.compute import compute_dtype
 
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes a line for each start and stop
     if args.trace:
         require_writable(args.trace)
     if args.ncu:
