@@ -71,7 +71,8 @@ def _throughput(document: Mapping[str, Any], series: Sequence[str]) -> str:
                 groups.setdefault(_scale(scale), {})[p["provider"]] = batch / m.median
         whole = _scale("whole")
         ordered = {**{k: v for k, v in groups.items() if k != whole}, whole: groups[whole]}
-        figure = f"<figure>{svg.bars(ordered, 'img/s', series)}</figure>{_table(ordered, series)}"
+        headline_first = {whole: groups[whole], **ordered}  # in sight on a phone
+        figure = f"<figure>{svg.bars(ordered, 'img/s', series)}</figure>{_table(headline_first, series)}"
         missing = "".join(f"<p class=note>{html.escape(f'{n}: {why}')}</p>" for n, why in result["missing"].items())
         parts.append(f"<article><h3>{html.escape(result['case']['name'])}</h3>{figure}{missing}</article>")
     return "".join(parts)

@@ -80,7 +80,16 @@ def case_lines(result: Mapping[str, Any]) -> list[str]:
     batch, providers = result["case"]["batch"], result["providers"]
     scales = list(providers[0].get("scales", {}))
     whole = "decode" if scales else "encode"
-    header = ["", *(f"{s} px" for s in scales), whole, "x", *(f"p{p} ms" for p in PERCENTILES), "rounds", "max error"]
+    header = [
+        "",
+        *(f"{s} px" for s in scales),
+        whole,
+        "x",
+        *(f"p{p} ms" for p in PERCENTILES),
+        "rounds",
+        "first s",
+        "error",
+    ]
     rows = [header]
     base = statistics.median(providers[0]["samples"])
     for p in providers:
@@ -94,6 +103,7 @@ def case_lines(result: Mapping[str, Any]) -> list[str]:
                 f"{base / medians['whole']:.2f}",
                 *("-" if x is None else number(x * 1e3) for x in latencies),
                 str(len(p["samples"])),
+                number(p["first_call_s"]),
                 "-" if p["max_error"] is None else f"{p['max_error']:.0e}",
             ]
         )

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from msdd_fast import Tokenizer, cli, ranges
-from msdd_fast.bench import decode, profile, suite
+from msdd_fast.bench import decode, profile, suite, waterfall
 from msdd_fast.bench.decode import SUITES, DecodeCase, measure_case
 from msdd_fast.bench.html import page
 from msdd_fast.bench.results import case_lines, facts_lines, history, percentile, read, save, slug
@@ -100,7 +100,17 @@ def test_the_page_stands_alone_and_shows_everything():
     run = document()
     run["waterfall"] = {
         "model": "tiny",
-        "results": [{"batch": 1, "rows": [{"provider": "hoist", "images_per_second": 3.0}]}],
+        "results": [
+            {
+                "batch": 1,
+                "rows": [
+                    {"provider": "hoist", "images_per_second": 3.0},
+                    {"provider": "engine-fast", "images_per_second": 4.0, "expected_psnr_loss": 0.0123},
+                    {"provider": "compile-bf16", "images_per_second": 2.0},
+                ],
+                "missing": {"engine-slow": "nobody wants it"},
+            }
+        ],
     }
     text = page(run, [{**run, "time": "2025-12-01T00:00:00Z"}])
     checker = Checker()
@@ -112,6 +122,7 @@ def test_the_page_stands_alone_and_shows_everything():
     assert ("name", "viewport") in checker.attributes and "prefers-color-scheme: dark" in text
     for heading in ("Images per second", "Latency", "Where the speed comes from", "Roofline", "Cold start", "History"):
         assert f"<h2>{heading}</h2>" in text
+    assert "expected to cost 0.012 dB of PSNR" in text and "engine-slow: nobody wants it" in text
     assert "Some &lt;CPU&gt;" in text and "<CPU>" not in text
     # img/s of the whole: batch 2, medians 3.095 * 0.01 and * 0.02 s
     assert "64.6" in text and "32.3" in text
@@ -177,6 +188,19 @@ def test_ranges_cost_nothing_when_nobody_looks():
         for i in ranges.spans([0, 1], lambda i: f"range {i}"):
             assert ranges.current() == (f"range {i}",)
     assert ranges.current() == () and not ranges.on()
+
+
+def test_the_waterfall_has_a_bar_for_every_measure_and_the_fast_tier_s_loss(tiny):
+    result = waterfall.measure(tiny, batch=1, rounds=1, with_compile=False)
+    rows = {r["provider"]: r for r in result["rows"]}
+    assert list(rows)[:5] == ["eager-bf16", "eager-fp32", "hoist", "fused ops", "attention"]
+    assert rows["attention"]["launches"] < rows["fused ops"]["launches"] < rows["hoist"]["launches"]
+    text = waterfall.table(result)
+    if waterfall.FAST in rows:
+        assert 0 <= rows[waterfall.FAST]["expected_psnr_loss"] <= 0.1 and "dB of PSNR" in text
+        assert rows[waterfall.FAST]["bytes"] > 0
+    else:
+        assert f"{waterfall.FAST}: {result['missing'][waterfall.FAST]}" in text
 
 
 @pytest.mark.slow

@@ -6,11 +6,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from msdd_fast import ops
+from msdd_fast.bench import harness
 from msdd_fast.bench.ceilings import copy_bandwidth, floor_seconds, gemm_rate, last_level_cache
 from msdd_fast.bench.harness import Measurement, Provider, WrongResultError, close_to, compare, same_moments
 from msdd_fast.bench.report import markdown
@@ -53,6 +55,23 @@ def test_providers_take_turns():
     result = compare(providers("a", "b", "c"), close_to(ONES), timer, rounds=4)
     assert "".join(timer.order) == "abc" + "bca" + "cab" + "abc"
     assert result["a"].samples == (1, 6, 8, 10) and list(result) == ["a", "b", "c"]
+
+
+def test_a_slow_provider_gets_fewer_rounds_and_a_clock_of_its_own_counts(monkeypatch):
+    clock = SimpleNamespace(time=0.0)
+    monkeypatch.setattr(harness.time, "perf_counter", lambda: clock.time)
+
+    def takes(name, seconds):
+        def one_call():
+            clock.time += seconds
+            return 7.0 + seconds
+
+        return Provider(name, lambda: ONES, clock=one_call)
+
+    result = compare([takes("slow", 10.0), takes("quick", 1.0)], close_to(ONES), FakeTimer(), 100, 0, 4.0, min_rounds=2)
+    assert result["slow"].samples == (17.0, 17.0) and result["quick"].samples == (8.0,) * 4
+    result = compare([takes("slow", 10.0)], close_to(ONES), FakeTimer(), 100, 0, seconds=0)
+    assert len(result["slow"].samples) == harness.MIN_ROUNDS and result["slow"].first_s is not None
 
 
 @pytest.mark.parametrize(
