@@ -8,6 +8,7 @@ which is ended where its first call takes longer than the case allows; the table
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import time
 from collections.abc import Callable, Iterable
@@ -144,8 +145,14 @@ class Candidate:
     dtype: torch.dtype
     whole: Callable[[], Tensor]
     marked: Lapped
-    clock: Callable[[], float] | None = None
+    clock: Callable[[bool], float] | None = None
+    """Seconds of one more call, with marks or without, where another process makes it."""
     first_s: float | None = None
+
+    def provider(self, marked: bool) -> Provider:
+        """For ``compare``."""
+        clock = None if self.clock is None else functools.partial(self.clock, marked)
+        return Provider(self.name, self.marked if marked else self.whole, clock)
 
 
 def inputs_of(tokenizer: Tokenizer, case: DecodeCase) -> Tensor:
@@ -213,9 +220,10 @@ def _elsewhere(name: str, dtype: torch.dtype, other: Isolated) -> Candidate:
     """A provider whose calls another process makes and times; its first call has been made."""
     marked = Lapped(lambda _: other.result)
 
-    def clock() -> float:
-        *laps, rest = other.laps()
-        marked.laps.append(laps)
+    def clock(with_marks: bool) -> float:
+        *laps, rest = other.laps(with_marks)
+        if with_marks:
+            marked.laps.append(laps)
         return sum(laps) + rest
 
     return Candidate(name, dtype, lambda: other.result, marked, clock, other.first_s)
@@ -242,11 +250,10 @@ def measure_case(tokenizer: Tokenizer, case: DecodeCase, rounds: int = ROUNDS) -
         found, missing = candidates(tokenizer, case, name, other)
         near = close_to(plain(tokenizer, case, torch.float32)(_ignore), TOLERANCE)
         timer = WallTimer()
-        marked = [Provider(c.name, c.marked, c.clock) for c in found]
-        whole = [Provider(c.name, c.whole, c.clock) for c in found] if cuda else marked
-        results = compare(whole, near, timer, rounds, 0, case.seconds, case.min_rounds)
-        parts = results
+        whole = [c.provider(marked=not cuda) for c in found]
+        parts = results = compare(whole, near, timer, rounds, 0, case.seconds, case.min_rounds)
         if cuda and case.kind == "decode":
+            marked = [c.provider(marked=True) for c in found]
             parts = compare(marked, near, timer, rounds, 1, case.seconds, case.min_rounds)
     return {
         "case": {"name": case.name, **asdict(case)},

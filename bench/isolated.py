@@ -42,10 +42,10 @@ class Isolated:
     def __init__(self, process: subprocess.Popen[str], first_s: float, result: Tensor) -> None:
         self.process, self.first_s, self.result = process, first_s, result
 
-    def laps(self) -> list[float]:
-        """Seconds of each part of one more call, by the clock of the process."""
+    def laps(self, marked: bool = True) -> list[float]:
+        """Seconds of each part of one more call, by the clock of the process; of the whole call if not ``marked``."""
         assert self.process.stdin is not None
-        self.process.stdin.write("\n")
+        self.process.stdin.write("marked\n" if marked else "whole\n")
         self.process.stdin.flush()
         laps: list[float] = _answer(self.process, None)
         return laps
@@ -105,9 +105,10 @@ def main() -> None:
     begin = now()
     torch.save(run(lambda: None).float().cpu(), spec["result"])
     print(json.dumps([now() - begin]), file=answers, flush=True)
-    for _ in sys.stdin:
+    for line in sys.stdin:
         marks = [now()]
-        run(lambda marks=marks: marks.append(now()))  # type: ignore[misc]
+        # On a GPU a mark waits for the device.
+        run((lambda marks=marks: marks.append(now())) if line == "marked\n" else lambda: None)
         marks.append(now())
         print(json.dumps([b - a for a, b in itertools.pairwise(marks)]), file=answers, flush=True)
 
