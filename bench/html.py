@@ -41,7 +41,7 @@ text { fill: var(--fg); font: 11px system-ui, sans-serif; } text.value { fill: v
 
 
 def page(document: Mapping[str, Any], past: Sequence[Mapping[str, Any]] = ()) -> str:
-    """The page of one run; ``past``: stored runs of the same device, oldest first."""
+    """The page of one run; ``past``: stored runs of the same device, oldest first, perhaps this one among them."""
     series = list(dict.fromkeys(p["provider"] for r in document["cases"] for p in r["providers"]))
     where = "".join(f"<p class=note>{html.escape(line)}</p>" for line in facts_lines(document))
     parts = [
@@ -50,7 +50,7 @@ def page(document: Mapping[str, Any], past: Sequence[Mapping[str, Any]] = ()) ->
         ("Where the speed comes from", _waterfall(document, series)),
         ("Roofline", _roofline(document)),
         ("Cold start", _cold_start(document)),
-        ("History", _history([*past, document])),
+        ("History", _history([*(d for d in past if d["time"] != document["time"]), document])),
     ]
     body = "".join(f"<section><h2>{title}</h2>{content}</section>" for title, content in parts if content)
     return (
@@ -150,7 +150,10 @@ def _cold_start(document: Mapping[str, Any]) -> str:
 
 
 def _history(documents: Sequence[Mapping[str, Any]]) -> str:
-    """Whole decodes of the fastest provider of every case, over runs of one device."""
+    """The fastest provider of every case over the runs of one device, against the first of them.
+
+    Relative, since a small model is a hundred times as fast as a large one.
+    """
     mine = [d for d in documents if device_of(d) == device_of(documents[-1])]
     series: dict[str, list[tuple[int, float]]] = {}
     for i, d in enumerate(mine):
@@ -159,9 +162,13 @@ def _history(documents: Sequence[Mapping[str, Any]]) -> str:
             speed = result["case"]["batch"] / statistics.median(best["samples"])
             series.setdefault(result["case"]["name"], []).append((i, speed))
     ticks = [d["time"][:10] for d in mine]
-    chart = svg.lines(series, ticks, "img/s")
-    note = f"{len(mine)} run(s) of {device_of(documents[-1])}: img/s of the fastest provider."
-    return f"{svg.legend(list(series))}<figure>{chart}<figcaption>{html.escape(note)}</figcaption></figure>"
+    relative = {name: [(i, v / values[0][1]) for i, v in values] for name, values in series.items()}
+    chart = svg.lines(relative, ticks, "times the first run")
+    note = (
+        f"{len(mine)} run(s) of {device_of(documents[-1])}: fastest provider against its first run; latest img/s above."
+    )
+    names = [f"{name}: {number(values[-1][1])} img/s" for name, values in series.items()]
+    return f"{svg.legend(names)}<figure>{chart}<figcaption>{html.escape(note)}</figcaption></figure>"
 
 
 def _table(groups: Mapping[str, Mapping[str, float]], series: Sequence[str]) -> str:
