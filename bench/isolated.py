@@ -11,11 +11,14 @@ The process imports ``module:factory``, calls it with the arguments (plain data)
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib
 import itertools
 import json
 import os
+import re
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -55,11 +58,17 @@ class Isolated:
 def isolated(factory: str, arguments: Mapping[str, Any], limit: float) -> Iterator[Isolated]:
     """Start it and wait for its first call. The process and all of its children end with the block.
 
+    Inductor's cache is one of its own for every spec: a compiler that is killed leaves half a library there, on which
+    everybody who shares the cache would fail. So that of a process which was not done is removed.
+
     Raises IsolatedError if the first call has not ended ``limit`` seconds after the start, or the process dies.
     """
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.pt"
         spec = {"factory": factory, "arguments": arguments, "threads": torch.get_num_threads(), "result": str(result)}
+        key = hashlib.sha256(json.dumps({**spec, "result": ""}, sort_keys=True).encode()).hexdigest()[:16]
+        cache = Path(tempfile.gettempdir()) / f"msdd-fast-inductor-{os.getuid()}" / key
+        done = False
         with (Path(folder) / "errors").open("w+") as errors:
             process = subprocess.Popen(
                 [sys.executable, "-m", "msdd_fast.bench.isolated", json.dumps(spec)],
@@ -67,20 +76,29 @@ def isolated(factory: str, arguments: Mapping[str, Any], limit: float) -> Iterat
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 text=True,
+                env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache)},
                 start_new_session=True,  # a compiler has children, which must not outlive it
             )
             try:
                 (first,) = _answer(process, limit)
+                done = True
                 yield Isolated(process, first, torch.load(result, weights_only=True))
             except EOFError as error:
                 errors.seek(0)
-                last = next((line for line in reversed(errors.read().splitlines()) if line.strip()), "no message")
-                raise IsolatedError(f"died: {last.strip()}") from error
+                raise IsolatedError(f"died: {_message(errors.read())}") from error
             except TimeoutError as error:
                 raise IsolatedError(f"did not end in {limit:g} s") from error
             finally:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.communicate()
+                if not done:
+                    shutil.rmtree(cache, ignore_errors=True)
+
+
+def _message(errors: str) -> str:
+    """The last line that names an exception, else the last one."""
+    lines = [line.strip() for line in errors.splitlines() if line.strip()] or ["no message"]
+    return next((line for line in reversed(lines) if re.match(r"[\w.]+(Error|Exception): ", line)), lines[-1])
 
 
 def _answer(process: subprocess.Popen[str], limit: float | None) -> list[float]:

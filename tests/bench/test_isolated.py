@@ -1,6 +1,8 @@
 """A call in a process of its own: what it gives, its laps, and its end where it takes too long or dies."""
 
 import os
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -31,6 +33,25 @@ def endless():
 
 def broken():
     raise ValueError("no such thing")
+
+
+def library(then):
+    """Leaves something in Inductor's cache, and goes on as ``then`` says."""
+    folder = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+    folder.mkdir(parents=True)
+    (folder / "half.so").touch()
+    return doubled(1) if then == "done" else broken()
+
+
+def test_the_cache_of_a_compiler_that_was_not_done_is_removed(monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with isolated(HERE + "library", {"then": "done"}, 600):
+        pass
+    assert len(list(tmp_path.rglob("half.so"))) == 1
+    with pytest.raises(IsolatedError, match="died: ValueError"):
+        with isolated(HERE + "library", {"then": "died"}, 600):
+            pass
+    assert len(list(tmp_path.rglob("half.so"))) == 1
 
 
 def test_result_and_laps():
