@@ -89,7 +89,8 @@ def _latency(document: Mapping[str, Any], series: Sequence[str]) -> str:
                 if value is not None:
                     groups[f"p{q}"][p["provider"]] = value * 1e3
         groups = {k: v for k, v in groups.items() if v}
-        rounds = len(result["providers"][0]["samples"])
+        counts = [len(p["samples"]) for p in result["providers"]]
+        rounds = " to ".join(str(n) for n in dict.fromkeys((min(counts), max(counts))))
         parts.append(
             f"<article><h3>{html.escape(result['case']['name'])}, ms</h3>{svg.bars(groups, 'ms', series)}"
             f"<p class=note>{rounds} rounds; p95 needs 20, p99 100.</p></article>"
