@@ -3,7 +3,8 @@
     python -m msdd_fast.bench.quality msdd-nano --set kodak24=DIR --set imagenet=DIR --vgg19 FILE --json out.json
 
 Prints Markdown tables. The baselines bound what the numbers mean: the picture's mean colour, and the picture
-shrunk to as many numbers as the latent tokens hold and enlarged again.
+shrunk to as many numbers as the latent tokens hold and enlarged again. ``--speed SECONDS`` adds img/s of the engine,
+exact tier, at ``--batch-size``: the median decode of as many seconds.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,14 +21,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from msdd_fast.bench.timing import WallTimer
 from msdd_fast.commands.common import chunks, load_batch
+from msdd_fast.engine import accelerate
 from msdd_fast.images import CROP_DESCRIPTION, find_image_files
 from msdd_fast.metrics import Vgg19Distance, figures
 from msdd_fast.models.tokenizer import Tokenizer
 from msdd_fast.sampling import sample
 from msdd_fast.schedule import StageSchedule
 
-COLUMNS = ("psnr_db", "ssim", "vgg19_distance")
+COLUMNS = {
+    "psnr_db": ("PSNR (dB)", ".2f"),
+    "ssim": ("SSIM", ".3f"),
+    "vgg19_distance": ("VGG-19 distance", ".3f"),
+    "images_per_second": ("img/s", ".2f"),
+}
 
 
 def mean_colour(x: Tensor) -> Tensor:
@@ -62,8 +71,8 @@ def evaluate_set(
     numbers = cfg.num_latent_tokens * cfg.latent_dim
     z = torch.cat([tokenizer.encode(images[p.start : p.stop]) for p in chunks(len(images), args.batch_size)])
 
-    def row(name: str, decode: Callable[[range], Tensor]) -> dict[str, Any]:
-        result = {"what": name, **score(decode, images, distance, args.batch_size)}
+    def row(name: str, decode: Callable[[range], Tensor], **speed: float) -> dict[str, Any]:
+        result = {"what": name, **score(decode, images, distance, args.batch_size), **speed}
         print(f"  {name}: {result['psnr_db']:.2f} dB", flush=True)
         return result
 
@@ -88,8 +97,21 @@ def evaluate_set(
                     assert isinstance(out, Tensor)
                     return out
 
-                rows.append(row(f"{steps} step{'s' * (steps > 1)}, CFG {scale:g}, {grid} grid", decode))
+                speed = {}
+                if args.speed and grid == cfg.schedule.time_grid:
+                    speed["images_per_second"] = engine_speed(tokenizer, z[: args.batch_size], steps, scale, args.speed)
+                rows.append(row(f"{steps} step{'s' * (steps > 1)}, CFG {scale:g}, {grid} grid", decode, **speed))
     return rows
+
+
+def engine_speed(tokenizer: Tokenizer, z: Tensor, steps: int, cfg_scale: float, seconds: float) -> float:
+    """Images per second of the engine on latents (B, N, D), by the median decode."""
+    engine = accelerate(tokenizer, steps=steps, cfg_scale=cfg_scale, batch_sizes=(len(z),))
+    engine.warmup()
+    timer, samples = WallTimer(), [0.0]
+    while len(samples) < 4 or sum(samples) < seconds:
+        samples.append(timer.seconds(lambda: engine.decode(z), 1))
+    return len(z) / statistics.median(samples[1:])
 
 
 def stage0(tokenizer: Tokenizer, z: Tensor, seed: int) -> Tensor:
@@ -102,11 +124,10 @@ def stage0(tokenizer: Tokenizer, z: Tensor, seed: int) -> Tensor:
 
 def markdown(rows: list[dict[str, Any]]) -> str:
     """A table with one line per row."""
-    columns = [c for c in COLUMNS if c in rows[0]]
-    titles = {"psnr_db": "PSNR (dB)", "ssim": "SSIM", "vgg19_distance": "VGG-19 distance"}
-    lines = ["| | " + " | ".join(titles[c] for c in columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    columns = [c for c in COLUMNS if any(c in r for r in rows)]
+    lines = ["| | " + " | ".join(COLUMNS[c][0] for c in columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for r in rows:
-        cells = [f"{r[c]:.2f}" if c == "psnr_db" else f"{r[c]:.3f}" for c in columns]
+        cells = [format(r[c], COLUMNS[c][1]) if c in r else "-" for c in columns]
         lines.append(f"| {r['what']} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -120,6 +141,7 @@ def main() -> None:
     parser.add_argument("--cfg", type=float, nargs="+", default=[1.0, 1.5, 2.0])
     parser.add_argument("--grids", nargs="+", default=["uniform"], choices=["uniform", "authors"])
     parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--speed", type=float, default=0.0, metavar="SECONDS", help="time the engine, too")
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
     tokenizer = Tokenizer.from_pretrained(args.checkpoint)

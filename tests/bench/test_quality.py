@@ -27,8 +27,12 @@ def test_report(tmp_path, monkeypatch, capsys):
     (tmp_path / "set").mkdir()
     for i in range(3):
         Image.new("RGB", (64, 64), (80 * i, 20, 90)).save(tmp_path / f"set/{i}.png")
-    command = f"quality {tmp_path}/tiny --set s={tmp_path}/set --steps 1 2 --cfg 1 2 --grids uniform authors"
-    monkeypatch.setattr(sys, "argv", [*command.split(), "--json", str(tmp_path / "q.json"), "--batch-size", "2"])
+    command = (
+        f"quality {tmp_path}/tiny --set s={tmp_path}/set --steps 1 2 --cfg 1 2 --grids uniform authors --speed 0.01"
+    )
+    monkeypatch.setattr(
+        sys, "argv", [*command.split(), "--json", str(tmp_path / "q.json"), "--batch-size", "2", "--speed", "0.01"]
+    )
     quality.main()
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     names = [line.split("|")[1].strip() for line in lines[2:]]
@@ -44,6 +48,8 @@ def test_report(tmp_path, monkeypatch, capsys):
             ("2 steps, CFG 2", "authors"),
         ]
     ]
+    speeds = [line.split("|")[4].strip() for line in lines[2:]]
+    assert all(float(v) > 0 for v in speeds[3:7]) and set(speeds[:3] + speeds[7:]) == {"-"}
     assert float(lines[2].split("|")[2]) > 60  # flat pictures are their mean colour
     assert (tmp_path / "q.json").exists()
 
