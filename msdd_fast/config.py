@@ -217,6 +217,8 @@ def _joint(**kwargs: Any) -> TokenizerConfig:
 PRESETS: dict[str, TokenizerConfig] = {
     # The product: cross-attention on 128 latent tokens, 12 layers, 256 px in four stages.
     "msdd-d12": TokenizerConfig(),
+    # Its counterpart to the authors' 3-stage models: patch 16.
+    "msdd-d12-3scale": TokenizerConfig(patch_size=16, schedule=ScheduleConfig(num_stages=3)),
     # The paper's size and block (joint MMDiT), 4 stages, patch 8.
     "msdd-d12-joint": _joint(),
     # The authors' 3-stage models, which also use patch 16 (SPEC A7.10).

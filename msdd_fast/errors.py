@@ -26,6 +26,10 @@ class AccuracyError(MsddFastError, RuntimeError):
     """A faster way of decoding changes the images by more than it may."""
 
 
+class TrainingError(MsddFastError, RuntimeError):
+    """A training run cannot go on: its loss has been NaN or far too high for too long."""
+
+
 class BackendUnavailableError(MsddFastError, RuntimeError):
     """A backend that was asked for by name cannot run here; the message says why."""
 

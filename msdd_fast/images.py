@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,10 +18,10 @@ from msdd_fast.files import atomic_write, require_writable
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
 
 
-def load_image(path: str | os.PathLike[str]) -> Image.Image:
-    """Any picture as upright RGB. Raises InputError that names the file."""
+def load_image(path: str | os.PathLike[str], data: bytes | None = None) -> Image.Image:
+    """Any picture as upright RGB: the file, or ``data`` read from it. Raises InputError that names the file."""
     try:
-        with Image.open(path) as file:
+        with Image.open(path if data is None else io.BytesIO(data)) as file:
             image: Image.Image = file
             if image.mode in ("I", "I;16", "I;16B"):  # 16-bit grey: PIL's own conversion clips at 255
                 image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
@@ -28,7 +29,8 @@ def load_image(path: str | os.PathLike[str]) -> Image.Image:
     except FileNotFoundError as e:
         raise InputError(f"image file {path} does not exist") from e
     except (UnidentifiedImageError, OSError, EOFError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
-        raise InputError(f"{path} is not a readable image: {e}") from e
+        reason = "its format is not known" if isinstance(e, UnidentifiedImageError) else e
+        raise InputError(f"{path} is not a readable image: {reason}") from e
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:

@@ -6,14 +6,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+NUM_DRAWS = 7
 
-def augment(images: Tensor, generator: torch.Generator) -> Tensor:
+
+def augment(images: Tensor, uniform: Tensor) -> Tensor:
     """Colour, translation by up to 1/8 and a cut-out square of half the side, drawn per image.
 
-    (B, 3, H, W) to the same; differentiable. ``generator`` is a CPU generator.
+    (B, 3, H, W) to the same; differentiable. ``uniform``: (NUM_DRAWS, B) numbers in [0, 1).
     """
-    batch, _, height, width = images.shape
-    draws = torch.rand(7, batch, 1, 1, 1, generator=generator).to(images.device)
+    height, width = images.shape[-2:]
+    draws = uniform[:, :, None, None, None].to(images.device)
     x = images + (draws[0] - 0.5)
     grey = x.mean(dim=1, keepdim=True)
     x = grey + (x - grey) * (2 * draws[1])

@@ -91,9 +91,11 @@ class Discriminator(nn.Module):
             maps = features(fit(images.float(), features.image_size, generator))
             return torch.cat([head(m) for head, m in zip(self.heads, maps, strict=True)], dim=1)
 
-    def change_under_augmentation(self, images: Tensor, logits: Tensor, generator: torch.Generator) -> Tensor:
-        """Mean squared difference between ``logits`` of ``images`` and those of their augmented copies."""
-        return F.mse_loss(self(augment(images, generator), generator), logits)
+    def change_under_augmentation(
+        self, images: Tensor, logits: Tensor, uniform: Tensor, generator: torch.Generator
+    ) -> Tensor:
+        """Mean squared difference between ``logits`` of ``images`` and those of copies, augmented by ``uniform``."""
+        return F.mse_loss(self(augment(images, uniform), generator), logits)
 
     @contextmanager
     def frozen(self) -> Iterator[None]:

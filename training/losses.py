@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from msdd_fast.training.distributed import mean_over_processes
+
 AdversarialLoss = Literal["hinge", "log"]
 
 
@@ -35,8 +37,9 @@ def adaptive_weight(regression: Tensor, adversarial: Tensor, parameter: nn.Param
     """|d regression / dW| / (|d adversarial / dW| + 1e-4), at most 1e4, with W = ``parameter`` (SPEC A6).
 
     Balances the two losses where the student draws its pixels. No gradient flows through the weight; the graph
-    is kept for the backward pass that follows.
+    is kept for the backward pass that follows. The gradients are those of all processes' images.
     """
     (a,) = torch.autograd.grad(regression, parameter, retain_graph=True)
     (b,) = torch.autograd.grad(adversarial, parameter, retain_graph=True)
-    return (a.float().norm() / (b.float().norm() + 1e-4)).clamp(0.0, 1e4).detach()
+    a, b = mean_over_processes(torch.stack([a.float(), b.float()]))
+    return (a.norm() / (b.norm() + 1e-4)).clamp(0.0, 1e4).detach()

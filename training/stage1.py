@@ -13,8 +13,10 @@ from torch import Tensor
 
 from msdd_fast.errors import ConfigError
 from msdd_fast.models.tokenizer import Tokenizer
+from msdd_fast.noise import start_noise
 from msdd_fast.reconstruct import reconstruction_grid
 from msdd_fast.schedule import NUM_TIMESTEPS, Stage
+from msdd_fast.training.draws import Draws, Purpose
 
 
 @dataclass(frozen=True)
@@ -59,20 +61,23 @@ def time_weight(t: Tensor) -> Tensor:
     return torch.exp(torch.tensor(-3.0)) / (t * (1 - t)) * torch.sigmoid(2 * log_ratio + 3)
 
 
-def sample_times(count: int, config: Stage1Config, generator: torch.Generator) -> Tensor:
-    """Within-stage times (count,) on the grid 1.000, 0.999, ..., 0.001."""
+def sample_times(draws: Draws, config: Stage1Config, repeat: int = 0) -> Tensor:
+    """Within-stage times (B,) on the grid 1.000, 0.999, ..., 0.001."""
     if config.time_distribution == "uniform":
-        u = torch.rand(count, generator=generator)
+        (u,) = draws.uniform(Purpose.TIME, variant=repeat)
     else:
-        u = torch.randn(count, generator=generator).sigmoid()
-    at_start = torch.rand(count, generator=generator) < config.start_fraction
+        u = draws.normal(Purpose.TIME, variant=repeat).sigmoid()
+    at_start = draws.uniform(Purpose.AT_START, variant=repeat)[0] < config.start_fraction
     u = torch.where(at_start, torch.zeros_like(u), u)
     return 1.0 - (u * NUM_TIMESTEPS).floor() / NUM_TIMESTEPS
 
 
-def assign_stages(batch: int, num_stages: int, per_image: int, generator: torch.Generator) -> Tensor:
-    """Stage labels (per_image, batch): near-equal numbers per stage, distinct stages for one image."""
-    label = torch.arange(batch)[torch.randperm(batch, generator=generator)] % num_stages
+def assign_stages(draws: Draws, num_stages: int, per_image: int) -> Tensor:
+    """Stage labels (per_image, B): distinct for one image, each once among num_stages consecutive samples.
+
+    So every process and micro-batch whose size is a multiple of num_stages has the same work at every scale.
+    """
+    label = draws.order(Purpose.STAGE, num_stages)
     return torch.stack([(label + r) % num_stages for r in range(per_image)])
 
 
@@ -80,44 +85,50 @@ def stage1_loss(
     tokenizer: Tokenizer,
     images: Tensor,
     config: Stage1Config,
-    generator: torch.Generator,
+    draws: Draws,
     perceptual: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss of one batch of images (B, 3, R, R) in [-1, 1], and detached figures per stage.
+    """Loss of one batch of images (B, 3, R, R) in [-1, 1], a mean over its samples, and detached figures per stage.
 
-    ``generator`` is a CPU generator: the draws do not depend on the device.
+    A figure is the vector of the samples' values, empty where the batch has none.
     """
     schedule, device, batch = tokenizer.schedule, images.device, len(images)
     z = tokenizer.encoder(images)
     pyramid = image_pyramid(images.float(), len(schedule))
-    labels = assign_stages(batch, len(schedule), config.stages_per_image, generator)
+    repeats = range(config.stages_per_image)
+    labels = assign_stages(draws, len(schedule), config.stages_per_image).flatten()
+    times = torch.cat([sample_times(draws, config, r) for r in repeats])
+    nulls = torch.cat([draws.uniform(Purpose.NULL_CONTEXT, variant=r)[0] for r in repeats]) < config.context_dropout
+    seeds = torch.cat([draws.seeds(Purpose.NOISE, r) for r in repeats])
     total = images.new_zeros((), dtype=torch.float32)
     figures: dict[str, Tensor] = {}
+    if perceptual is not None and config.perceptual_weight > 0:
+        figures["perceptual"] = images.new_zeros(0)
     for s in range(len(schedule)):
-        index = torch.cat([(row == s).nonzero().flatten() for row in labels])
-        if len(index) == 0:
-            continue
+        index = (labels == s).nonzero().flatten()
         stage = schedule[s]
         resolution = pyramid[s + 1].shape[-1]
-        noise = torch.randn(len(index), 3, resolution, resolution, generator=generator).to(device)
-        t_cpu = sample_times(len(index), config, generator)
-        null = torch.rand(len(index), generator=generator) < config.context_dropout
-        model_time = schedule.round_model_time(stage.timestep_min + t_cpu * (stage.timestep_max - stage.timestep_min))
-        t, index_d = t_cpu.to(device), index.to(device)
-        start, end = stage_endpoints(pyramid[s][index_d], pyramid[s + 1][index_d], stage, noise)
+        figures[f"mse/{resolution}"] = images.new_zeros(0)
+        if len(index) == 0:
+            continue
+        noise = start_noise(seeds[index].to(device), (3, resolution, resolution))
+        model_time = schedule.round_model_time(
+            stage.timestep_min + times[index] * (stage.timestep_max - stage.timestep_min)
+        )
+        t, image = times[index].to(device), (index % batch).to(device)
+        start, end = stage_endpoints(pyramid[s][image], pyramid[s + 1][image], stage, noise)
         tt = t[:, None, None, None]
         x_t = (1 - tt) * end + tt * start
-        v = tokenizer.decoder(x_t, model_time.to(device), z[index_d], null.to(device)).float()
+        v = tokenizer.decoder(x_t, model_time.to(device), z[image], nulls[index].to(device)).float()
         mse = (v - (start - end)).square().mean(dim=(1, 2, 3))
         weight = time_weight(t) if config.sigmoid_weighting else torch.ones_like(t)
-        share = len(index) / labels.numel()
-        loss = (weight * mse).mean()
-        figures[f"mse/{resolution}"] = mse.detach().mean()
+        figures[f"mse/{resolution}"] = mse.detach()
+        loss = weight * mse
         if perceptual is not None and config.perceptual_weight > 0 and s == len(schedule) - 1:
-            distance = perceptual(x_t - tt * v, end).mean()
+            distance = perceptual(x_t - tt * v, end)
             figures["perceptual"] = distance.detach()
             loss = loss + config.perceptual_weight * distance
-        total = total + share * loss
+        total = total + loss.sum() / labels.numel()
     return total, figures
 
 
@@ -134,10 +145,8 @@ class Stage1Recipe:
             raise ConfigError("perceptual_weight > 0 needs a perceptual distance; give its weights file")
         self.config, self.preview, self.perceptual = config, preview, perceptual
 
-    def loss(
-        self, tokenizer: Tokenizer, images: Tensor, generator: torch.Generator
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        return stage1_loss(tokenizer, images, self.config, generator, self.perceptual)
+    def loss(self, tokenizer: Tokenizer, images: Tensor, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
+        return stage1_loss(tokenizer, images, self.config, draws, self.perceptual)
 
     def picture(self, tokenizer: Tokenizer) -> Image.Image | None:
         return None if self.preview is None else reconstruction_grid(tokenizer, self.preview)

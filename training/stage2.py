@@ -30,7 +30,9 @@ from msdd_fast.noise import renoise_noise, start_noise
 from msdd_fast.ops.renoise_upsample import renoise_upsample_with
 from msdd_fast.sampling import check_sampling, velocity
 from msdd_fast.schedule import NUM_TIMESTEPS, StageSchedule
+from msdd_fast.training.augment import NUM_DRAWS
 from msdd_fast.training.discriminator import Discriminator
+from msdd_fast.training.draws import Draws, Purpose
 from msdd_fast.training.losses import AdversarialLoss, adaptive_weight, discriminator_loss, generator_loss
 from msdd_fast.training.perceptual import Perceptual
 from msdd_fast.training.stage1 import image_pyramid
@@ -104,18 +106,8 @@ class Stage2Config:
         return self.perceptual_weight > 0 and (target == "teacher" or (target == "recipe" and self.matches_teacher))
 
 
-def draw_noise(
-    schedule: StageSchedule,
-    image_size: int,
-    batch: int,
-    generator: torch.Generator,
-    device: torch.device | str = "cpu",
-) -> list[Tensor]:
-    """The noise of one decode of ``batch`` images, as ``sampling.sample`` takes it: one (B, 3, H_s, H_s) per stage.
-
-    ``generator`` is a CPU generator: it draws the seeds; the noise is made of them on ``device``.
-    """
-    seeds = torch.randint(2**62, (batch,), generator=generator).to(device)
+def draw_noise(schedule: StageSchedule, image_size: int, seeds: Tensor) -> list[Tensor]:
+    """The noise of a decode with ``seeds`` (B,), as ``sampling.sample`` takes it: one (B, 3, H_s, H_s) per stage."""
     sizes = [image_size >> s for s in reversed(range(len(schedule)))]
     rho = schedule.config.block_correlation
     renoising = [renoise_noise(seeds, (3, r, r), s, rho) for s, r in enumerate(sizes) if s]
@@ -184,7 +176,7 @@ def teacher_states(
     z: Tensor,
     noise: Sequence[Tensor],
     config: Stage2Config,
-    generator: torch.Generator,
+    draws: Draws,
 ) -> tuple[int, float, list[Tensor]]:
     """First stage of the teacher, its u (SPEC A6), and the teacher's states from there on.
 
@@ -194,13 +186,13 @@ def teacher_states(
     if config.matches_teacher:
         start, u, x = 0, 1.0, noise[0]
     else:
-        u = float(torch.rand((), generator=generator))
+        u = float(torch.rand((), generator=draws.shared(Purpose.RESTART_LEVEL)))
         start = stage_of(schedule, u)
         pyramid = image_pyramid(image, len(schedule))
         if config.restart == "authors":
-            noise = draw_noise(schedule, size, len(image), generator, image.device)
+            noise = draw_noise(schedule, size, draws.seeds(Purpose.RESTART_NOISE).to(image.device))
             fine = pyramid[start + 1]
-            x = (1 - u) * fine + u * torch.randn(fine.shape, generator=generator).to(fine.device)
+            x = (1 - u) * fine + u * start_noise(draws.seeds(Purpose.RESTART_START).to(image.device), fine.shape[1:])
         else:
             level = schedule[start].start_t
             blurred = F.interpolate(pyramid[start], scale_factor=2.0, mode="nearest")
@@ -237,18 +229,16 @@ class Stage2Recipe:
         self.teacher = teacher.eval().requires_grad_(False)
         adversarial = not config.matches_teacher and config.adversarial_weight > 0
         self.discriminator = discriminator if adversarial else None
-        self._pair: tuple[Tensor, Tensor] | None = None
+        self._pairs: list[tuple[Draws, Tensor, Tensor]] = []
         self._teacher_preview: Tensor | None = None
 
-    def loss(
-        self, tokenizer: Tokenizer, images: Tensor, generator: torch.Generator
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, tokenizer: Tokenizer, images: Tensor, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of the student on images (B, 3, R, R) in [-1, 1], and detached figures."""
         config, schedule, device = self.config, tokenizer.schedule, images.device
         with torch.no_grad():
             z = tokenizer.encoder(images)
-        noise = draw_noise(schedule, images.shape[-1], len(images), generator, device)
-        null = (torch.rand(len(images), generator=generator) < config.context_dropout).to(device)
+        noise = draw_noise(schedule, images.shape[-1], draws.seeds(Purpose.NOISE).to(device))
+        null = (draws.uniform(Purpose.NULL_CONTEXT)[0] < config.context_dropout).to(device)
         context = torch.where(null[:, None, None], tokenizer.decoder.context_null.to(z.dtype), z)
         states = unroll(tokenizer.decoder, noise[0], context, schedule, noise, cfg_scale=config.student_cfg_scale)
         fake, figures = states[-1], {}
@@ -256,7 +246,7 @@ class Stage2Recipe:
         target = images
         if config.reconstruction_weight > 0:
             with torch.no_grad():
-                start, u, targets = teacher_states(self.teacher, fake.detach(), z, noise, config, generator)
+                start, u, targets = teacher_states(self.teacher, fake.detach(), z, noise, config, draws)
             term = torch.stack([F.mse_loss(a, b) for a, b in zip(states[start:], targets, strict=True)]).sum()
             figures["reconstruction"] = term.detach()
             plain = plain + config.reconstruction_weight * term
@@ -271,27 +261,33 @@ class Stage2Recipe:
             rest = rest + config.image_weight * term
         if config.perceptual_weight > 0:
             assert self.perceptual is not None
-            term = self.perceptual(*_crop(fake, target, config.perceptual_crop, generator)).mean()
+            place = draws.shared(Purpose.PERCEPTUAL_CROP)
+            term = self.perceptual(*_crop(fake, target, config.perceptual_crop, place)).mean()
             figures[self.perceptual.name] = term.detach()
             rest = rest + config.perceptual_weight * term
         plain, total = plain + rest, total + rest
         if self.discriminator is None:
             return total if config.matches_teacher else config.distillation_weight * total, figures
         with self.discriminator.frozen():
-            term = generator_loss(self.discriminator(fake, generator), config.adversarial_loss)
+            logits = self.discriminator(fake, draws.shared(Purpose.GENERATOR_CROP))
+            term = generator_loss(logits, config.adversarial_loss)
         weight = fake.new_tensor(config.adversarial_weight)
         if config.adaptive:
             weight = weight * adaptive_weight(plain, term, tokenizer.decoder.final_layer.linear.weight)
         figures[f"{self.discriminator.name}/generator"] = term.detach()
         figures[f"{self.discriminator.name}/weight"] = weight
-        self._pair = images.float(), fake.detach()
+        self._pairs = [p for p in self._pairs if p[0].step == draws.step]
+        self._pairs.append((draws, images.float(), fake.detach()))
         return config.distillation_weight * total + weight * term, figures
 
-    def critic_loss(self, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of the discriminator on the photographs and the student's images of the last ``loss``."""
-        assert self.discriminator is not None and self._pair is not None
-        (real, fake), name, config = self._pair, self.discriminator.name, self.config
-        on_real, on_fake = self.discriminator(real, generator), self.discriminator(fake, generator)
+    def critic_loss(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of the discriminator on the photographs and the student's images of the last step, all together."""
+        assert self.discriminator is not None and self._pairs
+        draws = Draws(self._pairs[0][0].seed, self._pairs[0][0].step, torch.cat([d.samples for d, *_ in self._pairs]))
+        real, fake = (torch.cat([pair[i] for pair in self._pairs]) for i in (1, 2))
+        self._pairs.clear()
+        name, config, crops = self.discriminator.name, self.config, draws.shared(Purpose.CRITIC_CROP)
+        on_real, on_fake = self.discriminator(real, crops), self.discriminator(fake, crops)
         loss = discriminator_loss(on_real, on_fake, config.adversarial_loss)
         figures = {
             f"{name}/discriminator": loss.detach(),
@@ -299,8 +295,13 @@ class Stage2Recipe:
             f"{name}/fake": on_fake.detach().mean(),
         }
         if config.consistency_weight > 0:
-            change = self.discriminator.change_under_augmentation(real, on_real, generator)
-            change = change + self.discriminator.change_under_augmentation(fake, on_fake, generator)
+            change = torch.zeros_like(loss)
+            for x, logits, purpose in (
+                (real, on_real, Purpose.AUGMENT_REAL),
+                (fake, on_fake, Purpose.AUGMENT_FAKE),
+            ):
+                uniform = draws.uniform(purpose, NUM_DRAWS)
+                change = change + self.discriminator.change_under_augmentation(x, logits, uniform, crops)
             figures[f"{name}/consistency"] = change.detach()
             loss = loss + config.consistency_weight * change
         return loss, figures

@@ -1,35 +1,50 @@
-"""The training loop: optimiser, schedule, EMA, checkpoints, logs and sample pictures.
+"""The training loop: optimiser, schedule, EMA, saved states, logs and sample pictures, in one process or many.
 
-It knows nothing of the objective: a ``Recipe`` supplies the loss of a batch and the pictures to look at.
-One process; what scaling out needs is already so: every random draw derives from (seed, step) or from the
-global sample index, and the state of a run is one dictionary.
+It knows nothing of the objective: a ``Recipe`` supplies the loss of a batch and the pictures to look at. Several
+processes (torchrun) share every batch and give the curve of one, to rounding: each random draw derives from the seed
+and the global sample index, and DistributedDataParallel averages the gradients of one forward pass that holds the
+whole objective, the student's unroll included.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
+import itertools
 import json
 import math
 import os
+import resource
+import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from msdd_fast.errors import CheckpointError, ConfigError
+from msdd_fast.backends import use_backend
+from msdd_fast.errors import CheckpointError, ConfigError, InputError, TrainingError
+from msdd_fast.files import atomic_write
 from msdd_fast.images import save_image
 from msdd_fast.models.tokenizer import Tokenizer
-from msdd_fast.training.data import ImageDataset, ResumableSampler, hash_seed
+from msdd_fast.training.data import Batch, ImageDataset, MicroBatches, collate
+from msdd_fast.training.distributed import agree, batch_share, fail, is_first, rank, sum_over_processes, world_size
+from msdd_fast.training.draws import Draws
+from msdd_fast.training.guard import Guard, GuardConfig
+from msdd_fast.training.memory import prepare_blocks
 from msdd_fast.training.muon import Muon
+from msdd_fast.training.signals import StopSignals, ignore_stop_signals
+from msdd_fast.training.state import StateStore
+from msdd_fast.training.validation import Validation
 
 
 @dataclass(frozen=True)
@@ -63,6 +78,13 @@ class LoopConfig:
 
     steps: int = 100_000
     batch_size: int = 32
+    """Images per optimiser step, over all processes."""
+    micro_batch: int | None = None
+    """Images that a process works on at a time; the gradients of a step accumulate. Default: its whole share."""
+    activation_checkpointing: bool = False
+    """Keep only the inputs of the blocks and calculate the rest again for the backward pass: a third more time."""
+    compile: bool = False
+    """torch.compile of the blocks."""
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     """bfloat16 = autocast with float32 weights. On CPUs without bf16 instructions float32 is faster."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
@@ -70,16 +92,27 @@ class LoopConfig:
     seed: int = 0
     log_every: int = 10
     sample_every: int = 1000
+    """Steps between sample pictures and, where there is a held-out folder, its figures."""
     checkpoint_every: int = 1000
+    keep: int = 2
+    """Saved states that stay, besides the one with the best held-out figure."""
+    strict: bool = False
+    """Stop at the first picture that cannot be read, instead of taking another."""
+    tensorboard: bool = False
+    """Figures to OUT/tensorboard, too (needs tensorboard)."""
+    guard: GuardConfig = field(default_factory=GuardConfig)
+
+
+# Training is plain PyTorch where no gradient is needed, too: teacher and pictures do not depend on which kernels a
+# machine has.
+PLAIN = "eager,attention=sdpa"
 
 
 class Recipe(Protocol):
     """An objective for the loop."""
 
-    def loss(
-        self, tokenizer: Tokenizer, images: Tensor, generator: torch.Generator
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of a batch and detached figures to log."""
+    def loss(self, tokenizer: Tokenizer, images: Tensor, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of a batch, a mean over its images, and detached figures: each logged as the mean of its elements."""
 
     def picture(self, tokenizer: Tokenizer) -> Image.Image | None:
         """A sample grid of the averaged model."""
@@ -90,9 +123,31 @@ class Critic:
     """A second network that learns in turn with the tokenizer: one step of its own after each of the tokenizer's."""
 
     module: nn.Module
-    loss: Callable[[torch.Generator], tuple[Tensor, dict[str, Tensor]]]
-    """Its loss on what the recipe's last loss has left for it, and detached figures to log."""
+    loss: Callable[[], tuple[Tensor, dict[str, Tensor]]]
+    """Its loss on what the recipe has left for it in this step, and detached figures to log."""
     optim: AdamConfig
+
+
+class Objective(nn.Module):
+    """A loss as one forward pass of the module that it trains, as DistributedDataParallel needs it."""
+
+    def __init__(self, module: nn.Module, loss: Callable[..., tuple[Tensor, dict[str, Tensor]]]) -> None:
+        super().__init__()
+        self.module, self._loss = module, loss
+
+    def forward(self, *args: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        return self._loss(*args)
+
+
+def parallel(objective: Objective) -> nn.Module:
+    """The objective with gradients averaged over the processes, if there are several."""
+    if world_size() == 1:
+        return objective
+    # Buffers (spectral norms' vectors) are functions of the weights, alike in all processes. The option's new name has
+    # come with torch 2.13.
+    names = inspect.signature(DistributedDataParallel.__init__).parameters
+    buffers = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
+    return DistributedDataParallel(objective, gradient_as_bucket_view=True, **{buffers: False})
 
 
 class Ema:
@@ -145,10 +200,13 @@ def build_adamw(parameters: Iterable[nn.Parameter], config: AdamConfig) -> torch
 class Trainer:
     """Runs a recipe for ``loop.steps`` steps and keeps everything under ``out``.
 
-    Files: ``state.pt`` (resume), ``log.jsonl`` (one line per ``log_every`` steps), ``samples/NNNNNN.png``,
-    ``checkpoint/`` (the averaged weights, loadable with ``Tokenizer.from_pretrained``). An existing
-    ``state.pt`` is resumed; every draw derives from the seed and the step, so the curve continues as if
-    nothing had happened.
+    Files: ``state/STEP/`` (to resume), ``log.jsonl`` (one line per ``log_every`` steps), ``samples/NNNNNN.png``,
+    ``checkpoint/`` (the averaged weights, loadable with ``Tokenizer.from_pretrained``), ``unreadable.jsonl`` (pictures
+    that were passed over). The newest state in ``out`` is resumed, on any number of processes; every draw derives from
+    the seed and the sample, so the curve continues as if nothing had happened.
+
+    Raises ConfigError where the batch does not divide among the processes, and CheckpointError where the newest state
+    belongs to another run.
     """
 
     def __init__(
@@ -161,88 +219,188 @@ class Trainer:
         loop: LoopConfig,
         provenance: dict[str, Any] | None = None,
         critic: Critic | None = None,
+        validation: Validation | None = None,
     ) -> None:
         if loop.steps < 1 or loop.batch_size < 1:
             raise ConfigError(f"steps and batch_size must be at least 1, got {loop.steps} and {loop.batch_size}")
+        if loop.keep < 1:
+            raise ConfigError(f"keep must be at least 1, got {loop.keep}")
+        self.micro, self.accumulate = agree(lambda: batch_share(loop.batch_size, loop.micro_batch))
         self.out = Path(out)
-        self.optim, self.loop, self.recipe, self.dataset = optim, loop, recipe, dataset
+        self.optim, self.loop, self.recipe, self.dataset, self.validation = optim, loop, recipe, dataset, validation
         self.provenance = provenance or {}
         self.tokenizer = tokenizer.to(loop.device).train()
         self.ema = Ema(self.tokenizer, optim.ema_decay)
+        prepare_blocks(self.tokenizer, loop.compile, loop.activation_checkpointing)
         self.optimizers = build_optimizers(self.tokenizer, optim)
+        self.objective = parallel(Objective(self.tokenizer, self._loss))
         self.critic = critic
         if critic is not None:
             critic.module.to(loop.device).train()
             self.critic_optimizer = build_adamw(critic.module.parameters(), critic.optim)
+            self.critic_objective = parallel(Objective(critic.module, critic.loss))
         self.step = 0
-        if (self.out / "state.pt").exists():
-            self.load_state()
+        self.guard = Guard(loop.guard)
+        self.unreadable = 0
+        self.best: dict[str, Any] | None = None
+        self.improved = self.stopping = False
+        self.stop = StopSignals()
+        self._tensorboard: Any = None
+        self.store = StateStore(self.out / "state", loop.keep)
+        self.load_state()
+
+    def _loss(self, images: Tensor, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.recipe.loss(self.tokenizer, images, draws)
 
     def run(self) -> Tokenizer:
-        """Train to the end; returns the averaged model."""
-        (self.out / "samples").mkdir(parents=True, exist_ok=True)
-        bar = tqdm(total=self.loop.steps, initial=self.step, unit="step", dynamic_ncols=True)
-        first, clock = self.step, time.perf_counter()
-        for images in self.batches():
-            figures = self.train_step(images)
-            bar.update()
-            if self.step % self.loop.log_every == 0:
-                done = (self.step - first) * self.loop.batch_size
-                rate = done / (time.perf_counter() - clock)
-                self.log({**figures, "img_per_s": rate, "seconds": time.perf_counter() - clock})
-                bar.set_postfix(loss=f"{figures['loss']:.4f}", img_s=f"{rate:.1f}")
-            if self.step % self.loop.sample_every == 0:
-                self.save_picture()
-            if self.step % self.loop.checkpoint_every == 0:
-                self.save_state()
-        bar.close()
-        if self.step % self.loop.checkpoint_every:
-            self.save_state()
-        self.ema.model.save_pretrained(self.out / "checkpoint")
-        self.save_picture()
+        """Train to the end; returns the averaged model.
+
+        SIGTERM saves the state and raises SystemExit(143); the same command continues from there.
+        """
+        if is_first():
+            (self.out / "samples").mkdir(parents=True, exist_ok=True)
+        if self.loop.tensorboard and is_first():
+            self._tensorboard = tensorboard_writer(self.out / "tensorboard")
+        bar = tqdm(total=self.loop.steps, initial=self.step, unit="step", dynamic_ncols=True, disable=not is_first())
+        start, clock, seen = time.perf_counter(), time.perf_counter(), self.step
+        with self.stop, bar:
+            for batches in self.batches():
+                figures = self.train_step(batches)
+                bar.update()
+                if self.step % self.loop.log_every == 0:
+                    now = time.perf_counter()
+                    rate = (self.step - seen) * self.loop.batch_size / (now - clock)
+                    clock, seen = now, self.step
+                    memory = memory_gib(self.loop.device)
+                    self.log({**figures, "img_per_s": rate, "memory_gib": memory, "seconds": now - start})
+                    bar.set_postfix(self._progress(figures["loss"], rate, memory))
+                if self._due(self.loop.sample_every):
+                    self.show()
+                if self._due(self.loop.checkpoint_every) or self.stopping or self.improved:
+                    self.save_state()
+                if self.stopping:
+                    break
+        if self.step < self.loop.steps:
+            if is_first():
+                print(f"stopped after step {self.step} and saved; the same command continues", file=sys.stderr)
+            raise SystemExit(143)
+        agree(self._export)
         return self.ema.model
 
-    def batches(self) -> Iterator[Tensor]:
-        """Batches from the current step to the last, by global sample index."""
-        size = self.loop.batch_size
-        loader: Iterable[Tensor] = DataLoader(
+    def _due(self, every: int) -> bool:
+        return self.step % every == 0 or self.step == self.loop.steps
+
+    def _export(self) -> None:
+        if is_first():
+            self.ema.model.save_pretrained(self.out / "checkpoint")
+
+    def _progress(self, loss: float, rate: float, memory: float) -> dict[str, str]:
+        line = {"loss": f"{loss:.4f}", "img/s": f"{rate:.1f}", "GiB": f"{memory:.1f}"}
+        counts = {"skipped": self.guard.skipped, "unreadable": self.unreadable}
+        return {**line, **{name: str(count) for name, count in counts.items() if count}}
+
+    def batches(self) -> Iterator[list[Batch]]:
+        """This process's micro-batches of every step from the current to the last."""
+        sampler = MicroBatches(self.step, self.loop.steps, self.loop.batch_size, self.micro, rank(), world_size())
+        loader = DataLoader(
             self.dataset,
-            batch_size=size,
-            sampler=ResumableSampler(self.step * size, self.loop.steps * size),
+            batch_sampler=sampler,
+            collate_fn=collate,
             num_workers=self.loop.workers,
             pin_memory=self.loop.device.startswith("cuda"),
+            worker_init_fn=ignore_stop_signals,
         )
-        for images in loader:
-            yield images.to(self.loop.device, non_blocking=True)
+        batches = iter(loader)
+        try:
+            while micro := list(itertools.islice(batches, self.accumulate)):
+                yield micro
+        except InputError as e:  # a worker's comes with its traceback as text
+            raise InputError(str(e).strip().splitlines()[-1].split("InputError: ")[-1]) from None
 
-    def train_step(self, images: Tensor) -> dict[str, float]:
-        """One optimiser step; advances ``self.step`` and returns figures."""
+    def train_step(self, batches: Sequence[Batch]) -> dict[str, float]:
+        """One optimiser step; advances ``self.step`` and returns figures of the whole batch, alike in all processes."""
+        with use_backend(PLAIN):
+            return self._train_step(batches)
+
+    def _train_step(self, batches: Sequence[Batch]) -> dict[str, float]:
         lr = self._set_learning_rate(self.optimizers, self.optim)
-        generator = torch.Generator().manual_seed(hash_seed(self.loop.seed, self.step, 1))
-        with self._autocast():
-            loss, figures = self.recipe.loss(self.tokenizer, images, generator)
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        self._zero_grad(self.optimizers)
+        collected: list[dict[str, Tensor]] = []
+        for i, batch in enumerate(batches):
+            draws = Draws(self.loop.seed, self.step, batch.samples)
+            with self._synchronised(self.objective, i == len(batches) - 1):
+                with self._autocast():
+                    loss, figures = self.objective(batch.images.to(self.loop.device, non_blocking=True), draws)
+                (loss / len(batches)).backward()
+            collected.append({"loss": loss.detach(), **figures})
         norm = nn.utils.clip_grad_norm_(self.tokenizer.parameters(), self.optim.grad_clip)
-        for optimizer in self.optimizers:
-            optimizer.step()
-        if self.critic is not None:
-            figures = {**figures, **self._critic_step(self.critic, generator)}
-        self.ema.update(self.tokenizer, self.step)
+        unreadable = [bad for batch in batches for bad in batch.unreadable]
+        figures = self._over_processes(
+            [*collected, {"grad_norm": norm}], {"unreadable": len(unreadable), "stop": float(self.stop.received)}
+        )
+        self.stopping = figures.pop("stop") > 0
+        self.unreadable += round(figures.pop("unreadable"))
+        self._note_unreadable(unreadable)
+        if self._accepts(figures):
+            for optimizer in self.optimizers:
+                optimizer.step()
+            if self.critic is not None:
+                figures |= self._critic_step(self.critic)
+            self.ema.update(self.tokenizer, self.step)
         self.step += 1
-        named = {"loss": loss.detach(), "grad_norm": norm, **figures}
-        return {"lr": lr, **{name: float(value) for name, value in named.items()}}
+        return {"lr": lr, **figures, "skipped_steps": self.guard.skipped, "unreadable": self.unreadable}
 
-    def _critic_step(self, critic: Critic, generator: torch.Generator) -> dict[str, Tensor]:
+    def _accepts(self, figures: dict[str, float]) -> bool:
+        try:
+            return self.guard.accepts(self.step, loss=figures["loss"], grad_norm=figures["grad_norm"])
+        except TrainingError as e:
+            fail(e)
+
+    def _critic_step(self, critic: Critic) -> dict[str, float]:
         lr = self._set_learning_rate([self.critic_optimizer], critic.optim)
+        self._zero_grad([self.critic_optimizer])
         with self._autocast():
-            loss, figures = critic.loss(generator)
-        self.critic_optimizer.zero_grad(set_to_none=True)
+            loss, figures = self.critic_objective()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(critic.module.parameters(), critic.optim.grad_clip)
-        self.critic_optimizer.step()
-        return {**figures, "critic_lr": torch.tensor(lr), "critic_grad_norm": norm}
+        named = self._over_processes([{**figures, "critic_grad_norm": norm}], {})
+        if math.isfinite(named["critic_grad_norm"]):
+            self.critic_optimizer.step()
+        return {**named, "critic_lr": lr}
+
+    def _over_processes(self, figures: Sequence[dict[str, Tensor]], sums: dict[str, float]) -> dict[str, float]:
+        """Means of the figures' elements over micro-batches and processes, and sums of the numbers in ``sums``.
+
+        One wait for the device and one reduction, on the CPU. Elements that are absent everywhere give no figure.
+        """
+        names = sorted({name for part in figures for name in part})
+        totals = [torch.stack([p[n].double().sum() for p in figures if n in p]).sum() for n in names]
+        counts = [sum(p[n].numel() for p in figures if n in p) for n in names]
+        packed = torch.tensor([*torch.stack(totals).tolist(), *counts, *sums.values()], dtype=torch.float64)
+        packed = sum_over_processes(packed)
+        total, count, rest = packed.split([len(names), len(names), len(sums)])
+        means = {n: float(t / c) for n, t, c in zip(names, total, count, strict=True) if c}
+        return {**means, **dict(zip(sums, rest.tolist(), strict=True))}
+
+    def _note_unreadable(self, unreadable: Sequence[tuple[str, str]]) -> None:
+        if not unreadable:
+            return
+        if self.loop.strict:
+            raise InputError(f"{unreadable[0][1]} (strict)")
+        with open(self.out / "unreadable.jsonl", "a") as f:
+            f.writelines(json.dumps({"step": self.step + 1, "image": n, "why": w}) + "\n" for n, w in unreadable)
+        for _, why in unreadable:
+            tqdm.write(f"passed over: {why}", file=sys.stderr)
+
+    def _zero_grad(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=True)
+
+    def _synchronised(self, objective: nn.Module, last: bool) -> AbstractContextManager[Any]:
+        """Gradients are averaged over the processes with the last micro-batch of a step only."""
+        if last or not isinstance(objective, DistributedDataParallel):
+            return nullcontext()
+        return objective.no_sync()
 
     def _set_learning_rate(self, optimizers: Iterable[torch.optim.Optimizer], config: AdamConfig) -> float:
         lr = config.lr * learning_rate_factor(self.step, self.loop.steps, config)
@@ -257,58 +415,136 @@ class Trainer:
         return torch.autocast(torch.device(self.loop.device).type, dtype=torch.bfloat16)
 
     def log(self, figures: dict[str, float]) -> None:
+        """A line of log.jsonl, by the first process."""
+        if not is_first():
+            return
         line = {"step": self.step, **{k: round(v, 6) for k, v in figures.items()}}
-        with open(self.out / "log.jsonl", "a") as f:
-            f.write(json.dumps(line) + "\n")
+        try:
+            with open(self.out / "log.jsonl", "a") as f:
+                f.write(json.dumps(line) + "\n")
+        except OSError as e:
+            raise InputError(f"cannot write {self.out / 'log.jsonl'}: {e.strerror or e}") from e
+        if self._tensorboard is not None:
+            for name, value in figures.items():
+                self._tensorboard.add_scalar(name, value, self.step)
 
-    def save_picture(self) -> None:
-        picture = self.recipe.picture(self.ema.model)
-        if picture is not None:
-            save_image(picture, self.out / "samples" / f"{self.step:06d}.png")
+    def show(self) -> None:
+        """The sample picture, and the figures of the held-out images; the best of these marks its state to be kept."""
+        with use_backend(PLAIN):
+            self._show()
+
+    def _show(self) -> None:
+        if is_first():
+            picture = self.recipe.picture(self.ema.model)
+            if picture is not None:
+                save_image(picture, self.out / "samples" / f"{self.step:06d}.png")
+        if self.validation is None:
+            return
+        figures = self.validation.measure(self.ema.model)
+        self.log({f"val/{name}": value for name, value in figures.items()})
+        self.improved = self.best is None or figures["psnr_db"] > self.best["psnr_db"]
+        if self.improved:
+            self.best = {"step": self.step, **figures}
 
     def save_state(self) -> None:
-        """Everything needed to continue, written atomically."""
-        path = self.out / "state.pt"
-        state = {
+        """Everything needed to continue, written by all processes. Raises CheckpointError if it cannot be written."""
+        tensors = {f"tokenizer.{n}": t for n, t in self.tokenizer.state_dict().items()}
+        tensors |= {f"ema.{n}": t for n, t in self.ema.model.state_dict().items()}
+        optimizers = self._named_optimizers()
+        if self.critic is not None:
+            tensors |= {f"critic.{n}": t for n, t in self.critic.module.state_dict().items()}
+        for name, optimizer in optimizers.items():
+            for index, state in optimizer.state_dict()["state"].items():
+                tensors |= {f"{name}.{index}.{key}": value for key, value in state.items()}
+        facts = {
             "step": self.step,
-            "tokenizer": self.tokenizer.state_dict(),
-            "ema": self.ema.model.state_dict(),
-            "optimizers": [o.state_dict() for o in self.optimizers],
-            "config": self.tokenizer.config.to_dict(),
-            "seed": self.loop.seed,
+            **self._identity(),
+            "guard": self.guard.state(),
+            "unreadable": self.unreadable,
+            "best": self.best,
             "provenance": self.provenance,
         }
-        if self.critic is not None:
-            state["critic"] = self.critic.module.state_dict()
-            state["critic_optimizer"] = self.critic_optimizer.state_dict()
-        temporary = path.with_suffix(".tmp")
-        torch.save(state, temporary)
-        os.replace(temporary, path)
+        self.store.save(self.step, tensors, facts, None if self.best is None else self.best["step"])
+        self.improved = False
 
     def load_state(self) -> None:
-        """Continue the run in ``out``. Raises CheckpointError if it is damaged or of another model or seed."""
-        path = self.out / "state.pt"
-        try:
-            state = torch.load(path, map_location=self.loop.device, weights_only=True)
-        except Exception as e:  # torch.load raises many types for a damaged file
-            raise CheckpointError(f"cannot resume from {path}: {e}") from e
-        for name, mine in (("config", self.tokenizer.config.to_dict()), ("seed", self.loop.seed)):
-            if state.get(name) != mine:
-                raise CheckpointError(
-                    f"cannot resume from {path}: its {name} is not this run's; choose another out folder"
+        """Continue from the newest state in ``out``, if there is one."""
+        if (self.out / "state.pt").exists():
+            fail(
+                CheckpointError(
+                    f"cannot resume from {self.out / 'state.pt'}: an earlier version wrote it, with other random "
+                    "numbers; choose another out folder"
                 )
-        if ("critic" in state) != (self.critic is not None):
-            raise CheckpointError(
-                f"cannot resume from {path}: one of the two runs has a discriminator; choose another out folder"
             )
-        self.step = state["step"]
-        self.tokenizer.load_state_dict(state["tokenizer"])
-        self.ema.model.load_state_dict(state["ema"])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+        found = self.store.load(self._identity())
+        if found is not None:
+            self._take_state(*found)
+        if is_first():
+            for name in ("log.jsonl", "unreadable.jsonl"):
+                self._cut(self.out / name)
+
+    def _take_state(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        self.step = facts["step"]
+        self.guard.load(facts["guard"])
+        self.unreadable, self.best = facts["unreadable"], facts["best"]
+
+        def part(prefix: str) -> dict[str, Tensor]:
+            return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+
+        self.tokenizer.load_state_dict(part("tokenizer."))
+        self.ema.model.load_state_dict(part("ema."))
         if self.critic is not None:
-            self.critic.module.load_state_dict(state["critic"])
-            self.critic_optimizer.load_state_dict(state["critic_optimizer"])
+            self.critic.module.load_state_dict(part("critic."))
+        for name, optimizer in self._named_optimizers().items():
+            state: dict[int, dict[str, Tensor]] = {}
+            for key, tensor in part(f"{name}.").items():
+                index, field_name = key.split(".")
+                state.setdefault(int(index), {})[field_name] = tensor
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+
+    def _identity(self) -> dict[str, Any]:
+        """What a state must have in common with the run that continues from it."""
+        return {
+            "config": self.tokenizer.config.to_dict(),
+            "seed": self.loop.seed,
+            "batch_size": self.loop.batch_size,
+            "optimizer": self.optim.optimizer,
+            "discriminator": self.critic is not None,
+        }
+
+    def _named_optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        named = {f"optimizer{i}": optimizer for i, optimizer in enumerate(self.optimizers)}
+        return named if self.critic is None else {**named, "critic_optimizer": self.critic_optimizer}
+
+    def _cut(self, path: Path) -> None:
+        """Drop the lines of steps that are about to be done again."""
+        if not path.exists():
+            return
+        kept = []
+        for line in path.read_text().splitlines():
+            try:
+                if json.loads(line)["step"] <= self.step:
+                    kept.append(line + "\n")
+            except ValueError:  # cut off by a kill
+                continue
+        with atomic_write(path) as temporary:
+            temporary.write_text("".join(kept))
+
+
+def memory_gib(device: str) -> float:
+    """Peak memory so far: of the GPU where there is one, else of this process."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def tensorboard_writer(folder: Path) -> Any:
+    """Raises ConfigError where tensorboard is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as e:
+        raise ConfigError("tensorboard is not installed: pip install tensorboard, or leave it off") from e
+    return SummaryWriter(str(folder))
 
 
 def provenance(*configs: Any) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -98,3 +99,22 @@ def chunks(count: int, size: int) -> Iterator[range]:
     """Consecutive index ranges of at most ``size``."""
     for first in range(0, count, size):
         yield range(first, min(first + size, count))
+
+
+def training_config(kind: Any, prog: str, description: str | None, arguments: Sequence[str]) -> Any:
+    """The dataclass ``kind`` from the command line; ``--config FILE`` gives defaults, every other option a field."""
+    try:
+        import tyro
+    except ImportError as e:
+        raise InputError("training options need tyro: pip install 'msdd-fast[train]'") from e
+    from msdd_fast.training.runs import config_names, read_config
+
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config")
+    known, rest = parser.parse_known_args(arguments)
+    default = None if known.config is None else read_config(kind, known.config, tyro.MISSING)
+    text = (
+        f"{description} --config FILE takes the defaults from a JSON file, such as the config.json of a run, or from "
+        f"one of {', '.join(config_names())}. Under torchrun the processes share every batch."
+    )
+    return tyro.cli(kind, prog=prog, description=text, default=default, args=rest)

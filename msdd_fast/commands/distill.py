@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from msdd_fast.errors import InputError
+from msdd_fast.commands.common import training_config
 
 HELP = "distil a trained tokenizer into one step per scale"
 FORWARDS = True
@@ -15,10 +15,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    try:
-        import tyro
-    except ImportError as e:
-        raise InputError("training options need tyro: pip install 'msdd-fast[train]'") from e
     from msdd_fast.training.run_stage2 import DistillConfig, train_stage2
 
-    train_stage2(tyro.cli(DistillConfig, prog="msdd-fast distill", description=__doc__, args=args.rest))
+    train_stage2(training_config(DistillConfig, "msdd-fast distill", __doc__, args.rest))

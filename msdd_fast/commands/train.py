@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from msdd_fast.errors import InputError
+from msdd_fast.commands.common import training_config
 
 HELP = "train a tokenizer on image folders or tar shards"
 FORWARDS = True
@@ -15,10 +15,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    try:
-        import tyro
-    except ImportError as e:
-        raise InputError("training options need tyro: pip install 'msdd-fast[train]'") from e
     from msdd_fast.training.run_stage1 import TrainConfig, train_stage1
 
-    train_stage1(tyro.cli(TrainConfig, prog="msdd-fast train", description=__doc__, args=args.rest))
+    train_stage1(training_config(TrainConfig, "msdd-fast train", __doc__, args.rest))

@@ -9,7 +9,7 @@ from PIL import Image
 
 from msdd_fast.bench.gpu.device_pack import choose_quality, pack, write_train_tar
 from msdd_fast.errors import InputError
-from msdd_fast.training.data import ImageDataset, find_images
+from msdd_fast.training.data import CropConfig, ImageDataset, find_images
 
 
 @pytest.fixture
@@ -35,8 +35,8 @@ def test_pack(shared, tmp_path, capsys):
     assert (tmp_path / "out/fixtures/a.safetensors").read_bytes() == b"tensors"
     packed = find_images([tmp_path / "out/train.tar"])
     assert len(packed) == 4
-    before = ImageDataset(find_images([shared / "data/train256-000.tar"]), 64, 0, min_crop=1.0, flip=False)
-    after = ImageDataset(packed, 64, 0, min_crop=1.0, flip=False)
+    before = ImageDataset(find_images([shared / "data/train256-000.tar"]), 64, 0, CropConfig(min_crop=1.0, flip=False))
+    after = ImageDataset(packed, 64, 0, CropConfig(min_crop=1.0, flip=False))
     assert (before[0] - after[0]).abs().mean() < 0.1
     assert "4 training pictures as WebP quality 80" in capsys.readouterr().out
 

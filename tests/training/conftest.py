@@ -1,7 +1,12 @@
 """Pictures to train on."""
 
+import logging
+
 import pytest
 from PIL import Image
+
+# torch.distributed.checkpoint logs several lines per tensor, which pytest would keep.
+logging.getLogger("c10d-NullHandler-dcp_logger").setLevel(logging.WARNING)
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from msdd_fast.errors import CheckpointError
-from msdd_fast.training.augment import augment
+from msdd_fast.training.augment import NUM_DRAWS, augment
 from msdd_fast.training.dino import PatchFeatures, load_dino, random_features
 from msdd_fast.training.discriminator import BatchNorm, Discriminator, Head, fit
 from msdd_fast.training.losses import adaptive_weight, discriminator_loss, generator_loss
@@ -242,10 +242,9 @@ def test_fit():
 
 def test_augmentation():
     x = torch.rand(4, 3, 32, 32, generator=generator()).requires_grad_()
-    y = augment(x, generator(1))
-    assert (
-        y.shape == x.shape and torch.equal(y, augment(x, generator(1))) and not torch.equal(y, augment(x, generator(2)))
-    )
+    one, other = (torch.rand(NUM_DRAWS, 4, generator=generator(seed)) for seed in (1, 2))
+    y = augment(x, one)
+    assert y.shape == x.shape and torch.equal(y, augment(x, one)) and not torch.equal(y, augment(x, other))
     y.sum().backward()
     assert x.grad.isfinite().all() and float(x.grad.abs().sum()) > 0
     empty = (y == 0).all(dim=1).float().mean(dim=(1, 2))

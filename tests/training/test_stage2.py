@@ -15,6 +15,7 @@ from msdd_fast.schedule import StageSchedule
 from msdd_fast.training.data import ImageDataset, find_images
 from msdd_fast.training.dino import random_features
 from msdd_fast.training.discriminator import Discriminator
+from msdd_fast.training.draws import Draws, Purpose
 from msdd_fast.training.perceptual import make_perceptual
 from msdd_fast.training.run_stage2 import make_student
 from msdd_fast.training.stage2 import (
@@ -33,6 +34,10 @@ MATCHING = Stage2Config(recipe="teacher-matching", teacher_steps=2)
 
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
+
+
+def draws(count=2, seed=0, step=0):
+    return Draws(seed, step, torch.arange(count))
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +61,7 @@ def recipe(config, teacher, preview=None):
 
 @pytest.mark.parametrize(("steps", "cfg_scale"), [(1, 1.0), (3, 1.5)])
 def test_unroll_is_the_sampler(teacher, steps, cfg_scale):
-    noise, z = draw_noise(teacher.schedule, 64, 2, generator()), torch.randn(2, 16, 32, generator=generator())
+    noise, z = draw_noise(teacher.schedule, 64, torch.arange(2)), torch.randn(2, 16, 32, generator=generator())
     mine = unroll(teacher.decoder, noise[0], z, teacher.schedule, noise, 0, steps, cfg_scale)
     theirs = sample(
         teacher.decoder, z, teacher.schedule, steps=steps, cfg_scale=cfg_scale, noise=noise, return_stages=True
@@ -78,7 +83,7 @@ def test_gradients_reach_every_stage(teacher, batch):
 
     student.decoder.register_forward_hook(keep)
     config = Stage2Config(recipe="teacher-matching", reconstruction_weight=0, perceptual_weight=0, image_weight=1)
-    loss, figures = recipe(config, teacher).loss(student, batch, generator())
+    loss, figures = recipe(config, teacher).loss(student, batch, draws())
     loss.backward()
     assert set(figures) == {"image_mse"}
     assert [v.shape[-1] for v in velocities] == [8, 16, 32, 64]
@@ -95,7 +100,7 @@ def test_gradients_reach_every_stage(teacher, batch):
 def test_path_noise_is_what_the_sampler_carries(stages):
     """A decode of a flat picture whose network is perfect: every stage starts at its level with this noise."""
     schedule = StageSchedule(ScheduleConfig(num_stages=stages))
-    noise = draw_noise(schedule, 64, 1, generator())
+    noise = draw_noise(schedule, 64, torch.arange(1))
     flat = 0.3
     x = noise[0]
     for stage in schedule.stages:
@@ -108,7 +113,7 @@ def test_path_noise_is_what_the_sampler_carries(stages):
 
 def test_path_noise_is_white():
     schedule = StageSchedule(ScheduleConfig())
-    noise = draw_noise(schedule, 64, 16, generator())
+    noise = draw_noise(schedule, 64, torch.arange(16))
     for s in range(4):
         n = path_noise(schedule, noise, s)
         assert float(n.std()) == pytest.approx(1, abs=0.04)
@@ -140,12 +145,12 @@ def test_restart(teacher, restart):
     """The first state that the teacher sees, by hand, in every stage."""
     spy = Tokenizer.from_config("tiny")
     spy.decoder = Recorder(spy.config)
-    noise = draw_noise(spy.schedule, 64, 2, generator())
+    noise = draw_noise(spy.schedule, 64, torch.arange(2))
     image = torch.full((2, 3, 64, 64), 0.4)
     z, starts = torch.zeros(2, 16, 32), set()
     for seed in range(12):
         spy.decoder.seen.clear()
-        start, u, states = teacher_states(spy, image, z, noise, Stage2Config(restart=restart), generator(seed))
+        start, u, states = teacher_states(spy, image, z, noise, Stage2Config(restart=restart), draws(seed=seed))
         starts.add(start)
         stage = spy.schedule[start]
         x, t = spy.decoder.seen[0]
@@ -161,9 +166,9 @@ def test_restart(teacher, restart):
 
 
 def test_teacher_matching_uses_the_students_noise(teacher):
-    noise, z = draw_noise(teacher.schedule, 64, 2, generator()), torch.randn(2, 16, 32, generator=generator())
+    noise, z = draw_noise(teacher.schedule, 64, torch.arange(2)), torch.randn(2, 16, 32, generator=generator())
     image = torch.zeros(2, 3, 64, 64)
-    start, _, states = teacher_states(teacher, image, z, noise, MATCHING, generator())
+    start, _, states = teacher_states(teacher, image, z, noise, MATCHING, draws())
     assert start == 0
     torch.testing.assert_close(states[-1], sample(teacher.decoder, z, teacher.schedule, steps=2, noise=noise))
 
@@ -173,19 +178,16 @@ def test_teacher_matching_uses_the_students_noise(teacher):
 
 def test_a_student_that_equals_its_teacher_has_nothing_to_match(teacher, batch):
     config = Stage2Config(recipe="teacher-matching", teacher_steps=1)
-    loss, figures = recipe(config, teacher).loss(make_student(teacher), batch, generator())
+    loss, figures = recipe(config, teacher).loss(make_student(teacher), batch, draws())
     assert float(loss.detach()) < 1e-9 and all(float(v) < 1e-9 for v in figures.values())
-    loss, _ = recipe(MATCHING, teacher).loss(make_student(teacher), batch, generator())
+    loss, _ = recipe(MATCHING, teacher).loss(make_student(teacher), batch, draws())
     assert float(loss.detach()) > 1e-4
 
 
 def test_losses_add_up(teacher, batch):
     config = Stage2Config(reconstruction_weight=0.7, image_weight=0.3, perceptual_weight=0.2, adaptive=False)
-    loss, f = recipe(config, teacher).loss(make_student(teacher), batch, generator())
-    # u is the recipe's draw after the student's seeds and its context dropout.
-    g = generator()
-    torch.randint(2**62, (2,), generator=g), torch.rand(2, generator=g)
-    u = float(torch.rand((), generator=g))
+    loss, f = recipe(config, teacher).loss(make_student(teacher), batch, draws())
+    u = float(torch.rand((), generator=draws().shared(Purpose.RESTART_LEVEL)))
     rest = 0.3 * f["image_mse"] + 0.2 * f["random_distance"]
     expected = 2.5 * (0.7 * f["reconstruction"] / (1 + u) + rest) + f["random-vit/generator"]
     assert float(loss.detach()) == pytest.approx(float(expected), rel=1e-5)
@@ -196,9 +198,9 @@ def test_losses_add_up(teacher, batch):
 def test_bfloat16(teacher, batch, config):
     """Under autocast the loss stays near that of float32, and every gradient is finite."""
     student, made = make_student(teacher), recipe(config, teacher)
-    expected = made.loss(student, batch, generator())[1]
+    expected = made.loss(student, batch, draws())[1]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss, figures = made.loss(student, batch, generator())
+        loss, figures = made.loss(student, batch, draws())
     loss.backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in student.parameters())
     for name in ("reconstruction", "random_distance"):
@@ -208,7 +210,7 @@ def test_bfloat16(teacher, batch, config):
 def test_perceptual_target_and_crop(teacher, batch):
     def distance(**kwargs):
         config = dataclasses.replace(MATCHING, **kwargs)
-        return float(recipe(config, teacher).loss(make_student(teacher), batch, generator())[1]["random_distance"])
+        return float(recipe(config, teacher).loss(make_student(teacher), batch, draws())[1]["random_distance"])
 
     assert distance() == distance(perceptual_target="teacher") != distance(perceptual_target="image")
     cropped = distance(perceptual_target="image", perceptual_crop=32)
@@ -221,7 +223,7 @@ def test_context_dropout_gives_the_null_context(teacher, batch):
     student, seen = make_student(teacher), []
     student.decoder.register_forward_pre_hook(lambda _, args: seen.append(args[2]))
     dropped = dataclasses.replace(MATCHING, context_dropout=0.999)
-    recipe(dropped, teacher).loss(student, batch, generator())
+    recipe(dropped, teacher).loss(student, batch, draws())
     assert all(torch.equal(z, student.decoder.context_null.expand(2, -1, -1)) for z in seen)
 
 
@@ -323,7 +325,6 @@ def test_resume_is_exact(images, teacher, tmp_path, adversarial):
     batches = part.batches()
     for _ in range(2):
         part.train_step(next(batches))
-    part.out.mkdir()
     part.save_state()
     resumed = trainer(images, teacher, tmp_path / "part", 4, adversarial)
     assert resumed.step == 2
@@ -333,7 +334,7 @@ def test_resume_is_exact(images, teacher, tmp_path, adversarial):
         states = (t.critic.module.state_dict() for t in (whole, resumed))
         for a, b in zip(*(s.values() for s in states), strict=True):
             assert torch.equal(a, b)
-    with pytest.raises(CheckpointError, match="one of the two runs has a discriminator; choose another out folder"):
+    with pytest.raises(CheckpointError, match="its discriminator is not this run's; choose another out folder"):
         trainer(images, teacher, tmp_path / "part", 4, not adversarial)
 
 

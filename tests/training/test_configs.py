@@ -1,0 +1,74 @@
+"""Configuration files: those of the paper's two stages, those of the bundled models, and bad ones."""
+
+import json
+
+import pytest
+
+from msdd_fast.checkpoint import ASSETS
+from msdd_fast.commands.common import training_config
+from msdd_fast.config import get_preset
+from msdd_fast.errors import ConfigError
+from msdd_fast.training.run_stage1 import TrainConfig
+from msdd_fast.training.run_stage2 import DistillConfig
+from msdd_fast.training.runs import config_names, read_config
+
+EPOCH = 1_281_167 // 1024
+PAPER = [f"{c}-{n}scale" for c in ("cross", "joint") for n in (3, 4)]
+
+
+def test_names():
+    assert config_names() == [f"stage{stage}-{name}" for stage in (1, 2) for name in PAPER]
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_papers_two_stages(name):
+    one, two = read_config(TrainConfig, f"stage1-{name}"), read_config(DistillConfig, f"stage2-{name}")
+    model = get_preset(one.preset)
+    assert f"{model.decoder.conditioning}-{model.schedule.num_stages}scale" == name and model.decoder.depth == 12
+    for config, epochs in ((one, 200), (two, 1)):
+        loop = config.loop
+        assert (loop.batch_size, loop.steps, loop.precision) == (1024, epochs * EPOCH, "bfloat16")
+        assert 1024 % (8 * (loop.micro_batch or 1)) == 0 and config.crop == "adm"
+        assert config.data is None and config.out is None  # the user's
+    assert two.objective.recipe == "adversarial" and two.objective.teacher_steps == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "file"), [(TrainConfig, "msdd-nano-teacher/train.json"), (DistillConfig, "msdd-nano/distill.json")]
+)
+def test_the_bundled_models_configurations(kind, file):
+    config = read_config(kind, str(ASSETS / file))
+    data = json.loads((ASSETS / file).read_text())
+    assert config.loop.steps == data["loop"]["steps"] and config.optim.betas == (0.9, 0.95)
+    assert list(config.data) == data["data"] and config.min_crop == data["min_crop"]
+
+
+def test_the_command_line_has_the_last_word():
+    pytest.importorskip("tyro")
+    given = ["--config", "stage1-joint-4scale", "--data", "a", "b.tar", "--out", "o", "--loop.batch-size", "64"]
+    config = training_config(TrainConfig, "msdd-fast train", "", given)
+    assert (config.data, config.out, config.loop.batch_size) == (("a", "b.tar"), "o", 64)
+    assert config.preset == "msdd-d12-joint" and config.optim.ema_decay == 0.9999 and config.loop.micro_batch == 32
+    with pytest.raises(SystemExit):  # data and out have no default
+        training_config(TrainConfig, "msdd-fast train", "", given[:2])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[]", "must hold a mapping, got list"),
+        ("{", "is not JSON"),
+        ('{"lop": {}}', "has unknown field 'lop'; known: cache, crop"),
+        ('{"loop": {"steps": 1.5}}', "loop: steps must be int, got 1.5"),
+        ('{"loop": {"strict": 1}}', "loop: strict must be bool, got 1"),
+        ('{"optim": {"betas": [0.9]}}', r"optim: betas must be tuple.*, got \[0.9\]"),
+        ('{"crop": "left"}', "crop must be one of random, adm, center, got 'left'"),
+        ('{"loop": {"guard": {"after": 0}}}', r"guard.after and guard.max_in_a_row must be at least 1, got 0 and 20"),
+    ],
+)
+def test_bad_files(tmp_path, content, message):
+    (tmp_path / "c.json").write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        read_config(TrainConfig, str(tmp_path / "c.json"))
+    with pytest.raises(ConfigError, match="no configuration 'none': neither a readable file nor one of stage1-cross-3"):
+        read_config(TrainConfig, "none")

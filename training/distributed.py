@@ -1,0 +1,157 @@
+"""Several processes, as torchrun starts them: NCCL between GPUs, gloo between CPUs. One process needs none of this."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, NoReturn, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from msdd_fast.errors import ConfigError, MsddFastError
+
+T = TypeVar("T")
+
+
+def is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def world_size() -> int:
+    return dist.get_world_size() if is_distributed() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if is_distributed() else 0
+
+
+def is_first() -> bool:
+    """Whether this process writes what is written once."""
+    return rank() == 0
+
+
+@contextmanager
+def process_group(device: str, timeout_minutes: float = 30.0) -> Iterator[str]:
+    """Joins the processes that torchrun started, if it did; gives the device of this process.
+
+    ``device`` "cuda" becomes "cuda:LOCAL_RANK". Raises ConfigError where a process has no GPU of its own, or where
+    torchrun's environment is incomplete.
+    """
+    size = os.environ.get("WORLD_SIZE")
+    if size is None or is_distributed():
+        yield device
+        return
+    missing = [n for n in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if n not in os.environ]
+    if missing:
+        raise ConfigError(f"WORLD_SIZE={size} is set but not {', '.join(missing)}: start several processes by torchrun")
+    gpu = device.startswith("cuda")
+    backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
+    dist.init_process_group(backend, timeout=datetime.timedelta(minutes=timeout_minutes))
+    try:
+        yield agree(_own_gpu) if gpu else device
+    finally:
+        dist.destroy_process_group()
+
+
+def _own_gpu() -> str:
+    local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if local >= gpus:
+        wanted = os.environ.get("LOCAL_WORLD_SIZE", str(local + 1))
+        raise ConfigError(f"{wanted} processes on one machine need as many GPUs, got {gpus}")
+    torch.cuda.set_device(local)
+    return f"cuda:{local}"
+
+
+def outcome(build: Callable[[], T]) -> tuple[T | None, MsddFastError | None]:
+    """(result, None) of ``build`` in every process, or (None, error) in all: that of the first process that has one.
+
+    ``build`` must not wait for other processes itself.
+    """
+    result: T | None = None
+    mine: MsddFastError | None = None
+    try:
+        result = build()
+    except MsddFastError as e:
+        mine = e
+    if world_size() == 1:
+        return result, mine
+    errors: list[Any] = [None] * world_size()
+    dist.all_gather_object(errors, None if mine is None else (type(mine), str(mine)))
+    for process, error in enumerate(errors):
+        if error is not None:
+            kind, text = error
+            return None, kind(text if process == 0 else f"{text} (process {process} of {world_size()})")
+    return result, None
+
+
+def agree(build: Callable[[], T]) -> T:
+    """The result of ``build`` in every process, or one error for all; see ``outcome``."""
+    result, error = outcome(build)
+    if error is not None:
+        fail(error)
+    return result  # type: ignore[return-value]  # build may well return None
+
+
+def fail(error: MsddFastError) -> NoReturn:
+    """Raise an error that every process has: in the first one only, so that it is printed once."""
+    if not is_first():
+        with suppress(RuntimeError):
+            dist.all_reduce(torch.zeros(()))  # ends when the first process has gone
+        raise SystemExit(1)
+    raise error
+
+
+def sum_over_processes(x: Tensor) -> Tensor:
+    """The sum of ``x`` over the processes, in ``x`` itself; every process gets the same bits."""
+    if world_size() > 1:
+        dist.all_reduce(x)
+    return x
+
+
+def mean_over_processes(x: Tensor) -> Tensor:
+    """The mean of ``x`` over the processes, in ``x`` itself."""
+    return sum_over_processes(x).div_(world_size()) if world_size() > 1 else x
+
+
+def broadcast_object(build: Callable[[], T]) -> T:
+    """The first process's ``build()``, or its error, in all."""
+    if world_size() == 1:
+        return build()
+    box: list[Any] = [None]
+    if is_first():
+        try:
+            box = [(build(), None)]
+        except MsddFastError as e:
+            box = [(None, (type(e), str(e)))]
+    dist.broadcast_object_list(box)
+    result, error = box[0]
+    if error is not None:
+        fail(error[0](error[1]))
+    return result  # type: ignore[no-any-return]
+
+
+def barrier() -> None:
+    """Wait for all processes."""
+    sum_over_processes(torch.zeros(()))
+
+
+def batch_share(batch_size: int, micro_batch: int | None) -> tuple[int, int]:
+    """(images at a time in this process, how often per step).
+
+    Raises ConfigError unless ``batch_size`` divides evenly among the processes and their micro-batches.
+    """
+    size = world_size()
+    if batch_size % size:
+        raise ConfigError(f"batch_size must be a multiple of the number of processes, {size}, got {batch_size}")
+    share = batch_size // size
+    micro = share if micro_batch is None else min(micro_batch, share)
+    if micro < 1 or share % micro:
+        raise ConfigError(
+            f"micro_batch must divide the {share} images of a process (batch_size {batch_size} on {size} "
+            f"process{'es' if size > 1 else ''}), got {micro_batch}"
+        )
+    return micro, share // micro

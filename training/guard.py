@@ -1,0 +1,77 @@
+"""What keeps a long run from being spoilt: steps whose loss or gradient is not finite, or far above the usual, are
+left out; too many in a row end the run."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from msdd_fast.errors import ConfigError, TrainingError
+
+
+@dataclass(frozen=True)
+class GuardConfig:
+    """Which steps are left out."""
+
+    spike_factor: float = 20.0
+    """A step whose loss or gradient norm is more than this times its running mean is left out; 0 = only NaN, Inf."""
+    after: int = 50
+    """Accepted steps before anything is called a spike."""
+    max_in_a_row: int = 20
+    """So many left out one after another end the run."""
+
+    def __post_init__(self) -> None:
+        if self.spike_factor != 0 and not self.spike_factor > 1:
+            raise ConfigError(f"guard.spike_factor must be 0 or above 1, got {self.spike_factor}")
+        if self.after < 1 or self.max_in_a_row < 1:
+            raise ConfigError(
+                f"guard.after and guard.max_in_a_row must be at least 1, got {self.after} and {self.max_in_a_row}"
+            )
+
+
+class Guard:
+    """Decides from figures that all processes share, hence alike in all; its state is part of a run's."""
+
+    def __init__(self, config: GuardConfig) -> None:
+        self.config = config
+        self.accepted = self.skipped = self.in_a_row = 0
+        self.means: dict[str, float] = {}
+
+    def accepts(self, step: int, **figures: float) -> bool:
+        """Whether to take the step. Raises TrainingError when too many in a row were not."""
+        reason = self._objection(figures)
+        if reason is None:
+            self.in_a_row = 0
+            self.accepted += 1
+            weight = max(1 / self.accepted, 0.02)
+            for name, value in figures.items():
+                mean = self.means.get(name, 0.0)
+                self.means[name] = mean + weight * (abs(value) - mean)
+            return True
+        self.skipped += 1
+        self.in_a_row += 1
+        if self.in_a_row >= self.config.max_in_a_row:
+            raise TrainingError(
+                f"{self.in_a_row} steps in a row were left out, the last (step {step}) because {reason}; "
+                "the saved states are from before"
+            )
+        return False
+
+    def _objection(self, figures: dict[str, float]) -> str | None:
+        for name, value in figures.items():
+            if not math.isfinite(value):
+                return f"{name} is {value}"
+        if self.config.spike_factor and self.accepted >= self.config.after:
+            for name, value in figures.items():
+                if value > self.config.spike_factor * self.means[name]:
+                    return f"{name} is {value:.4g} where {self.means[name]:.4g} is usual"
+        return None
+
+    def state(self) -> dict[str, Any]:
+        names = ("accepted", "skipped", "in_a_row", "means")
+        return {name: getattr(self, name) for name in names}
+
+    def load(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)
