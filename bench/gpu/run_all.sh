@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Build, test, sanitize, benchmark and profile on this machine; what needs a GPU is skipped where there is none.
 #
-#   bench/gpu/run_all.sh OUT [build] [tests] [sanitize] [bench] [ncu]      (default: all, in this order)
+#   bench/gpu/run_all.sh OUT [build] [tests] [sanitize] [bench] [training] [ncu]      (default: all, in this order)
 #
 # Leaves logs, bench.json, ncu.txt and summary.md in OUT. A part that fails does not stop the next; the exit status is 1
 # if any failed. Every part ends within LIMIT seconds (540), so that each fits a machine lent for ten minutes a command.
@@ -13,7 +13,7 @@
 # Wheels in .whl/ (pytest-benchmark and the like, for a machine without a network) are used without being installed.
 set -u -o pipefail
 
-PARTS=(build tests sanitize bench ncu)
+PARTS=(build tests sanitize bench training ncu)
 usage="usage: run_all.sh OUT [${PARTS[*]}]"
 [ $# -ge 1 ] || { echo "$usage" >&2; exit 2; }
 out=$(mkdir -p "$1" && cd "$1" && pwd) || exit 2
@@ -103,6 +103,19 @@ sanitize() {
 bench() {
   rm -f "$out/bench.json"
   run bench "$python" -m pytest -q -rs -p no:cacheprovider ${BENCH:-bench} --benchmark-json="$out/bench.json"
+}
+
+# img/s, fraction of a large product and memory of stage-1 training, by batch.
+training() {
+  local preset
+  for preset in msdd-d12-joint msdd-d12; do
+    if [ -z "$arch" ]; then
+      skip "training-$preset" "no GPU"
+    else
+      run "training-$preset" "$python" -m msdd_fast.bench.training measure --preset "$preset" \
+        --batch 32 64 128 256 --out "$out/training-$preset.json"
+    fi
+  done
 }
 
 # Every kernel of ours by name, launched by the benchmarks at 256 px in bfloat16. The clocks are left alone.

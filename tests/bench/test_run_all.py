@@ -16,10 +16,15 @@ def run_all(out, *parts, **environment):
 
 
 def test_benchmarks_and_skipped_parts(tmp_path):
-    done = run_all(tmp_path, "sanitize", "bench", "ncu", BENCH="bench/test_euler_step.py --quick")
+    done = run_all(tmp_path, "sanitize", "bench", "training", "ncu", BENCH="bench/test_euler_step.py --quick")
     assert done.returncode == 0, done.stdout + done.stderr
     summary = (tmp_path / "summary.md").read_text()
-    for line in ("| memcheck | skipped: no GPU | 0 |", "| ncu | skipped: no GPU | 0 |", "| bench | passed |"):
+    for line in (
+        "| memcheck | skipped: no GPU | 0 |",
+        "| ncu | skipped: no GPU | 0 |",
+        "| training-msdd-d12 | skipped: no GPU | 0 |",
+        "| bench | passed |",
+    ):
         assert line in summary
     assert "| euler_step | 32 | float32 | 2 | plain |" in summary and "Ceilings measured in this run: copy" in summary
     assert json.loads((tmp_path / "bench.json").read_text())["benchmarks"]

@@ -1,0 +1,227 @@
+"""Throughput and memory of stage-1 training on one device, and what a configuration will need by that measurement.
+
+    python -m msdd_fast.bench.training measure --preset msdd-d12 --batch 32 64 128 256 --out d12.json
+    python -m msdd_fast.bench.training estimate stage1-cross-4scale --measured d12.json --gpus 8
+
+FLOP are those of the products and of attention (bench/roofline.py), a backward pass counted as two forward passes; of
+perceptual networks and discriminators none are counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from msdd_fast.bench.ceilings import gemm_rate
+from msdd_fast.bench.roofline import decode_work, encode_work, total
+from msdd_fast.config import PRESETS, TokenizerConfig, get_preset
+from msdd_fast.errors import InputError, MsddFastError
+from msdd_fast.models.tokenizer import Tokenizer
+from msdd_fast.schedule import NUM_TIMESTEPS, StageSchedule
+from msdd_fast.training.data import Batch, ImageDataset
+from msdd_fast.training.run_stage1 import TrainConfig
+from msdd_fast.training.run_stage2 import DistillConfig
+from msdd_fast.training.runs import read_config
+from msdd_fast.training.stage1 import Stage1Config, Stage1Recipe
+from msdd_fast.training.stage2 import Stage2Config
+from msdd_fast.training.trainer import LoopConfig, OptimConfig, Trainer, memory_gib
+
+WARM_UP = 3
+GIB = 2**30
+
+
+def stage1_flops(config: TokenizerConfig, objective: Stage1Config, checkpointing: bool = False) -> float:
+    """FLOP per image of a step: encoder, and the decoder at ``stages_per_image`` of its scales on average."""
+    decoder = _mean_scale(config) * objective.stages_per_image
+    return (4 if checkpointing else 3) * (total(encode_work(config)).flops + decoder)
+
+
+def stage2_flops(config: TokenizerConfig, objective: Stage2Config, checkpointing: bool = False) -> float:
+    """FLOP per image of a step: encoder forward, the student's unroll both ways, the teacher from where it starts."""
+
+    def branches(cfg_scale: float) -> int:
+        return 1 if cfg_scale == 1 else 2
+
+    scales = [_scale(config, s) for s in range(config.schedule.num_stages)]
+    student = (4 if checkpointing else 3) * sum(scales) * branches(objective.student_cfg_scale)
+    teacher = 0.0
+    if objective.reconstruction_weight > 0:
+        teacher = sum(scales) if objective.matches_teacher else _restarted(config, scales)
+        teacher *= objective.steps * branches(objective.teacher_cfg_scale)
+    return total(encode_work(config)).flops + student + teacher
+
+
+def _scale(config: TokenizerConfig, stage: int) -> int:
+    resolution = config.stage_resolution(stage)
+    return total(w for w in decode_work(config, hoisted=False) if w.scale == resolution).flops
+
+
+def _mean_scale(config: TokenizerConfig) -> float:
+    stages = config.schedule.num_stages
+    return sum(_scale(config, s) for s in range(stages)) / stages
+
+
+def _restarted(config: TokenizerConfig, scales: list[int]) -> float:
+    """Mean over u of the stages from the one whose timesteps hold 1000 u to the last (SPEC A6)."""
+    tops = [s.timestep_max for s in StageSchedule(config.schedule).stages] + [0.0]
+    return sum((tops[s] - tops[s + 1]) / NUM_TIMESTEPS * sum(scales[s:]) for s in range(len(scales)))
+
+
+class Row(NamedTuple):
+    """One batch size: images and FLOP per second, the latter as a fraction of a large product, and peak memory."""
+
+    batch: int
+    img_per_s: float
+    flops_per_s: float
+    fraction: float
+    memory_gib: float
+
+
+def measure(
+    preset: str, batch: int, device: str, steps: int, checkpointing: bool = False, compiled: bool = False
+) -> Row:
+    """Train ``steps`` steps on random images after a warm-up, in bfloat16 on a GPU and float32 on a CPU."""
+    config, where = get_preset(preset), torch.device(device)
+    on_gpu = where.type == "cuda"
+    loop = LoopConfig(
+        steps=steps + WARM_UP,
+        batch_size=batch,
+        precision="bfloat16" if on_gpu else "float32",
+        device=device,
+        activation_checkpointing=checkpointing,
+        compile=compiled,
+    )
+    torch.manual_seed(0)
+    images = torch.rand(batch, 3, config.image_size, config.image_size) * 2 - 1
+    with tempfile.TemporaryDirectory() as out:
+        data = ImageDataset([], config.image_size, 0)
+        trainer = Trainer(Tokenizer(config), data, Stage1Recipe(Stage1Config()), out, OptimConfig(), loop)
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats(where)
+        images = images.to(where)
+        seconds = []
+        for i in range(steps + WARM_UP):
+            start = time.perf_counter()
+            trainer.train_step([Batch(images, torch.arange(i * batch, (i + 1) * batch), [])])
+            if on_gpu:
+                torch.cuda.synchronize(where)
+            seconds.append(time.perf_counter() - start)
+    rate = batch / sorted(seconds[WARM_UP:])[steps // 2]
+    flops = rate * stage1_flops(config, Stage1Config())  # what is calculated again does not count as work
+    peak = gemm_rate(where, torch.bfloat16 if on_gpu else torch.float32)
+    return Row(batch, rate, flops, flops / peak, memory_gib(device))
+
+
+def measure_all(args: argparse.Namespace) -> None:
+    device = args.device or ("cuda" if torch.cuda.is_available() else None)
+    if device is None:
+        raise InputError("training throughput is measured on a GPU, and none is here; --device cpu only tries it out")
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else "CPU"
+    record: dict[str, Any] = {"preset": args.preset, "device": name, "torch": torch.__version__, "rows": []}
+    record |= {"activation_checkpointing": args.activation_checkpointing, "compile": args.compile}
+    print(f"{args.preset} on {name}\n| batch | img/s | TFLOP/s | of a large product | GiB |\n|---|---|---|---|---|")
+    for batch in args.batch:
+        try:
+            row = measure(args.preset, batch, device, args.steps, args.activation_checkpointing, args.compile)
+        except torch.OutOfMemoryError:
+            record["rows"].append({"batch": batch, "out_of_memory": True})
+            print(f"| {batch} | out of memory | | | |", flush=True)
+            torch.cuda.empty_cache()
+            continue
+        record["rows"].append(row._asdict())
+        print(
+            f"| {batch} | {row.img_per_s:.1f} | {row.flops_per_s / 1e12:.2f} | {row.fraction:.1%} "
+            f"| {row.memory_gib:.1f} |",
+            flush=True,
+        )
+    if args.out:
+        Path(args.out).write_text(json.dumps(record, indent=2) + "\n")
+
+
+def estimate(config: TrainConfig | DistillConfig, preset: str, measured: dict[str, Any], gpus: int) -> list[str]:
+    """Lines that say how long a configuration will take on ``gpus`` such devices, and how much memory each needs."""
+    model, loop = get_preset(preset), config.loop
+    rows = [row for row in measured["rows"] if not row.get("out_of_memory")]
+    if not rows:
+        raise InputError("measured must hold at least one batch that fitted, got none")
+    if isinstance(config, TrainConfig):
+        flops, plain = stage1_flops(model, config.objective, loop.activation_checkpointing), False
+    else:
+        flops, plain = stage2_flops(model, config.objective, loop.activation_checkpointing), True
+    speed = max(row["flops_per_s"] for row in rows)
+    images = loop.steps * loop.batch_size
+    hours = images * flops / (speed * gpus) / 3600
+    with torch.device("meta"):
+        tokenizer = Tokenizer(model)
+    parameters = sum(p.numel() for p in tokenizer.parameters())
+    trained = sum(p.numel() for p in tokenizer.decoder.parameters()) if plain else parameters
+    # float32: weights and their average; gradients and two moments of what is trained; the teacher.
+    fixed = 4 * (2 * parameters + 3 * trained + (parameters if plain else 0)) / GIB
+    share = max(1, loop.batch_size // gpus)
+    micro = share if loop.micro_batch is None else min(loop.micro_batch, share)
+    lines = [
+        f"ESTIMATE for {gpus} x {measured['device']}, from {measured['preset']} measured on one",
+        f"work: {images / 1e6:.1f} M images of {flops / 1e12:.2f} TFLOP, without perceptual network and discriminator",
+        f"time: {hours:.1f} h at {speed / 1e12:.1f} TFLOP/s per device, if it scales perfectly and data keep up",
+        f"memory per device: {fixed:.1f} GiB of weights, gradients, moments and average, plus activations",
+    ]
+    same = measured["preset"] == preset and measured["activation_checkpointing"] == loop.activation_checkpointing
+    if isinstance(config, TrainConfig) and same and len(rows) > 1:
+        (a, b) = min(rows, key=lambda r: r["batch"]), max(rows, key=lambda r: r["batch"])
+        slope = (b["memory_gib"] - a["memory_gib"]) / (b["batch"] - a["batch"])
+        peak = a["memory_gib"] + slope * (micro - a["batch"])
+        lines.append(f"together {peak:.1f} GiB with micro-batches of {micro}, on the line through the measured batches")
+    else:
+        lines.append("activations: not measured for this configuration (another model, stage or checkpointing)")
+    return lines
+
+
+def print_estimate(args: argparse.Namespace) -> None:
+    try:
+        measured = json.loads(Path(args.measured).read_text())
+    except (OSError, ValueError) as e:
+        raise InputError(f"--measured must be a file that measure wrote, got {args.measured}: {e}") from e
+    kind: Any = DistillConfig if args.config.startswith("stage2") else TrainConfig
+    config = read_config(kind, args.config, missing="")
+    preset = args.preset or getattr(config, "preset", None)
+    if preset is None:
+        raise InputError("--preset must name the model of a stage-2 configuration, got none")
+    print("\n".join(estimate(config, preset, measured, args.gpus)))
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m msdd_fast.bench.training", description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(required=True)
+    one = commands.add_parser("measure", help="img/s, fraction of the peak and memory at several batch sizes")
+    one.add_argument("--preset", choices=sorted(PRESETS), default="msdd-d12")
+    one.add_argument("--batch", type=int, nargs="+", default=[32, 64, 128, 256])
+    one.add_argument("--steps", type=int, default=10)
+    one.add_argument("--device")
+    one.add_argument("--activation-checkpointing", action="store_true")
+    one.add_argument("--compile", action="store_true")
+    one.add_argument("--out", help="JSON file")
+    one.set_defaults(run=measure_all)
+    two = commands.add_parser("estimate", help="time and memory of a configuration on such devices")
+    two.add_argument("config", help="a configuration's name or file")
+    two.add_argument("--measured", required=True, help="what measure wrote")
+    two.add_argument("--gpus", type=int, default=8)
+    two.add_argument("--preset", choices=sorted(PRESETS), help="the model, for stage 2")
+    two.set_defaults(run=print_estimate)
+    args = parser.parse_args(argv)
+    try:
+        args.run(args)
+    except MsddFastError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
