@@ -1,6 +1,6 @@
 """Checkpoints: our format (config.json + sharded safetensors) and the hub.
 
-A checkpoint is a directory. ``config.json`` holds the TokenizerConfig; the weights are in
+A checkpoint is a directory. ``config.json`` holds the tokenizer's config; the weights are in
 ``model.safetensors``, or in ``model-0000i-of-0000n.safetensors`` with ``model.safetensors.index.json``.
 Directories are written beside their destination and renamed into place, so that a reader sees the old
 checkpoint or the new one, never a mixture.
@@ -21,10 +21,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from msdd_fast.authors import read_authors_file, translate_authors
-from msdd_fast.config import TokenizerConfig
+from msdd_fast.config import AnyConfig, config_from_dict
 from msdd_fast.errors import CheckpointError, ConfigError, InputError, MsddFastError
-from msdd_fast.files import temporary_sibling
+from msdd_fast.files import atomic_write, read_torch_file, temporary_sibling
 from msdd_fast.models.tokenizer import Tokenizer
+from msdd_fast.ssdd_weights import release_ssdd, translate_ssdd
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -78,7 +79,7 @@ def _download_from_hub(repo: str) -> Path:
         raise CheckpointError(f"no directory {repo!r}, and the Hugging Face hub did not give it: {e}") from e
 
 
-def load_config(directory: Path) -> TokenizerConfig:
+def load_config(directory: Path) -> AnyConfig:
     """Read and validate config.json of a checkpoint directory."""
     path = directory / CONFIG_FILE
     try:
@@ -90,7 +91,7 @@ def load_config(directory: Path) -> TokenizerConfig:
     except (ValueError, RecursionError) as e:
         raise CheckpointError(f"{path} is not valid JSON: {e}") from e
     try:
-        return TokenizerConfig.from_dict(data)
+        return config_from_dict(data)
     except ConfigError as e:
         raise CheckpointError(f"{path}: {e}") from e
 
@@ -192,8 +193,9 @@ def check_destination(directory: str | os.PathLike[str]) -> Path:
 def _is_ours(config: Path) -> bool:
     """Whether this config.json was written here, by whatever version; other libraries use the name, too."""
     try:
-        return {"latent_dim", "num_latent_tokens"} <= set(json.loads(config.read_text()))
-    except (OSError, ValueError, TypeError):
+        data = json.loads(config.read_text())
+        return {"latent_dim", "num_latent_tokens"} <= set(data) or data.get("family") == "ssdd"
+    except (OSError, ValueError, TypeError, AttributeError):
         return False
 
 
@@ -278,3 +280,50 @@ def import_authors_verbose(
         tokenizer = Tokenizer(config)
     load_state(tokenizer, tensors, name)
     return tokenizer.eval(), unused
+
+
+def import_ssdd(
+    source: str | os.PathLike[str] | dict[str, Any], image_size: int = 256, steps: int = 8, groups: int = 32
+) -> Tokenizer:
+    """Build a tokenizer from SSDD's released weights (SPEC-SSDD 1.6, 2).
+
+    Args:
+        source: a .safetensors file, a .pt file (loaded with ``weights_only=True``), or a state dict with the names
+            ``encoder.*`` and ``decoder.*``. ``module.`` and ``_orig_mod.`` prefixes are tolerated.
+        image_size: side of the crops that the command line takes; the network takes any multiple of 8.
+        steps: that ``decode`` takes by default: 1 for distilled weights.
+        groups: of the decoder's GroupNorms, the only size that no shape shows; 32 in all released weights.
+
+    Returns the tokenizer in eval mode, float32. Raises CheckpointError for a foreign or damaged file and for one with a
+    missing, unexpected or misshapen tensor.
+    """
+    if isinstance(source, dict):
+        # The model must not share memory with the caller's tensors.
+        name, state = "state dict", {n: t.clone() if isinstance(t, Tensor) else t for n, t in source.items()}
+    else:
+        path = Path(source)
+        name = str(path)
+        state = read_safetensors(path) if path.suffix == ".safetensors" else read_torch_file(path)
+    try:
+        config, tensors = translate_ssdd(state, image_size, steps, groups)
+    except MsddFastError as e:
+        raise CheckpointError(f"{name}: {e}") from e
+    with torch.device("meta"):
+        tokenizer = Tokenizer(config)
+    load_state(tokenizer, tensors, name)
+    return tokenizer.eval()
+
+
+def export_ssdd(tokenizer: Tokenizer, path: str | os.PathLike[str]) -> None:
+    """Write an SSDD tokenizer as one .safetensors file that the authors' code loads: ``import_ssdd`` reversed.
+
+    Raises InputError for a tokenizer of another family, CheckpointError if the file cannot be written.
+    """
+    if tokenizer.config.family != "ssdd":
+        raise InputError(f"tokenizer must be of the family ssdd, got {tokenizer.config.family}")
+    tensors = release_ssdd(tokenizer.state_dict())
+    try:
+        with atomic_write(path) as temporary:
+            save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, temporary, {"format": "pt"})
+    except (OSError, SafetensorError) as e:
+        raise CheckpointError(f"cannot write {path}: {getattr(e, 'strerror', None) or e}") from e

@@ -1,9 +1,9 @@
 """Configuration: frozen dataclasses, presets, and their JSON form.
 
-A ``TokenizerConfig`` is everything needed to build a tokenizer apart from its weights; it is what
-``config.json`` beside a checkpoint holds. Where the paper and the authors' code disagree, the two
-choices are values of one field (SPEC, table in the head; A7). ``authors_choices`` lists the values
-that reproduce the authors' published network.
+A ``TokenizerConfig`` (MSDD) or an ``SSDDConfig`` is everything needed to build a tokenizer apart from its weights; it
+is what ``config.json`` beside a checkpoint holds, and its ``family`` says which of the two it is. Where MSDD's paper
+and its authors' code disagree, the two choices are values of one field (SPEC, table in the head; A7).
+``authors_choices`` lists the values that reproduce the authors' published network.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import dataclasses
 import json
 import math
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -22,7 +23,7 @@ ImageRope = Literal["rotary", "cosine"]
 ImagePositions = Literal["scaled", "centered"]
 ContextPositions = Literal["grid", "row"]
 FloatName = Literal["float32", "bfloat16"]
-TimeGrid = Literal["uniform", "authors"]
+TimeGrid = Literal["uniform", "authors", "power"]
 VelocityInit = Literal["passthrough", "zero"]
 
 
@@ -85,7 +86,17 @@ class ScheduleConfig:
     timestep_dtype: FloatName = "float32"
     """dtype in which model times T/1000 are rounded; "bfloat16" is parity with bf16 checkpoints."""
     time_grid: TimeGrid = "uniform"
-    """Step times inside a stage: "uniform" in [1, 0]; "authors" ends with a step of 0.001."""
+    """Step times inside a stage: "uniform" in [1, 0]; "authors" ends with a step of 0.001; "power" is the uniform
+    grid raised to ``time_power``, with the time itself as the model time (SPEC-SSDD 3): for one stage."""
+    time_power: float = 2.0
+    """Exponent of the grid "power"; the others have none."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.time_grid != "power" or self.num_stages == 1,
+            f"schedule.time_grid 'power' is for one stage, got num_stages={self.num_stages}",
+        )
+        _require(self.time_power > 0, f"schedule.time_power must be positive, got {self.time_power}")
 
 
 @dataclass(frozen=True)
@@ -148,6 +159,15 @@ class TokenizerConfig:
         _require(self.sampling.cfg_scale >= 0, f"sampling.cfg_scale must be >= 0, got {self.sampling.cfg_scale}")
 
     @property
+    def family(self) -> str:
+        return "msdd"
+
+    @property
+    def latent_shape(self) -> tuple[int, int]:
+        """Shape of an image's latents: (num_latent_tokens, latent_dim)."""
+        return self.num_latent_tokens, self.latent_dim
+
+    @property
     def grid_size(self) -> int:
         """Patches per side at full resolution (M in the SPEC)."""
         return self.image_size // self.patch_size
@@ -155,6 +175,10 @@ class TokenizerConfig:
     def stage_resolution(self, stage: int) -> int:
         """Pixels per side of a stage; the last stage is ``image_size``."""
         return self.image_size // 2 ** (self.schedule.num_stages - 1 - stage)
+
+    def stage_shapes(self, latents: Sequence[int]) -> list[tuple[int, int, int]]:
+        """Shape (3, H, W) of the state in every stage, for latents of a shape (B, ...)."""
+        return [(3, r, r) for r in map(self.stage_resolution, range(self.schedule.num_stages))]
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -166,6 +190,107 @@ class TokenizerConfig:
     def from_dict(cls, data: Any) -> TokenizerConfig:
         """Inverse of ``to_dict``. Raises ConfigError for unknown fields and wrong types."""
         return _from_dict(cls, data, "config")
+
+
+@dataclass(frozen=True)
+class KLEncoderConfig:
+    """Image to spatial latents: the convolutional KL encoder of latent diffusion (SPEC-SSDD 2)."""
+
+    channels: int = 128
+    """Width of the first level; the later ones have 2 and then 4 times as many channels."""
+
+
+@dataclass(frozen=True)
+class UViTConfig:
+    """Noisy image, time and spatial latents to velocity: a U-Net with a transformer in the middle (SPEC-SSDD 1)."""
+
+    widths: tuple[int, int, int, int] = (96, 192, 288, 288)
+    """Channels at full, half, quarter and eighth resolution; the transformer has the last."""
+    mid_layers: int = 12
+    heads: int = 4
+    window: int = 8
+    """A query sees the keys less than this many rows and columns away."""
+    groups: int = 32
+    """Of every GroupNorm."""
+
+
+@dataclass(frozen=True)
+class SSDDConfig:
+    """A whole SSDD tokenizer: images (3, H, W) <-> (latent_channels, H/factor, W/factor), any sides (SPEC-SSDD)."""
+
+    image_size: int = 256
+    """Side of the square crops that the command line and training take; the network takes any multiple of factor."""
+    factor: int = 8
+    """Pixels per side of a latent cell."""
+    latent_channels: int = 4
+    encoder: KLEncoderConfig = field(default_factory=KLEncoderConfig)
+    decoder: UViTConfig = field(default_factory=UViTConfig)
+    schedule: ScheduleConfig = field(default_factory=lambda: ScheduleConfig(num_stages=1, time_grid="power"))
+    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(steps=8))
+    family: Literal["ssdd"] = "ssdd"
+
+    def __post_init__(self) -> None:
+        enc, dec = self.encoder, self.decoder
+        _require(
+            self.factor >= 8 and self.factor & (self.factor - 1) == 0,
+            f"factor must be 8 or a larger power of two (the decoder halves three times), got {self.factor}",
+        )
+        _require(self.latent_channels >= 1, f"latent_channels must be at least 1, got {self.latent_channels}")
+        _require(
+            self.image_size >= 1 and self.image_size % self.factor == 0,
+            f"image_size must be a positive multiple of factor={self.factor}, got {self.image_size}",
+        )
+        _require(
+            enc.channels >= 32 and enc.channels % 32 == 0,
+            f"encoder.channels must be a positive multiple of 32 (its norms have 32 groups), got {enc.channels}",
+        )
+        _require(
+            len(dec.widths) == 4 and all(w >= 2 and dec.groups >= 1 and w % dec.groups == 0 for w in dec.widths),
+            f"decoder.widths must be 4 positive multiples of groups={dec.groups}, got {dec.widths}",
+        )
+        _require(
+            dec.widths[0] % 2 == 0, f"decoder.widths[0] must be even (sines and cosines of time), got {dec.widths[0]}"
+        )
+        _require(
+            dec.heads >= 1 and dec.widths[3] % dec.heads == 0,
+            f"decoder.heads must divide the last width {dec.widths[3]}, got {dec.heads}",
+        )
+        _require(dec.mid_layers >= 1, f"decoder.mid_layers must be at least 1, got {dec.mid_layers}")
+        _require(dec.window >= 1, f"decoder.window must be at least 1, got {dec.window}")
+        stages = self.schedule.num_stages
+        _require(stages == 1, f"schedule.num_stages must be 1 for SSDD, got {stages}")
+        _require(self.sampling.steps >= 1, f"sampling.steps must be at least 1, got {self.sampling.steps}")
+        cfg = self.sampling.cfg_scale
+        _require(cfg == 1.0, f"sampling.cfg_scale must be 1 for SSDD (it has no null context), got {cfg}")
+
+    @property
+    def latent_shape(self) -> tuple[int, None, None]:
+        """Shape of an image's latents: (latent_channels, h, w), where h and w are free."""
+        return self.latent_channels, None, None
+
+    def stage_shapes(self, latents: Sequence[int]) -> list[tuple[int, int, int]]:
+        """Shape (3, H, W) of the state in the one stage, for latents of a shape (B, C, h, w)."""
+        return [(3, latents[2] * self.factor, latents[3] * self.factor)]
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_dict(cls, data: Any) -> SSDDConfig:
+        """Inverse of ``to_dict``. Raises ConfigError for unknown fields and wrong types."""
+        return _from_dict(cls, data, "config")
+
+
+AnyConfig = TokenizerConfig | SSDDConfig
+
+
+def config_from_dict(data: Any) -> AnyConfig:
+    """The config that ``to_dict`` of either family gave. Raises ConfigError for unknown fields and wrong types."""
+    ssdd = isinstance(data, dict) and data.get("family") == "ssdd"
+    return SSDDConfig.from_dict(data) if ssdd else TokenizerConfig.from_dict(data)
 
 
 def _require(ok: bool, message: str) -> None:
@@ -190,6 +315,11 @@ def _coerce(kind: Any, value: Any, where: str) -> Any:
         if value not in typing.get_args(kind):
             raise ConfigError(f"{where} must be one of {', '.join(typing.get_args(kind))}, got {value!r}")
         return value
+    if typing.get_origin(kind) is tuple:
+        kinds = typing.get_args(kind)
+        if not isinstance(value, (list, tuple)) or len(value) != len(kinds):
+            raise ConfigError(f"{where} must be a list of {len(kinds)} values, got {value!r}")
+        return tuple(_coerce(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
@@ -243,8 +373,46 @@ PRESETS: dict[str, TokenizerConfig] = {
 }
 
 
-def get_preset(name: str) -> TokenizerConfig:
+# channels at full resolution, multiples of them at each level, layers of the transformer (SPEC-SSDD 1.1).
+_SSDD_SIZES = {
+    "xs": (32, (1, 2, 3, 3), 8),
+    "s": (48, (1, 2, 3, 3), 8),
+    "b": (64, (1, 2, 3, 3), 10),
+    "m": (96, (1, 2, 3, 3), 12),
+    "l": (96, (1, 2, 4, 4), 16),
+    "xl": (128, (1, 2, 4, 4), 16),
+    "h": (192, (1, 2, 4, 4), 16),
+    "xh": (256, (1, 2, 4, 4), 16),
+    "g": (384, (1, 2, 4, 4), 16),
+}
+
+
+def _uvit(channels: int, multiples: tuple[int, ...], layers: int) -> UViTConfig:
+    """Level widths are rounded up to whole groups; heads have 64 channels, but there are 4 to 16 of them."""
+    full, half, quarter, eighth = (-(-channels * m // 32) * 32 for m in multiples)
+    return UViTConfig((full, half, quarter, eighth), layers, heads=min(16, max(4, eighth // 64)))
+
+
+SSDD_PRESETS: dict[str, SSDDConfig] = {
+    # Released sizes on the two latents: "ssdd-s-f8c4" is 4 channels of a cell of 8 x 8 pixels.
+    **{
+        f"ssdd-{size}-f{factor}c4": SSDDConfig(factor=factor, decoder=_uvit(*numbers))
+        for factor in (8, 16)
+        for size, numbers in _SSDD_SIZES.items()
+    },
+    # For tests.
+    "tiny-ssdd": SSDDConfig(
+        image_size=64,
+        encoder=KLEncoderConfig(channels=32),
+        decoder=UViTConfig((16, 16, 24, 32), mid_layers=2, heads=2, window=4, groups=8),
+        sampling=SamplingConfig(steps=2),
+    ),
+}
+
+
+def get_preset(name: str) -> AnyConfig:
     """A preset by name. Raises ConfigError that lists the names."""
-    if name not in PRESETS:
-        raise ConfigError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}")
-    return PRESETS[name]
+    presets: dict[str, AnyConfig] = {**PRESETS, **SSDD_PRESETS}
+    if name not in presets:
+        raise ConfigError(f"unknown preset {name!r}; known: {', '.join(presets)}")
+    return presets[name]

@@ -1,4 +1,4 @@
-"""The multi-scale sampler: from noise to pixels, coarse to fine (SPEC A4)."""
+"""The sampler: from noise to pixels, coarse to fine (SPEC A4), or in one stage (SPEC-SSDD 3)."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from msdd_fast import ops
 from msdd_fast.errors import InputError
 from msdd_fast.models.decoder import Decoder
+from msdd_fast.models.ssdd import UViTDecoder
 from msdd_fast.noise import resolve_seeds
 from msdd_fast.ops.renoise_upsample import renoise_upsample_with
 from msdd_fast.ranges import spans
@@ -37,7 +38,7 @@ class StageResult:
 
 
 def sample(
-    decoder: Decoder,
+    decoder: Decoder | UViTDecoder,
     z: Tensor,
     schedule: StageSchedule,
     *,
@@ -49,31 +50,33 @@ def sample(
     stage_callback: Callable[[StageResult], None] | None = None,
     backend: str | None = None,
 ) -> Tensor | list[Tensor]:
-    """Decode latent tokens to an image.
+    """Decode latents to an image.
 
     Args:
-        z: (B, num_latent_tokens, latent_dim) latent tokens.
+        z: (B, num_latent_tokens, latent_dim) latent tokens, or for SSDD (B, latent_channels, H/factor, W/factor).
         steps: Euler steps per stage, at least 1.
         cfg_scale: 1 evaluates the network once per step; any other scale >= 0 applies
-            v = v_null + cfg_scale * (v_z - v_null) (paper Eq. 4) with two evaluations.
+            v = v_null + cfg_scale * (v_z - v_null) (paper Eq. 4) with two evaluations. SSDD takes 1 only.
         seed: an int (image i uses seed + i) or one int per image, in [0, 2^63). Ignored with ``noise``.
-        noise: one tensor per stage, (B, 3, H_s, H_s): noise[0] is the start, noise[s] the term that beta
+        noise: one tensor per stage, (B, 3, H_s, W_s): noise[0] is the start, noise[s] the term that beta
             multiplies at the start of stage s.
         return_stages: return the list of the states at the end of every stage instead of the last one.
         stage_callback: called with a StageResult as soon as each stage is done.
         backend: of the ops; None leaves the choice to ``backends.use_backend``, MSDD_FAST_BACKEND or "auto".
 
-    Returns float32 (B, 3, R, R), not clamped. Differentiable. Raises InputError for bad arguments.
+    Returns float32 (B, 3, H, W), not clamped. Differentiable. Raises InputError for bad arguments.
     """
     cfg = decoder.config
     check_sampling(steps, cfg_scale)
-    check_latents(z, cfg.num_latent_tokens, cfg.latent_dim)
+    if cfg.family == "ssdd":
+        check_unguided(cfg_scale)
+    check_latents(z, *cfg.latent_shape)
     if len(schedule) != cfg.schedule.num_stages:
         raise InputError(
             f"schedule must have {cfg.schedule.num_stages} stages as the decoder's config, got {len(schedule)}"
         )
     batch, device = len(z), z.device
-    shapes = [(3, r, r) for r in map(cfg.stage_resolution, range(len(schedule)))]
+    shapes = cfg.stage_shapes(z.shape)
     if noise is None:
         seeds = resolve_seeds(seed, batch, device)
     else:
@@ -81,7 +84,7 @@ def sample(
 
     states: list[Tensor] = []
     x = ops.start_noise(seeds, shapes[0], backend=backend) if noise is None else noise[0].float()
-    for stage in spans(schedule.stages, lambda i: f"scale {cfg.stage_resolution(i)}"):
+    for stage in spans(schedule.stages, lambda i: f"scale {shapes[i][-1]}"):
         s = stage.index
         if s > 0:
             if noise is None:
@@ -99,7 +102,9 @@ def sample(
     return states if return_stages else x
 
 
-def velocity(decoder: Decoder, x: Tensor, t: Tensor, z: Tensor, cfg_scale: float, backend: str | None = None) -> Tensor:
+def velocity(
+    decoder: Decoder | UViTDecoder, x: Tensor, t: Tensor, z: Tensor, cfg_scale: float, backend: str | None = None
+) -> Tensor:
     """Velocity with classifier-free guidance (paper Eq. 4); float32."""
     v = decoder(x, t, z).float()
     if cfg_scale != 1.0:
@@ -138,12 +143,21 @@ def check_sampling(steps: int, cfg_scale: float) -> None:
         raise InputError(f"cfg_scale must be a finite number >= 0, got {cfg_scale!r}")
 
 
-def check_latents(z: Tensor, num_tokens: int, dim: int) -> None:
-    """Raise InputError unless ``z`` is a floating (B, num_tokens, dim) tensor."""
+def check_unguided(cfg_scale: float) -> None:
+    """Raise InputError unless ``cfg_scale`` is 1: SSDD was not trained without latents, so nothing can be guided."""
+    if cfg_scale != 1.0:
+        raise InputError(f"cfg_scale must be 1 for an SSDD tokenizer (it has no null context), got {cfg_scale!r}")
+
+
+def check_latents(z: Tensor, *shape: int | None) -> None:
+    """Raise InputError unless ``z`` is a floating (B, *shape) tensor; None stands for any positive size."""
     if not isinstance(z, Tensor):
         raise InputError(f"z must be a torch.Tensor, got {type(z).__name__}")
-    if z.ndim != 3 or z.shape[1:] != (num_tokens, dim):
-        raise InputError(f"z must have shape (B, {num_tokens}, {dim}), got {tuple(z.shape)}")
+    sizes = z.shape[1:]
+    if z.ndim != 1 + len(shape) or any(n < 1 if s is None else n != s for n, s in zip(sizes, shape, strict=True)):
+        free = iter("hw")
+        expected = ", ".join(next(free) if s is None else str(s) for s in shape)
+        raise InputError(f"z must have shape (B, {expected}), got {tuple(z.shape)}")
     if not z.is_floating_point():
         raise InputError(f"z must be floating point, got {z.dtype}")
 

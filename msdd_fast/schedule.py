@@ -41,12 +41,16 @@ class Stage:
         return self.timestep_max + (1 - 1 / NUM_TIMESTEPS) * (self.timestep_min - self.timestep_max)
 
 
+# One stage from noise to image, whose model time is the time itself (SPEC-SSDD 3).
+CONTINUOUS = Stage(0, start_t=1.0, end_t=0.0, timestep_max=1000.0, timestep_min=0.0, alpha=1.0, beta=0.0)
+
+
 class StageSchedule:
     """The stages of a decode, coarse to fine, and the times of their Euler steps."""
 
     def __init__(self, config: ScheduleConfig) -> None:
         self.config = config
-        self.stages = build_stages(config.num_stages)
+        self.stages = (CONTINUOUS,) if config.time_grid == "power" else build_stages(config.num_stages)
 
     def __len__(self) -> int:
         return len(self.stages)
@@ -63,7 +67,8 @@ class StageSchedule:
         """Model times (steps,) and within-stage times (steps + 1,) of ``steps`` Euler steps, float32 on the CPU.
 
         "uniform" divides [1, 0] evenly. "authors" is linspace(1, 0.001, steps) and then 0, whose last
-        evaluation moves the state by a thousandth only. One step is the same in both.
+        evaluation moves the state by a thousandth only. "power" is the uniform grid to the ``time_power``.
+        One step is the same in all.
         """
         if steps < 1:
             raise InputError(f"steps must be at least 1, got {steps}")
@@ -74,6 +79,8 @@ class StageSchedule:
             t = torch.cat([t, t.new_zeros(1)])
         else:
             t = 1.0 - torch.arange(steps + 1, dtype=torch.float64) / steps
+            if self.config.time_grid == "power":
+                t = t**self.config.time_power
             timesteps = s.timestep_min + t[:-1] * (s.timestep_max - s.timestep_min)
         return self.round_model_time(timesteps.float()), t.float()
 

@@ -49,8 +49,7 @@ def run(args: argparse.Namespace) -> None:
     if targets:
         require_writable(targets[0])
     tokenizer = load_tokenizer(args)
-    cfg = tokenizer.config
-    check_latents(latents.z, cfg.num_latent_tokens, cfg.latent_dim)
+    check_latents(latents.z, *tokenizer.config.latent_shape)
     check_finite(latents)
     seeds = resolve_seeds(args.seed, len(latents.z))
     engine = load_engine(args, tokenizer, args.batch_size)

@@ -47,4 +47,4 @@ def run(args: argparse.Namespace) -> None:
             parts.append(tokenizer.encode(images).cpu())
             bar.update(len(part))
     save_latents(Latents(torch.cat(parts), names), args.output)
-    print(f"wrote {args.output}: {len(files)} x {tokenizer.config.num_latent_tokens} x {tokenizer.config.latent_dim}")
+    print(f"wrote {args.output}: {' x '.join(map(str, (len(files), *parts[0].shape[1:])))}")

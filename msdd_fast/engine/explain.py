@@ -14,7 +14,7 @@ from msdd_fast.engine.program import Inputs, Program
 from msdd_fast.engine.report import Choices, OpChoice, format_choices
 from msdd_fast.engine.tables import stage_tables
 from msdd_fast.engine.weights import pack
-from msdd_fast.models.tokenizer import Tokenizer
+from msdd_fast.models.tokenizer import Tokenizer, msdd_parts
 from msdd_fast.ops._op import observe
 from msdd_fast.sampling import check_sampling
 
@@ -46,15 +46,16 @@ def explain(
     """
     from torch._subclasses.fake_tensor import FakeTensorMode  # not with the package: it takes a second
 
-    config, device = tokenizer.config, next(tokenizer.parameters()).device
+    config, decoder = msdd_parts(tokenizer)
+    device = next(tokenizer.parameters()).device
     steps = config.sampling.steps if steps is None else steps
     cfg_scale = config.sampling.cfg_scale if cfg_scale is None else cfg_scale
     check_sampling(steps, cfg_scale)
     chosen, reason = compute_dtype(dtype, device)
-    tables = stage_tables(tokenizer.decoder, tokenizer.schedule, steps, device)
+    tables = stage_tables(decoder, tokenizer.schedule, steps, device)
     choices = Choices()
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), observe(choices):
-        weights = pack(tokenizer.decoder, chosen, device, DenseLinear)
+        weights = pack(decoder, chosen, device, DenseLinear)
         network = Network(weights, config.decoder.head_dim, bind(backend))
         inputs = Inputs(
             torch.zeros(batch_size, config.num_latent_tokens, config.latent_dim, dtype=chosen, device=device),

@@ -33,7 +33,7 @@ from msdd_fast.engine.tier import (
 )
 from msdd_fast.engine.weights import pack
 from msdd_fast.errors import BackendUnavailableError, InputError
-from msdd_fast.models.tokenizer import Tokenizer, check_finite
+from msdd_fast.models.tokenizer import Tokenizer, check_finite, msdd_parts
 from msdd_fast.noise import resolve_seeds
 from msdd_fast.sampling import check_latents, check_noise, check_sampling
 
@@ -80,8 +80,8 @@ def accelerate(
             scikit-image, encoded, or random latents if it is not installed.
         validate: check every z for NaN and Inf, which waits for the device.
 
-    Raises InputError for a bad argument, BackendUnavailableError for graphs, a backend or a tier that cannot be had,
-    AccuracyError for a fast tier that would lose too much.
+    Raises InputError for a bad argument or an SSDD tokenizer, BackendUnavailableError for graphs, a backend or a tier
+    that cannot be had, AccuracyError for a fast tier that would lose too much.
     """
     _one_of("tier", tier, TIERS)
     check_limit(max_psnr_loss)
@@ -92,7 +92,7 @@ def accelerate(
             raise InputError("calibration is for tier='fast', got it with tier='exact'")
         return FastDecoder(tokenizer, tier=EXACT, **final)
     device = next(tokenizer.parameters()).device
-    fast = fast_tier(tokenizer.decoder, device, compute_dtype(dtype, device)[0], bind(backend))
+    fast = fast_tier(msdd_parts(tokenizer)[1], device, compute_dtype(dtype, device)[0], bind(backend))
     z, source = calibration_latents(tokenizer, calibration)
     # The exact engine is gone before the fast one is made: never both sets of weights.
     exact = plain_images(
@@ -124,8 +124,9 @@ class FastDecoder:
         max_memory: int | None,
         validate: bool,
     ) -> None:
-        sampling = tokenizer.config.sampling
-        self.config, self.validate = tokenizer.config, validate
+        self.config, decoder = msdd_parts(tokenizer)
+        self.validate = validate
+        sampling = self.config.sampling
         self.tokenizer = weakref.ref(tokenizer)  # for the report; the engine keeps no second copy of the model alive
         self.steps = sampling.steps if steps is None else steps
         self.cfg_scale = float(sampling.cfg_scale if cfg_scale is None else cfg_scale)
@@ -137,8 +138,8 @@ class FastDecoder:
         self.graphs, self.graphs_reason = _use_graphs(graphs, self.device)
         self._graphs_required = graphs is True
         sizes = _check_sizes(batch_sizes, self.device)
-        weights = pack(tokenizer.decoder, self.dtype, self.device, tier.make)
-        tables = stage_tables(tokenizer.decoder, tokenizer.schedule, self.steps, self.device)
+        weights = pack(decoder, self.dtype, self.device, tier.make)
+        tables = stage_tables(decoder, tokenizer.schedule, self.steps, self.device)
         network = Network(weights, self.config.decoder.head_dim, bind(backend))
         self.program = Program(network, tables, tokenizer.schedule, self.config)
         self.memory = {"weights": weights.memory(), "tables": tables_memory(tables)}

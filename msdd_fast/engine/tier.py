@@ -26,7 +26,7 @@ from msdd_fast.engine.report import Accuracy
 from msdd_fast.engine.weights import MakeLinear
 from msdd_fast.errors import AccuracyError, BackendUnavailableError, InputError
 from msdd_fast.models.decoder import Decoder
-from msdd_fast.models.tokenizer import Tokenizer
+from msdd_fast.models.tokenizer import Tokenizer, msdd_parts
 from msdd_fast.photographs import photographs
 from msdd_fast.sampling import check_latents
 
@@ -84,7 +84,7 @@ def calibration_latents(tokenizer: Tokenizer, given: Tensor | None) -> Calibrati
 
     Raises InputError for latents that are not the model's, or none.
     """
-    config = tokenizer.config
+    config, _ = msdd_parts(tokenizer)
     if given is not None:
         try:
             check_latents(given, config.num_latent_tokens, config.latent_dim)

@@ -26,6 +26,14 @@ def unpatchify(tokens: Tensor, patch_size: int) -> Tensor:
     return x.permute(0, 5, 1, 3, 2, 4).reshape(batch, 3, grid * patch_size, grid * patch_size)
 
 
+def sinusoids(t: Tensor, count: int) -> Tensor:
+    """cos then sin of t (B,) times exp(-ln(10000) i / (count/2)), i < count/2: float32 (B, count), count even."""
+    half = count // 2
+    index = torch.arange(half, device=t.device, dtype=torch.float32)
+    angle = t.float()[:, None] * torch.exp(-math.log(10000.0) / half * index)
+    return torch.cat([angle.cos(), angle.sin()], dim=1)
+
+
 class TimestepEmbedder(nn.Module):
     """Sinusoid of the model time t in (0, 1], then a two-layer MLP: (B,) -> (B, D).
 
@@ -42,10 +50,7 @@ class TimestepEmbedder(nn.Module):
 
     def features(self, t: Tensor) -> Tensor:
         """Sinusoids float32 (B, num_features) of t (B,)."""
-        half = self.num_features // 2
-        index = torch.arange(half, device=t.device, dtype=torch.float32)
-        angle = t.float()[:, None] * torch.exp(-math.log(10000.0) / half * index)
-        return torch.cat([angle.cos(), angle.sin()], dim=1)
+        return sinusoids(t, self.num_features)
 
     def forward(self, t: Tensor) -> Tensor:
         return self.mlp(self.features(t).to(next(self.mlp.parameters()).dtype))

@@ -9,32 +9,39 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from msdd_fast.config import TokenizerConfig, get_preset
+from msdd_fast.config import AnyConfig, SSDDConfig, TokenizerConfig, get_preset
 from msdd_fast.errors import InputError
 from msdd_fast.models.decoder import Decoder
 from msdd_fast.models.encoder import Encoder
+from msdd_fast.models.kl_encoder import KLEncoder
+from msdd_fast.models.ssdd import UViTDecoder
 from msdd_fast.sampling import StageResult, check_latents, sample
 from msdd_fast.schedule import StageSchedule
 
 
 class Tokenizer(nn.Module):
-    """Images to latent tokens and back.
+    """Images to latents and back: an MSDD tokenizer, or an SSDD one if its config is an ``SSDDConfig``.
 
     ``encode`` and ``decode`` run the model as it is written, op by op. The fused ops take their best backend
     (``backends.use_backend``); under ``use_backend("eager")`` all is plain PyTorch, and that is the specification which
     every fast path is tested against.
     """
 
-    def __init__(self, config: TokenizerConfig) -> None:
+    encoder: Encoder | KLEncoder
+    decoder: Decoder | UViTDecoder
+
+    def __init__(self, config: AnyConfig) -> None:
         super().__init__()
         self.config = config
-        self.encoder = Encoder(config)
-        self.decoder = Decoder(config)
+        if isinstance(config, SSDDConfig):
+            self.encoder, self.decoder = KLEncoder(config), UViTDecoder(config)
+        else:
+            self.encoder, self.decoder = Encoder(config), Decoder(config)
         self.schedule = StageSchedule(config.schedule)
 
     @classmethod
-    def from_config(cls, config: str | TokenizerConfig) -> Tokenizer:
-        """Random weights from a preset name ("msdd-d12", "msdd-nano", ...) or a config. In eval mode."""
+    def from_config(cls, config: str | AnyConfig) -> Tokenizer:
+        """Random weights from a preset name ("msdd-d12", "ssdd-m-f8c4", ...) or a config. In eval mode."""
         return cls(get_preset(config) if isinstance(config, str) else config).eval()
 
     @classmethod
@@ -60,6 +67,19 @@ class Tokenizer(nn.Module):
 
         return checkpoint.import_authors(path_or_state_dict, weights, image_size, num_stages)
 
+    @classmethod
+    def from_ssdd_checkpoint(
+        cls,
+        path_or_state_dict: str | os.PathLike[str] | dict[str, Any],
+        image_size: int = 256,
+        steps: int = 8,
+        groups: int = 32,
+    ) -> Tokenizer:
+        """Import SSDD's released weights (SPEC-SSDD 1.6). See ``checkpoint.import_ssdd``."""
+        from msdd_fast import checkpoint
+
+        return checkpoint.import_ssdd(path_or_state_dict, image_size, steps, groups)
+
     def save_pretrained(self, directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Write config.json and sharded safetensors atomically. See ``checkpoint.save_pretrained``."""
         from msdd_fast import checkpoint
@@ -68,16 +88,14 @@ class Tokenizer(nn.Module):
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Latent tokens of images: (B, 3, R, R) float in [-1, 1], R = config.image_size -> (B, 128, 32).
+        """Latents of images (B, 3, H, W), float in [-1, 1].
+
+        MSDD: H = W = config.image_size -> (B, num_latent_tokens, latent_dim). SSDD: sides multiples of config.factor
+        -> (B, latent_channels, H/factor, W/factor), the mode of the Gaussian that ``encoder.posterior`` gives.
 
         Raises InputError for another shape, an integer dtype, or NaN/Inf.
         """
-        size = self.config.image_size
-        if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1:] != (3, size, size):
-            got = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
-            raise InputError(f"images must have shape (B, 3, {size}, {size}), got {got}")
-        if not images.is_floating_point():
-            raise InputError(f"images must be floating point in [-1, 1], got {images.dtype}")
+        check_images(images, self.config)
         check_finite("images", images)
         return self.encoder(images)
 
@@ -91,13 +109,13 @@ class Tokenizer(nn.Module):
         noise: Sequence[Tensor] | None = None,
         stage_callback: Callable[[StageResult], None] | None = None,
     ) -> Tensor:
-        """Images of latent tokens: (B, 128, 32) -> float32 (B, 3, R, R), nominally in [-1, 1], not clamped.
+        """Images of latents: float32 (B, 3, H, W), nominally in [-1, 1], not clamped; shapes as in ``encode``.
 
         ``steps`` and ``cfg_scale`` default to ``config.sampling``; the other arguments are those of
         ``sampling.sample``. Raises InputError for a wrong shape or dtype and for NaN/Inf in z.
         """
         sampling = self.config.sampling
-        check_latents(z, self.config.num_latent_tokens, self.config.latent_dim)
+        check_latents(z, *self.config.latent_shape)
         check_finite("z", z)
         out = sample(
             self.decoder,
@@ -111,6 +129,33 @@ class Tokenizer(nn.Module):
         )
         assert isinstance(out, Tensor)
         return out
+
+
+def msdd_parts(tokenizer: Tokenizer) -> tuple[TokenizerConfig, Decoder]:
+    """Config and decoder of an MSDD tokenizer, for what takes no other. Raises InputError for one of another family."""
+    config, decoder = tokenizer.config, tokenizer.decoder
+    if isinstance(config, SSDDConfig) or isinstance(decoder, UViTDecoder):
+        raise InputError(
+            f"tokenizer must be of the family msdd (the engine does not take {config.family} yet; tokenizer.decode "
+            f"does), got {config.family}"
+        )
+    return config, decoder
+
+
+def check_images(images: Tensor, config: AnyConfig) -> None:
+    """Raise InputError unless ``images`` are floating point and of a shape that a tokenizer of ``config`` encodes."""
+    shape = tuple(images.shape) if isinstance(images, Tensor) else None
+    got = type(images).__name__ if shape is None else shape
+    if isinstance(config, SSDDConfig):
+        f = config.factor
+        if shape is None or len(shape) != 4 or shape[1] != 3 or any(s < 1 or s % f for s in shape[2:]):
+            raise InputError(f"images must have shape (B, 3, H, W), H and W positive multiples of {f}, got {got}")
+    else:
+        size = config.image_size
+        if shape is None or len(shape) != 4 or shape[1:] != (3, size, size):
+            raise InputError(f"images must have shape (B, 3, {size}, {size}), got {got}")
+    if not images.is_floating_point():
+        raise InputError(f"images must be floating point in [-1, 1], got {images.dtype}")
 
 
 def check_finite(name: str, x: Tensor) -> None:
