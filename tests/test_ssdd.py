@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import json
+import re
 
 import pytest
 import torch
@@ -209,6 +210,8 @@ def test_one_wrong_tensor_is_the_one_named(released, name):
 def test_no_single_tensor_misleads_the_sizes(released):
     sizes = dict(image_size=64, steps=2, groups=8)
     for name, tensor in released.items():
+        if not re.search(r"table|norm2|out_proj|conv_out|\.0\.block\.", name):  # what sizes are read from, and more
+            continue
         rest = {n: t for n, t in released.items() if n != name}
         wrong = torch.zeros(tensor.shape[0] + 8, *tensor.shape[1:])
         assert translate_ssdd(rest, **sizes)[0] == translate_ssdd({**rest, name: wrong}, **sizes)[0] == SMALL, name
