@@ -1,4 +1,7 @@
-"""Files of latent tokens: safetensors with one tensor ``latents`` (N, tokens, dim) and a name for each image."""
+"""Files of latents: safetensors with one tensor ``latents`` and a name for each image.
+
+Latent tokens are (N, tokens, dim), the spatial latents of SSDD (N, channels, height, width).
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ from msdd_fast.files import atomic_write
 
 
 class Latents(NamedTuple):
-    """``z`` (N, tokens, dim) and N relative names without suffix, unique."""
+    """``z`` (N, tokens, dim) or (N, channels, height, width), and N relative names without suffix, unique."""
 
     z: Tensor
     names: list[str]
@@ -49,8 +52,10 @@ def load_latents(path: str | os.PathLike[str]) -> Latents:
         if isinstance(e, InputError):
             raise
         raise InputError(f"{path} is damaged or not a safetensors file: {e}") from e
-    if z.ndim != 3:
-        raise InputError(f"{path}: latents must be (N, tokens, dim), got {tuple(z.shape)}")
+    if z.ndim not in (3, 4):
+        raise InputError(
+            f"{path}: latents must be (N, tokens, dim) or (N, channels, height, width), got {tuple(z.shape)}"
+        )
     try:
         names = json.loads(metadata["names"]) if "names" in metadata else [f"{i:06d}" for i in range(len(z))]
     except json.JSONDecodeError as e:

@@ -414,7 +414,7 @@ def test_bad_latents(fails, z_file, latents, tmp_path):
     for z, message in (
         (torch.zeros(2, TOKENS, DIM + 1), "z must have shape (B, 16, 32), got (2, 16, 33)"),
         (torch.zeros(2, TOKENS + 1, DIM), "z must have shape (B, 16, 32), got (2, 17, 32)"),
-        (torch.zeros(TOKENS, DIM), "latents must be (N, tokens, dim), got (16, 32)"),
+        (torch.zeros(TOKENS, DIM), "latents must be (N, tokens, dim) or (N, channels, height, width), got (16, 32)"),
         (torch.zeros(2, TOKENS, DIM, dtype=torch.int32), "z must be floating point, got torch.int32"),
     ):
         save_file({"latents": z}, tmp_path / "bad.safetensors")

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from msdd_fast.config import TokenizerConfig, get_preset
+from msdd_fast.errors import ConfigError
 from msdd_fast.models.tokenizer import Tokenizer
 from msdd_fast.training.distributed import agree, is_first, process_group, world_size
 from msdd_fast.training.perceptual import make_perceptual
@@ -42,6 +43,8 @@ def make_trainer(config: TrainConfig) -> Trainer:
 
     def model() -> TokenizerConfig:
         made = get_preset(config.preset)
+        if not isinstance(made, TokenizerConfig):
+            raise ConfigError(f"preset must be of the family msdd, got {config.preset}")
         if config.image_size is not None:
             made = dataclasses.replace(made, image_size=config.image_size)
         if config.num_stages is not None:

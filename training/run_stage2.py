@@ -56,6 +56,8 @@ def make_trainer(config: DistillConfig) -> Trainer:
         if adversarial and config.discriminator is None:
             raise ConfigError(f"recipe 'adversarial' needs discriminator, the file of its backbone, got none: {SOURCE}")
         teacher = Tokenizer.from_pretrained(config.teacher)
+        if teacher.config.family != "msdd":
+            raise ConfigError(f"teacher must be of the family msdd, got {config.teacher}")
         student = make_student(teacher, config.student)
         perceptual = discriminator = None
         if objective.perceptual_weight > 0:

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from msdd_fast import Tokenizer
+from msdd_fast.cli import main
 from msdd_fast.errors import ConfigError
 from msdd_fast.training.data import ImageDataset, find_images
 from msdd_fast.training.perceptual import make_perceptual
@@ -203,6 +204,16 @@ def test_what_is_missing_or_impossible():
         SSDDObjective(teacher_steps=0)
     with pytest.raises(ConfigError, match="tokenizer must be of the family ssdd, got msdd"):
         SSDDDistillation(PLAIN, Tokenizer.from_config("tiny"))
+
+
+def test_the_programs_of_the_other_family_decline(images, tmp_path, capsys):
+    """Before anything is written."""
+    random_tokenizer().save_pretrained(tmp_path / "tok")
+    for command, option in (("train", "--preset tiny-ssdd"), ("distill", f"--teacher {tmp_path}/tok")):
+        more = ["--objective.recipe", "teacher-matching"] if command == "distill" else []
+        assert main([command, "--data", str(images), "--out", f"{tmp_path}/run", *option.split(), *more]) == 1
+        assert "must be of the family msdd" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 # --- twenty steps
