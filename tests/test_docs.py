@@ -40,6 +40,16 @@ def test_the_quick_start_runs(tmp_path, monkeypatch):
     assert (tmp_path / "decoded.png").exists()
 
 
+def test_the_page_about_ssdd():
+    """Its first block runs; what the block on training imports is there."""
+    first, *_, training = re.findall(r"```python\n(.*?)```", (ROOT / "docs/ssdd.md").read_text(), re.S)
+    scope = {}
+    exec(first, scope)
+    assert scope["z"].shape == (1, 4, 8, 12) and scope["x"].shape == (1, 3, 64, 96)
+    exec("\n".join(line for line in training.splitlines() if line.startswith(("from ", "import "))), {})
+    compile(training, "docs/ssdd.md", "exec")
+
+
 def test_the_table_of_models():
     rows = re.findall(r"^\| `(msdd-[\w-]+)` .*\| ([\d.]+) \+ ([\d.]+) M \|$", README, re.M)
     assert {name for name, *_ in rows} == {name for name in PRESETS if name != "tiny"}

@@ -180,6 +180,8 @@ def build_optimizers(model: Tokenizer, config: OptimConfig) -> list[torch.optim.
     if config.optimizer == "muon":
         # adaLN matrices start at zero and act on one slowly varying vector: they stay with AdamW.
         muon = [p for name, p in trainable if p.ndim == 2 and ".blocks." in name and ".adaln." not in name]
+        if not muon:
+            raise ConfigError("optimizer 'muon' is for matrices of transformer blocks, and there are none; use 'adamw'")
     rest = [p for _, p in trainable if all(p is not m for m in muon)]
     optimizers: list[torch.optim.Optimizer] = [build_adamw(rest, config)]
     if muon:

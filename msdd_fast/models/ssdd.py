@@ -278,7 +278,10 @@ class MidBlock(nn.Module):
         self.proj_out = nn.Linear(width, width)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        return self.finish(x, list(self.states(x, c))[-1])
+        tokens = x
+        for tokens in self.states(x, c):  # noqa: B007 (the last one)
+            pass
+        return self.finish(x, tokens)
 
     def states(self, x: Tensor, c: Tensor) -> Iterator[Tensor]:
         """The tokens (B, H * W, C) after each transformer block."""

@@ -19,7 +19,7 @@ from msdd_fast.training.ssdd import (
     one_step_student,
     trainable,
 )
-from msdd_fast.training.trainer import AdamConfig, LoopConfig, OptimConfig, Trainer
+from msdd_fast.training.trainer import AdamConfig, LoopConfig, OptimConfig, Trainer, build_optimizers
 from tests.test_ssdd import random_tokenizer
 
 PLAIN = SSDDObjective(perceptual_weight=0.0)
@@ -204,6 +204,11 @@ def test_what_is_missing_or_impossible():
         SSDDObjective(teacher_steps=0)
     with pytest.raises(ConfigError, match="tokenizer must be of the family ssdd, got msdd"):
         SSDDDistillation(PLAIN, Tokenizer.from_config("tiny"))
+
+
+def test_muon_is_refused():
+    with pytest.raises(ConfigError, match="optimizer 'muon' is for matrices of transformer blocks, and there are none"):
+        build_optimizers(random_tokenizer(), OptimConfig(optimizer="muon"))
 
 
 def test_the_programs_of_the_other_family_decline(images, tmp_path, capsys):
