@@ -33,6 +33,7 @@ class Purpose(enum.IntEnum):
     CRITIC_CROP = 10
     AUGMENT_REAL = 11
     AUGMENT_FAKE = 12
+    LATENT_NOISE = 13
 
 
 class Draws:

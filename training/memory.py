@@ -13,7 +13,8 @@ from msdd_fast.models.tokenizer import Tokenizer
 def prepare_blocks(tokenizer: Tokenizer, compiled: bool, checkpointed: bool) -> None:
     """Every block calculates its activations again in the backward pass, or is compiled, or both; names stay.
 
-    Compiled for each scale's shapes apart, since a decoder has few of them.
+    The blocks are those that a network lists as ``blocks``. Compiled for each scale's shapes apart, since a decoder has
+    few of them.
     """
     if compiled:
         # One program per scale and kind of block, more than the default limit allows.

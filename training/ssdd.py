@@ -32,6 +32,7 @@ from msdd_fast.models.tokenizer import Tokenizer
 from msdd_fast.noise import start_noise
 from msdd_fast.reconstruct import reconstruction_grid
 from msdd_fast.sampling import sample
+from msdd_fast.training.draws import Draws, Purpose
 from msdd_fast.training.perceptual import Perceptual
 from msdd_fast.training.trainer import AdamConfig, Critic
 
@@ -88,12 +89,13 @@ class Alignment:
         self.backbone, self.layer = backbone, min(4, model.decoder.mid_layers // 2)
         self.head = nn.Sequential(nn.Linear(channels, channels), nn.SiLU(), nn.Linear(channels, backbone.width))
         self.critic = Critic(self.head, self._critic_loss, optim or AdamConfig())
-        self._last: tuple[Tensor, Tensor] | None = None
+        self._pairs: list[tuple[int, Tensor, Tensor]] = []
 
-    def distance(self, tokens: Tensor, images: Tensor) -> Tensor:
+    def distance(self, tokens: Tensor, images: Tensor, step: int) -> Tensor:
         """Of tokens (B, h * w, C) of a map that covers images (B, 3, 8 h, 8 w) in [-1, 1]; no gradient to the head."""
         features = self.features(images)
-        self._last = tokens.detach(), features
+        self._pairs = [p for p in self._pairs if p[0] == step]
+        self._pairs.append((step, tokens.detach(), features))
         with self._frozen():
             return cosine_distance(self.head(tokens), features)
 
@@ -105,9 +107,10 @@ class Alignment:
         x = ((images + 1) / 2 - mean) / std
         return self.backbone(F.interpolate(x, size=size, mode="bicubic", align_corners=False))
 
-    def _critic_loss(self, *_: object) -> tuple[Tensor, dict[str, Tensor]]:
-        assert self._last is not None
-        tokens, features = self._last
+    def _critic_loss(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """On all micro-batches of the last step."""
+        tokens, features = (torch.cat([pair[i] for pair in self._pairs]) for i in (1, 2))
+        self._pairs.clear()
         return cosine_distance(self.head(tokens), features), {}
 
     @contextmanager
@@ -154,7 +157,7 @@ class _Recipe:
         return v.float(), tokens
 
     def more_terms(
-        self, x0: Tensor, target: Tensor, tokens: Tensor | None, images: Tensor
+        self, x0: Tensor, target: Tensor, tokens: Tensor | None, images: Tensor, draws: Draws
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Perceptual distance of the clean estimate to ``target``, alignment of the tokens with ``images``."""
         total, figures = x0.new_zeros(()), {}
@@ -165,7 +168,7 @@ class _Recipe:
             total = total + self.config.perceptual_weight * term
         if self.alignment is not None:
             assert tokens is not None
-            term = self.alignment.distance(tokens, images)
+            term = self.alignment.distance(tokens, images, draws.step)
             figures["alignment"] = term.detach()
             total = total + self.config.alignment_weight * term
         return total, figures
@@ -174,23 +177,20 @@ class _Recipe:
 class SSDDRecipe(_Recipe):
     """Flow matching of decoder and, unless it is frozen, encoder; ``preview`` (B, 3, H, W) appears in the pictures."""
 
-    def loss(
-        self, tokenizer: Tokenizer, images: Tensor, generator: torch.Generator
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of images (B, 3, H, W) in [-1, 1], and detached figures. ``generator`` is a CPU generator."""
+    def loss(self, tokenizer: Tokenizer, images: Tensor, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of images (B, 3, H, W) in [-1, 1], a mean over them, and detached figures."""
         config, images = self.config, images.float()
         encoder, decoder = parts(tokenizer)
         with torch.set_grad_enabled(config.train_encoder and torch.is_grad_enabled()):
             posterior = encoder.posterior(images)
-            normals = torch.randn(posterior.mean.shape, generator=generator).to(images.device)
-            z = posterior.sample(normals)
-        noise = draw_noise(images, generator)
-        t = torch.randn(len(images), generator=generator).sigmoid().to(images.device)
+            z = posterior.sample(draw_noise(posterior.mean, draws, Purpose.LATENT_NOISE))
+        noise = draw_noise(images, draws, Purpose.NOISE)
+        t = draws.normal(Purpose.TIME).sigmoid().to(images.device)
         tt = t[:, None, None, None]
         x_t = (1 - tt) * images + tt * noise
         v, tokens = self.velocity(decoder, x_t, t, z)
         mse = F.mse_loss(v, noise - images)
-        more, figures = self.more_terms(x_t - tt * v, images, tokens, images)
+        more, figures = self.more_terms(x_t - tt * v, images, tokens, images, draws)
         figures["mse"] = mse.detach()
         total = mse + more
         if config.train_encoder and config.kl_weight > 0:
@@ -224,20 +224,18 @@ class SSDDDistillation(_Recipe):
         self.teacher = teacher.eval().requires_grad_(False)
         self._teacher_preview: Tensor | None = None
 
-    def loss(
-        self, tokenizer: Tokenizer, images: Tensor, generator: torch.Generator
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, tokenizer: Tokenizer, images: Tensor, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of the student on images (B, 3, H, W) in [-1, 1], and detached figures."""
         images = images.float()
         _, decoder = parts(tokenizer)
-        noise = draw_noise(images, generator)
+        noise = draw_noise(images, draws, Purpose.NOISE)
         with torch.no_grad():
             z = self.teacher.encoder(images)
             target = self.decode(z, noise)
         v, tokens = self.velocity(decoder, noise, torch.ones(len(images), device=images.device), z)
         x0 = noise - v
         mse = F.mse_loss(x0, target)
-        more, figures = self.more_terms(x0, target, tokens, images)
+        more, figures = self.more_terms(x0, target, tokens, images, draws)
         return mse + more, {**figures, "mse": mse.detach()}
 
     def decode(self, z: Tensor, noise: Tensor) -> Tensor:
@@ -267,11 +265,12 @@ def parts(tokenizer: Tokenizer) -> tuple[KLEncoder, UViTDecoder]:
     return encoder, decoder
 
 
-def draw_noise(images: Tensor, generator: torch.Generator) -> Tensor:
-    """The start noise of one seed per image, drawn on the CPU; shape and device of ``images``."""
-    seeds = torch.randint(2**62, (len(images),), generator=generator).to(images.device)
-    channels, height, width = images.shape[1:]
-    return start_noise(seeds, (channels, height, width))
+def draw_noise(like: Tensor, draws: Draws, purpose: Purpose) -> Tensor:
+    """Unit normals of one seed per image; shape (B, C, H, W) and device of ``like``."""
+    channels, height, width = like.shape[1:]
+    # Noise comes in 2x2 blocks.
+    even = start_noise(draws.seeds(purpose).to(like.device), (channels, height + height % 2, width + width % 2))
+    return even[:, :, :height, :width]
 
 
 def trainable(tokenizer: Tokenizer, objective: SSDDObjective) -> Tokenizer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -130,3 +131,18 @@ def training_config(kind: Any, prog: str, description: str | None, arguments: Se
         f"one of {', '.join(config_names())}. Under torchrun the processes share every batch."
     )
     return tyro.cli(kind, prog=prog, description=text, default=default, args=rest)
+
+
+def peek(arguments: Sequence[str], name: str) -> str | None:
+    """The value of ``--name`` on a command line for ``training_config``, or in its ``--config`` file; else None."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config")
+    parser.add_argument(f"--{name}")
+    known, _ = parser.parse_known_args(arguments)
+    value = getattr(known, name)
+    if value is None and known.config is not None:
+        try:
+            value = json.loads(Path(known.config).read_text()).get(name)
+        except (OSError, ValueError, AttributeError):  # a name, or what read_config will complain about
+            value = None
+    return value if isinstance(value, str) else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from msdd_fast.commands.common import training_config
+from msdd_fast.commands.common import peek, training_config
 
 HELP = "distil a trained tokenizer into one step per scale"
 FORWARDS = True
@@ -15,6 +15,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from msdd_fast.checkpoint import load_config, resolve_directory
+    from msdd_fast.training.run_ssdd import SSDDDistillConfig, train_ssdd
     from msdd_fast.training.run_stage2 import DistillConfig, train_stage2
 
+    teacher = peek(args.rest, "teacher")
+    if teacher is not None and load_config(resolve_directory(teacher)).family == "ssdd":
+        train_ssdd(training_config(SSDDDistillConfig, "msdd-fast distill", __doc__, args.rest))
+        return
     train_stage2(training_config(DistillConfig, "msdd-fast distill", __doc__, args.rest))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from msdd_fast.commands.common import training_config
+from msdd_fast.commands.common import peek, training_config
 
 HELP = "train a tokenizer on image folders or tar shards"
 FORWARDS = True
@@ -15,6 +15,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from msdd_fast.config import SSDD_PRESETS
+    from msdd_fast.training.run_ssdd import SSDDTrainConfig, train_ssdd
     from msdd_fast.training.run_stage1 import TrainConfig, train_stage1
 
+    if peek(args.rest, "preset") in SSDD_PRESETS:
+        train_ssdd(training_config(SSDDTrainConfig, "msdd-fast train", __doc__, args.rest))
+        return
     train_stage1(training_config(TrainConfig, "msdd-fast train", __doc__, args.rest))

@@ -138,6 +138,11 @@ class KLEncoder(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The units in which training may recompute activations."""
+        return [m for m in self.modules() if isinstance(m, (ResBlock, Attention))]
+
     def posterior(self, images: Tensor) -> Gaussian:
         """The Gaussian over the latents of ``images``; its log-variance is kept in [-30, 20]."""
         h = self.conv_in(images.to(self.conv_in.weight.dtype))

@@ -350,6 +350,11 @@ class UViTDecoder(nn.Module):
             elif isinstance(module, FeedForward):
                 nn.init.zeros_(module.proj_out.weight)
 
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The units in which training may recompute activations."""
+        return [m for m in self.modules() if isinstance(m, (ResBlock, TransformerBlock))]
+
     def forward(self, x_t: Tensor, t: Tensor, z: Tensor | None) -> Tensor:
         """Velocity at ``x_t``.
 
