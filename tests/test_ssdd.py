@@ -336,8 +336,9 @@ def test_changed_tables_act_at_once():
     near(after, fresh.decode(z, steps=1))
 
 
-def test_half_precision(tiny):
-    tok = random_tokenizer().bfloat16()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(tiny, dtype):
+    tok = random_tokenizer().to(dtype)
     z = torch.randn(1, 4, 8, 8, generator=generator())
     x = tok.decode(z, steps=1)
     assert x.dtype == torch.float32

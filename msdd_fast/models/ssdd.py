@@ -68,7 +68,8 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, table: Tensor, height: int
 def relative_bias(table: Tensor, height: int, width: int) -> Tensor:
     """What each pair of query and key adds to its score: (heads, N, N), N = height * width.
 
-    table[qy - ky + w - 1, qx - kx + w - 1] for keys less than w rows and columns away, else ``OUTSIDE``.
+    table[qy - ky + w - 1, qx - kx + w - 1] for keys less than w rows and columns away, else ``OUTSIDE``, or the least
+    float16.
     """
     reach = len(table) // 2
     rows, cols = (torch.arange(n, device=table.device) for n in (height, width))
@@ -77,7 +78,7 @@ def relative_bias(table: Tensor, height: int, width: int) -> Tensor:
     dy, dx = dy.clamp(0, 2 * reach), dx.clamp(0, 2 * reach)
     bias = table[dy[:, None, :, None], dx[None, :, None, :]]  # (qy, qx, ky, kx, heads)
     near = near_y[:, None, :, None] & near_x[None, :, None, :]
-    bias = bias.masked_fill(~near[..., None], OUTSIDE)
+    bias = bias.masked_fill(~near[..., None], max(OUTSIDE, torch.finfo(bias.dtype).min))
     return bias.flatten(2, 3).flatten(0, 1).permute(2, 0, 1)
 
 
