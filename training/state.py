@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from msdd_fast.config import TokenizerConfig
+from msdd_fast.config import config_from_dict
 from msdd_fast.errors import CheckpointError
 from msdd_fast.models.tokenizer import Tokenizer
 from msdd_fast.training.distributed import agree, barrier, fail, is_first, outcome, world_size
@@ -160,7 +160,7 @@ def export_state(path: Path, weights: str = "ema") -> Tokenizer:
     facts = read_facts(path)
     prefix = "ema." if weights == "ema" else "tokenizer."
     with torch.device("meta"):
-        tokenizer = Tokenizer(TokenizerConfig.from_dict(facts.get("config")))
+        tokenizer = Tokenizer(config_from_dict(facts.get("config")))
     tensors = read_tensors(path, prefix)
     try:
         tokenizer.load_state_dict({name.removeprefix(prefix): t for name, t in tensors.items()}, assign=True)

@@ -23,7 +23,7 @@ HELP = "authors' checkpoint or a state of a training run -> msdd-fast checkpoint
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source",
-        help="the authors' file (nothing in it is executed), or RUN/state/STEP; with --export an SSDD checkpoint of ours",
+        help="the authors' file (nothing in it is executed), or RUN/state/STEP; with --export an SSDD checkpoint",
     )
     parser.add_argument("output", help="directory to write; with --export a .safetensors file")
     parser.add_argument(

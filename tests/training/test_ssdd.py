@@ -23,6 +23,7 @@ from msdd_fast.training.ssdd import (
 )
 from msdd_fast.training.trainer import AdamConfig, LoopConfig, OptimConfig, Trainer, build_optimizers
 from tests.test_ssdd import random_tokenizer
+from tests.training.launch import curve, spawn
 
 PLAIN = SSDDObjective(perceptual_weight=0.0)
 
@@ -228,6 +229,8 @@ def test_the_programs_know_the_family(images, tmp_path, capsys):
     assert (teacher.config.family, teacher.config.image_size) == ("ssdd", 32)
     assert main(f"distill --teacher {tmp_path}/a/checkpoint --out {tmp_path}/b {options} {loop}".split()) == 0
     assert Tokenizer.from_pretrained(tmp_path / "b/checkpoint").config.sampling.steps == 1
+    assert main(["convert", f"{tmp_path}/a/state/00000002", f"{tmp_path}/exported"]) == 0
+    assert Tokenizer.from_pretrained(tmp_path / "exported").config == teacher.config
     more = f"--config {tmp_path}/a/config.json --start {tmp_path}/a/checkpoint --out {tmp_path}/c"
     assert main(["train", *more.split()]) == 0
     capsys.readouterr()
@@ -238,18 +241,28 @@ def test_the_programs_know_the_family(images, tmp_path, capsys):
     assert not (tmp_path / "d").exists()
 
 
-def test_micro_batches_and_checkpointing_change_nothing(images, tmp_path):
-    """Two micro-batches with activations calculated again: the weights of one plain batch, to rounding."""
-    trained = []
-    for name, more in (("a", {}), ("b", dict(micro_batch=2, activation_checkpointing=True))):
-        torch.manual_seed(0)
-        tok = random_tokenizer()
-        alignment = Alignment(Patches(), tok.config, AdamConfig(lr=1e-2, warmup_steps=1))
-        recipe = SSDDRecipe(SSDDObjective(perceptual_weight=0.0, alignment_weight=0.25), alignment=alignment)
-        run(images, tmp_path / name, tok, recipe, lr=1e-4, steps=2, **more)
-        trained.append([*tok.parameters(), *alignment.head.parameters()])
-    for a, b in zip(*trained, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+def short_run(images, out, **loop):
+    torch.manual_seed(0)
+    tok = random_tokenizer()
+    alignment = Alignment(Patches(), tok.config, AdamConfig(lr=1e-2, warmup_steps=1))
+    recipe = SSDDRecipe(SSDDObjective(perceptual_weight=0.0, alignment_weight=0.25), alignment=alignment)
+    run(images, out, tok, recipe, lr=1e-4, batch=2, steps=2, **loop)
+
+
+def in_two_processes(images, out):
+    short_run(images, out)
+
+
+def test_processes_micro_batches_and_checkpointing_change_nothing(images, tmp_path):
+    """Two processes; and micro-batches with activations calculated again: the curve of one plain batch, to rounding."""
+    short_run(images, tmp_path / "one")
+    short_run(images, tmp_path / "micro", micro_batch=1, activation_checkpointing=True)
+    spawn(in_two_processes, 2, images, tmp_path / "two")
+    expected = curve(tmp_path / "one")
+    assert len(expected) == 2 and {"mse", "alignment", "kl", "critic_grad_norm"} <= set(expected[0])
+    for name in ("micro", "two"):
+        for line, other in zip(expected, curve(tmp_path / name), strict=True):
+            assert other == pytest.approx(line, rel=1e-3, abs=1e-5), name
 
 
 # --- twenty steps
