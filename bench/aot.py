@@ -91,11 +91,13 @@ def cases() -> list[Case]:
         _norm,
         _rows,
         final_step,
+        group_norm_modulate_silu,
         qk_norm_rope,
         renoise_upsample,
         stage_transition,
         start_noise,
         swiglu,
+        window_attention,
     )
     from msdd_fast.kernels import context_attention as context
 
@@ -163,6 +165,33 @@ def cases() -> list[Case]:
 
     def runs(*names: str) -> dict[str, str]:
         return {"run": "i32", "last": "i32", **{f"stride_{n}": "i32" for n in names}}
+
+    # SSDD: channels-last maps with 64 channels at the finest level, heads of 40 (S) and 72 (M), windows of 15 x 15.
+    tile = {"WIDTH": 64, "PIXELS": group_norm_modulate_silu.PIXELS, "CHANNELS": group_norm_modulate_silu.CHANNELS}
+    groups = "group_norm_modulate_silu.group_norm_{}_kernel"
+
+    def maps(*names: str) -> dict[str, str]:
+        return {f"stride_{n}": "i32" for n in names}
+
+    def window(size: int) -> Case:
+        def constants(dtype: str) -> dict[str, Any]:
+            config = window_attention.window_config(size, BYTES[dtype])
+            del config["num_warps"]
+            return {**config, "SCALE": size**-0.5, "WIDEN": False, "WINDOW": 8}
+
+        return Case(
+            "window_attention.window_attention_kernel",
+            lambda d: {
+                **{**{f"p_{n}": f"*{d}" for n in ("q", "k", "v", "out")}, "p_table": "*fp32"},
+                **{n: "i32" for n in ("heads", "height", "width")},
+                **maps(*(x + n for x in "qkvo" for n in "bnh"), "ty", "tx", "th"),
+            },
+            constants,
+            window_attention.NUM_WARPS,
+            lambda c: c["TILE_Y"] * c["TILE_X"] * c["SIZE"],
+            f"heads of {size}",
+            image,
+        )
 
     return [
         Case(
@@ -288,6 +317,48 @@ def cases() -> list[Case]:
             lambda c: c["BLOCK"],
             within=("y",),
         ),
+        Case(
+            groups.format("parts"),
+            lambda d: {
+                **{"p_x": f"*{d}", "p_mean": "*fp32", "p_squares": "*fp32"},
+                **{n: "i32" for n in ("pixels", "parts", "tiles")},
+                **maps("x", "c", "p"),
+            },
+            lambda _: {**tile, "stride_c": 1},
+            group_norm_modulate_silu.NUM_WARPS,
+            lambda c: c["PIXELS"] * c["CHANNELS"],
+            "channels-last",
+        ),
+        Case(
+            groups.format("merge"),
+            lambda d: {
+                **{"p_mean": "*fp32", "p_squares": "*fp32", "p_norm": "*fp32"},
+                **{n: "i32" for n in ("pixels", "parts", "part_pixels", "groups")},
+            },
+            lambda _: {"EPS": 1e-5, "PARTS": 128, "PER_GROUP": 2, "BLOCK": 2, "MERGE": group_norm_modulate_silu.MERGE},
+            group_norm_modulate_silu.MERGE_WARPS,
+            lambda c: c["PARTS"] * c["BLOCK"],
+            within=image,
+        ),
+        Case(
+            groups.format("apply"),
+            lambda d: {
+                **{**{f"p_{n}": f"*{d}" for n in ("x", "weight", "bias", "scale", "shift", "out")}, "p_norm": "*fp32"},
+                **{n: "i32" for n in ("pixels", "width", "groups")},
+                **{n: "i32" for n in ("cell_height", "cell_width")},
+                **maps("x", "c", "p", *(t + n for t in "st" for n in "bcyx")),
+            },
+            lambda _: {
+                **{**tile, "stride_c": 1, "stride_sc": 1, "stride_tc": 1},
+                **{"PER_GROUP": 2, "WEIGHT": False, "BIAS": False, "MODULATE": True, "SILU": True},
+            },
+            group_norm_modulate_silu.NUM_WARPS,
+            lambda c: c["PIXELS"] * c["CHANNELS"],
+            "channels-last",
+            within=("x", "y"),
+        ),
+        window(40),
+        window(72),
         Case(
             "quantize_rows.quantize_rows_kernel",
             lambda d: {"p_x": f"*{d}", "p_out": "*fp8e4nv", "p_scale": "*fp32"},

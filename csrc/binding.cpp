@@ -12,12 +12,14 @@
 #include "msdd_fast/cfg_euler.h"
 #include "msdd_fast/check.h"
 #include "msdd_fast/context_attention.h"
+#include "msdd_fast/group_norm.h"
 #include "msdd_fast/noise.h"
 #include "msdd_fast/norm_modulate.h"
 #include "msdd_fast/patch_rows.h"
 #include "msdd_fast/philox.h"
 #include "msdd_fast/qk_norm_rope.h"
 #include "msdd_fast/swiglu.h"
+#include "msdd_fast/window_attention.h"
 
 namespace py = pybind11;
 
@@ -143,6 +145,34 @@ void attention(const Heads& out, const Heads& q, const Heads& k, const Heads& v,
     msdd_fast::attention(heads_of(out), heads_of(q), heads_of(k), heads_of(v), heads_of(accumulate), dtype_of(dtype),
                          {batch, queries, keys, heads, head_size}, level, threads);
 }
+
+using Cells = std::tuple<Address, int, std::array<std::int64_t, 4>>;      // address (0: absent), dtype, strides
+using BiasTable = std::tuple<Address, int, std::array<std::int64_t, 3>>;  // the same
+
+msdd_fast::Cells cells_of(const Cells& cells) {
+    const auto& [address, dtype, strides] = cells;
+    return {operand_of({address, dtype}), strides[0], strides[1], strides[2], strides[3]};
+}
+
+void group_norm_modulate_silu(Address out, Address x, int dtype, const Operand& weight, const Operand& bias,
+                              const Cells& scale, const Cells& shift, const std::array<std::int64_t, 4>& shape,
+                              std::int64_t groups, std::int64_t rows, std::int64_t columns, bool channels_last,
+                              bool silu, float eps, int threads) {
+    msdd_fast::group_norm_modulate_silu(
+        pointer<void>(out), pointer<const void>(x), dtype_of(dtype), operand_of(weight), operand_of(bias),
+        cells_of(scale), cells_of(shift),
+        {shape[0], shape[1], shape[2], shape[3], groups, rows, columns, channels_last, silu, eps}, threads);
+}
+
+void window_attention(const Heads& out, const Heads& q, const Heads& k, const Heads& v, const BiasTable& table,
+                      int dtype, std::int64_t batch, std::int64_t height, std::int64_t width, std::int64_t heads,
+                      std::int64_t head_size, std::int64_t window, int threads) {
+    const auto& [address, kind, strides] = table;
+    msdd_fast::window_attention(heads_of(out), heads_of(q), heads_of(k), heads_of(v),
+                                {operand_of({address, kind}), strides[0], strides[1], strides[2]}, dtype_of(dtype),
+                                {batch, height, width, heads, head_size, window}, threads);
+}
+
 #ifdef MSDD_FAST_CUDA
 
 void context_attention(const Heads& q, const Heads& k, const Heads& v, const Heads& accumulate, const Heads& out,
@@ -193,6 +223,14 @@ PYBIND11_MODULE(_C, m) {
           py::arg("accumulate"), py::arg("dtype"), py::arg("batch"), py::arg("queries"), py::arg("keys"),
           py::arg("heads"), py::arg("head_size"), py::arg("level") = "", py::arg("threads") = 1,
           "softmax(q k^T / sqrt(d)) v; tensors are (address, strides of batch, token, head); see attention.h.");
+    m.def("group_norm_modulate_silu", &group_norm_modulate_silu, no_gil, py::arg("out"), py::arg("x"), py::arg("dtype"),
+          py::arg("weight"), py::arg("bias"), py::arg("scale"), py::arg("shift"), py::arg("shape"), py::arg("groups"),
+          py::arg("rows"), py::arg("columns"), py::arg("channels_last"), py::arg("silu"), py::arg("eps"),
+          py::arg("threads") = 1, "GroupNorm, affine, modulation by cells of (rows, columns), SiLU; see group_norm.h.");
+    m.def("window_attention", &window_attention, no_gil, py::arg("out"), py::arg("q"), py::arg("k"), py::arg("v"),
+          py::arg("table"), py::arg("dtype"), py::arg("batch"), py::arg("height"), py::arg("width"), py::arg("heads"),
+          py::arg("head_size"), py::arg("window"), py::arg("threads") = 1,
+          "Attention over the window round each pixel, with a bias by displacement; see window_attention.h.");
     m.def("attention_level", &msdd_fast::attention_level, "SIMD level that attention takes here; see attention.h.");
     m.def("cfg_euler", &cfg_euler, no_gil, py::arg("out"), py::arg("dtype"), py::arg("x"), py::arg("v_cond"),
           py::arg("v_uncond"), py::arg("rows"), py::arg("columns"), py::arg("scale"), py::arg("dt"),

@@ -230,6 +230,67 @@ def attention(q: Tensor, k: Tensor, v: Tensor, accumulate: Tensor | None = None,
     return out
 
 
+def group_norm_modulate_silu(
+    x: Tensor,
+    groups: int,
+    eps: float,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    silu: bool,
+) -> Tensor:
+    """GroupNorm of x (B, C, H, W), contiguous or channels-last, affine, modulation and SiLU, in x's dtype and order.
+
+    weight and bias (C,), contiguous; scale and shift (B, C, h, w) with any strides, h and w dividing H and W.
+    """
+    order = _check("x", x)
+    if x.ndim != 4:
+        raise InputError(f"x must be (B, C, H, W), got {tuple(x.shape)}")
+    b, c, height, width = x.shape
+    for name, t in (("weight", weight), ("bias", bias)):
+        if t is not None:
+            _check_contiguous(name, t)
+            if t.shape != (c,):
+                raise InputError(f"{name} must be ({c},), got {tuple(t.shape)}")
+    rows, columns = (1, 1) if scale is None else scale.shape[2:]
+    for name, t in (("scale", scale), ("shift", shift)):
+        if t is not None:
+            _check_cpu(name, t)
+            if t.shape != (b, c, rows, columns):
+                raise InputError(f"{name} must be {(b, c, rows, columns)}, got {tuple(t.shape)}")
+    out = torch.empty_like(x, memory_format=order)
+    if out.numel():
+        vectors = [(0, 0) if t is None else _operand(t) for t in (weight, bias)]
+        cells = [(0, 0, (0, 0, 0, 0)) if t is None else (*_operand(t), t.stride()) for t in (scale, shift)]
+        sizes = (x.shape, groups, rows, columns, order is torch.channels_last, silu, eps)
+        _call("group_norm_modulate_silu", out.data_ptr(), *_operand(x), *vectors, *cells, *sizes)
+    return out
+
+
+def window_attention(q: Tensor, k: Tensor, v: Tensor, table: Tensor, height: int, width: int) -> Tensor:
+    """Attention over the window round each of height * width pixels; memory order of ``attention_result(q)``.
+
+    q, k, v (B, N, heads, d): one dtype, any strides but the last, which is 1. table (2w - 1, 2w - 1, heads), any strides.
+    """
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        _check_cpu(name, x)
+        fits = x.ndim == 4 and x.shape == q.shape and x.shape[1] == height * width and x.dtype == q.dtype
+        if not fits or (x.stride(3) != 1 and x.numel()):
+            expected = f"(B, {height * width}, heads, d) in q's dtype and shape with the last dimension contiguous"
+            raise InputError(f"{name} must be {expected}, got {x.dtype} {tuple(x.shape)}, strides {x.stride()}")
+    _check_cpu("table", table)
+    span = table.shape[0]
+    if table.shape != (span, span, q.shape[2]) or span % 2 == 0:
+        raise InputError(f"table must be (2w - 1, 2w - 1, {q.shape[2]}), got {tuple(table.shape)}")
+    out = attention_result(q)
+    if out.numel():
+        views = [(x.data_ptr(), *x.stride()[:3]) for x in (out, q, k, v)]
+        sizes = (q.shape[0], height, width, *q.shape[2:], (span + 1) // 2)
+        _call("window_attention", *views, (*_operand(table), table.stride()), _DTYPES[q.dtype], *sizes)
+    return out
+
+
 def stage_transition(
     x: Tensor,
     v: Tensor,

@@ -3,11 +3,11 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
-#include <memory>
 
 #include "attention_job.h"
 #include "msdd_fast/check.h"
 #include "msdd_fast/parallel.h"
+#include "msdd_fast/scratch.h"
 
 namespace msdd_fast {
 namespace {
@@ -25,19 +25,6 @@ AttentionTask task_of(const std::string& level) {
         return attention_task_avx512bf16;
 #endif
     return nullptr;
-}
-
-// Aligned memory of the calling thread that the next call finds again: fresh pages would cost as much as a small
-// attention.
-float* scratch_of(std::int64_t floats) {
-    thread_local std::unique_ptr<float[]> memory;
-    thread_local std::int64_t size = 0;
-    if (size < floats + 16) {
-        size = 0;
-        memory.reset(new float[static_cast<std::size_t>(floats + 16)]);
-        size = floats + 16;
-    }
-    return reinterpret_cast<float*>((reinterpret_cast<std::uintptr_t>(memory.get()) + 63) / 64 * 64);
 }
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }

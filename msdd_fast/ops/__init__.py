@@ -8,6 +8,7 @@ from msdd_fast.ops.context_attention import context_attention
 from msdd_fast.ops.euler_step import euler_step
 from msdd_fast.ops.final_step import final_step
 from msdd_fast.ops.gate_residual_norm_modulate import gate_residual_norm_modulate
+from msdd_fast.ops.group_norm_modulate_silu import group_norm_modulate_silu
 from msdd_fast.ops.norm_modulate import norm_modulate
 from msdd_fast.ops.qk_norm_rope import qk_norm_rope
 from msdd_fast.ops.quantize_rows import quantize_rows
@@ -15,6 +16,7 @@ from msdd_fast.ops.renoise_upsample import renoise_upsample
 from msdd_fast.ops.stage_transition import stage_transition
 from msdd_fast.ops.start_noise import start_noise
 from msdd_fast.ops.swiglu import swiglu
+from msdd_fast.ops.window_attention import window_attention
 
 __all__ = [
     "attention",
@@ -24,6 +26,7 @@ __all__ = [
     "euler_step",
     "final_step",
     "gate_residual_norm_modulate",
+    "group_norm_modulate_silu",
     "norm_modulate",
     "qk_norm_rope",
     "quantize_rows",
@@ -31,6 +34,7 @@ __all__ = [
     "stage_transition",
     "start_noise",
     "swiglu",
+    "window_attention",
 ]
 
 check_ops(environment_choice(), __all__)

@@ -72,6 +72,47 @@ def test_the_cpu_kernels_need_memory_for_their_output_only(name):
     assert out.nbytes == size
 
 
+def window(grid, batch=1, heads=4):
+    """q, k, v of an SSDD-S block, and its table, at 8 * grid pixels."""
+    q, k, v = torch.ones(batch, grid**2, 3, heads, 40).unbind(2)
+    return q, k, v, torch.ones(15, 15, heads), grid, grid
+
+
+@pytest.mark.parametrize("grid", [32, 64])
+def test_window_attention_needs_memory_for_its_output_only(grid):
+    """At 256 and 512 px; the dense reference needs at least heads N^2 floats, 16 and 256 MiB an image."""
+    if not extension_status()[0]:
+        pytest.skip(f"backend 'cpu': {extension_status()[1]}")
+    need_a_limit()
+    arguments = window(grid, batch=64 * 1024 // grid**2)
+    size = ops.window_attention(*arguments, backend="cpu").nbytes  # and all threads have begun and have their buffers
+    assert size >= 40 * MEBIBYTE
+    with address_space_for(size + 4 * MEBIBYTE):
+        out = ops.window_attention(*arguments, backend="cpu")
+    assert out.nbytes == size
+    with address_space_for(4 * grid**4 * 4), pytest.raises(RuntimeError, match="alloc"):
+        ops.window_attention(*window(grid, batch=2), backend="eager")
+
+
+def test_group_norm_modulate_silu_needs_memory_for_its_output_only():
+    """Neither scale and shift at the size of x nor steps in between; statistics are 1/256 of x."""
+    if not extension_status()[0]:
+        pytest.skip(f"backend 'cpu': {extension_status()[1]}")
+    need_a_limit()
+    x = torch.ones(1, 64, 512, 512).to(memory_format=torch.channels_last)
+    scale, shift = torch.ones(1, 128, 64, 64).chunk(2, dim=1)
+
+    def run(backend):
+        return ops.group_norm_modulate_silu(x, 32, 1e-5, scale=scale, shift=shift, backend=backend)
+
+    size = run("cpu").nbytes
+    with address_space_for(size + size // 256 + 4 * MEBIBYTE):
+        out = run("cpu")
+    assert out.nbytes == size
+    with address_space_for(size + size // 256 + 4 * MEBIBYTE), pytest.raises(RuntimeError, match="alloc"):
+        run("eager")
+
+
 def test_the_limit_shows_a_noise_tensor():
     """The same measurement of plain PyTorch, which has one: so the test above could fail."""
     need_a_limit()

@@ -24,8 +24,12 @@ NORM, ANGLE = torch.ones(1, 2, 16), torch.ones(6, 8)
 QKV = torch.randn(2, 5, 3, 2, 16, generator=torch.Generator().manual_seed(1)).unbind(2)
 PATCHES = torch.randn(4, 2, 48, generator=torch.Generator().manual_seed(2))  # 2x2 tokens, 2 images, patches of 4
 CONTEXT = torch.randn(2, 5, 4, 2, 64, generator=torch.Generator().manual_seed(1)).bfloat16().unbind(2)
+PIXELS = torch.randn(1, 4, 3, 1, 16, generator=torch.Generator().manual_seed(3)).unbind(2)  # a grid of 2 x 2, one head
+CELLS = X[:, :, :2, :3]
 ARGUMENTS = {
     "attention": QKV,
+    "window_attention": (*PIXELS, torch.linspace(-1, 1, 9).view(3, 3, 1), 2, 2),
+    "group_norm_modulate_silu": (X, 3, 1e-5, X[0, :, 0, 0], X[1, :, 0, 0], CELLS, CELLS - 1, True),
     "context_attention": CONTEXT,  # q, k, v and what is added
     "start_noise": (SEEDS, 3, 4, 6, torch.float32),
     "renoise_upsample": (X, HALF, HALF, SEEDS, 2, 0.25),
@@ -110,7 +114,7 @@ def test_gradients(name):
     needs("cpu")
     the_op, (x, *rest) = op(name), ARGUMENTS[name]
     x = x.clone().requires_grad_()
-    assert the_op.select(x, *rest) == ("sdpa" if name.endswith("attention") else "eager")
+    assert the_op.select(x, *rest) == ("sdpa" if name in ("attention", "context_attention") else "eager")
     total(the_op(x, *rest)).backward()
     assert x.grad is not None
     with pytest.raises(InputError, match=f"{name}: backend 'cpu' is for inference, but an argument requires grad"):

@@ -21,13 +21,17 @@ MSDD_INLINE float add_up(float (&lanes)[LANES]) {
 
 }  // namespace detail
 
+struct Squares {
+    float mean, sum;  // sum: of the squares about the mean
+};
+
 struct Moments {
     float mean, rstd;  // rstd: 1 / sqrt(variance + eps)
 };
 
 // `count` at least 1. What is left over after whole groups of LANES is added one by one.
 template <int LANES>
-MSDD_INLINE Moments moments(const float* x, std::int64_t count, float eps) {
+MSDD_INLINE Squares centred_squares(const float* x, std::int64_t count) {
     const std::int64_t whole = count - count % LANES;
     float lanes[LANES] = {}, rest = 0.0f;
     for (std::int64_t i = 0; i < whole; i += LANES)
@@ -39,8 +43,13 @@ MSDD_INLINE Moments moments(const float* x, std::int64_t count, float eps) {
     for (std::int64_t i = 0; i < whole; i += LANES)
         for (int j = 0; j < LANES; ++j) squares[j] += (x[i + j] - mean) * (x[i + j] - mean);
     for (std::int64_t i = whole; i < count; ++i) more += (x[i] - mean) * (x[i] - mean);
-    const float variance = (detail::add_up(squares) + more) / static_cast<float>(count);
-    return {mean, 1.0f / std::sqrt(variance + eps)};
+    return {mean, detail::add_up(squares) + more};
+}
+
+template <int LANES>
+MSDD_INLINE Moments moments(const float* x, std::int64_t count, float eps) {
+    const auto [mean, sum] = centred_squares<LANES>(x, count);
+    return {mean, 1.0f / std::sqrt(sum / static_cast<float>(count) + eps)};
 }
 
 }  // namespace msdd_fast

@@ -1,0 +1,181 @@
+"""group_norm_modulate_silu: GroupNorm, modulation at the latent resolution and SiLU (SPEC-SSDD 1.3, AdaGN and norm2).
+
+    y = (x - mean) / sqrt(var + eps) * weight[c] + bias[c]     mean and var of a group of C / groups channels of an image
+    out = silu(y * (1 + scale[b, c, i h // H, j w // W]) + shift[...])
+
+x (B, C, H, W) in NCHW or NHWC memory order, which out keeps; copied first if it lies otherwise. weight, bias (C,) or
+None. scale and shift (B, C, h, w) with H % h == W % w == 0, or (B, C), the same everywhere, or None; any strides, so they
+may be channels of one wide tensor, and they are never brought to the size of x. x, weight, bias, scale and shift each
+float32, bfloat16 or float16 (eager: any float dtype); out has x's.
+
+Kernels calculate in float32: in pieces of the image the mean, then the squares about it, and the pieces put together
+about the common mean, so a large mean costs no accuracy. They round once; eager rounds after every operation and is
+differentiable. Moves 3 B C H W elements of x's dtype, reading x twice, and, h w / (H W) times as often, the tables.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from msdd_fast.backends import can_use_cpu, can_use_triton
+from msdd_fast.errors import InputError
+from msdd_fast.ops._checks import FLOAT_DTYPES, check_device, check_floating, dense, memory_order
+from msdd_fast.ops._op import Op, Verdict, both
+
+MAX_CHANNELS = 4096
+
+
+def group_norm_modulate_silu(
+    x: Tensor,
+    groups: int,
+    eps: float,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    silu: bool = True,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """The normalised, modulated and activated x.
+
+    Args:
+        x: (B, C, H, W).
+        groups: divides C.
+        eps: added to the variance.
+        weight, bias: (C,) or None.
+        scale, shift: (B, C, h, w) or (B, C), of one shape; both or neither.
+        silu: False leaves the activation out.
+
+    Raises InputError for anything else.
+    """
+    check_floating("x", x)
+    if x.ndim != 4 or 0 in x.shape[1:]:
+        raise InputError(f"x must be a tensor (B, C, H, W), got {tuple(x.shape)}")
+    if isinstance(groups, bool) or not isinstance(groups, int) or groups < 1 or x.shape[1] % groups:
+        raise InputError(f"groups must be an int that divides the {x.shape[1]} channels of x, got {groups!r}")
+    if not math.isfinite(eps) or eps < 0:
+        raise InputError(f"eps must be a finite number >= 0, got {eps!r}")
+    for name, t in (("weight", weight), ("bias", bias)):
+        if t is not None:
+            check_floating(name, t)
+            check_device(name, t, "x", x)
+            if t.shape != x.shape[1:2]:
+                raise InputError(f"{name} must be ({x.shape[1]},), got {tuple(t.shape)}")
+    if (scale is None) != (shift is None):
+        raise InputError("scale and shift must be given or left out together")
+    if scale is not None and shift is not None:
+        _check_table("scale", scale, x)
+        _check_table("shift", shift, x)
+        if shift.shape != scale.shape:
+            raise InputError(f"shift must have the shape of scale, {tuple(scale.shape)}, got {tuple(shift.shape)}")
+    out: Tensor = OP(x, groups, float(eps), weight, bias, scale, shift, silu, backend=backend)
+    return out
+
+
+def _check_table(name: str, t: Tensor, x: Tensor) -> None:
+    check_floating(name, t)
+    check_device(name, t, "x", x)
+    b, c, height, width = x.shape
+    fits = t.ndim in (2, 4) and t.shape[:2] == (b, c)
+    if not fits or (t.ndim == 4 and (0 in t.shape[2:] or height % t.shape[2] or width % t.shape[3])):
+        expected = f"({b}, {c}) or ({b}, {c}, h, w) with h and w dividing {height} and {width}"
+        raise InputError(f"{name} must be {expected}, got {tuple(t.shape)}")
+
+
+def group_norm_modulate_silu_eager(
+    x: Tensor,
+    groups: int,
+    eps: float,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    silu: bool = True,
+) -> Tensor:
+    """Reference: plain torch, rounded after every operation as the dtype has it."""
+    weight, bias = (None if t is None else t.to(x.dtype) for t in (weight, bias))
+    h = torch.group_norm(x, groups, weight, bias, eps)  # F.group_norm refuses a single pixel
+    if scale is not None and shift is not None:
+        h = h * (1 + _spread(scale, x)) + _spread(shift, x)
+    h = (F.silu(h) if silu else h).to(x.dtype)
+    return h.contiguous(memory_format=memory_order(x))
+
+
+def _spread(table: Tensor, x: Tensor) -> Tensor:
+    """One value for every pixel, or one for all."""
+    if table.ndim == 2:
+        return table[:, :, None, None]
+    return table if table.shape[2:] == x.shape[2:] else F.interpolate(table, x.shape[2:], mode="nearest")
+
+
+def _cells(table: Tensor | None) -> Tensor | None:
+    """(B, C, h, w)."""
+    return table[:, :, None, None] if table is not None and table.ndim == 2 else table
+
+
+def _cpu(
+    x: Tensor,
+    groups: int,
+    eps: float,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    silu: bool = True,
+) -> Tensor:
+    from msdd_fast import native
+
+    weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
+    return native.group_norm_modulate_silu(dense(x), groups, eps, weight, bias, _cells(scale), _cells(shift), silu)
+
+
+def _triton(
+    x: Tensor,
+    groups: int,
+    eps: float,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    silu: bool = True,
+) -> Tensor:
+    from msdd_fast.kernels.group_norm_modulate_silu import group_norm_modulate_silu as launch
+
+    weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
+    return launch(dense(x), groups, eps, weight, bias, _cells(scale), _cells(shift), silu)
+
+
+def _kernels_fit(
+    x: Tensor,
+    groups: int,
+    eps: float,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    silu: bool = True,
+) -> Verdict:
+    for t in (x, weight, bias, scale, shift):
+        if t is not None and t.dtype not in FLOAT_DTYPES:
+            return False, f"works in float32, bfloat16 and float16, got {t.dtype}"
+    if x.shape[1] > MAX_CHANNELS:
+        return False, f"takes at most {MAX_CHANNELS} channels, got {x.shape[1]}"
+    if x.shape[2] * x.shape[3] > 2**30:
+        return False, f"takes at most 2^30 pixels, got {x.shape[2]} x {x.shape[3]}"
+    return True, ""
+
+
+OP = Op(
+    "group_norm_modulate_silu",
+    "(Tensor x, int groups, float eps, Tensor? weight=None, Tensor? bias=None, Tensor? scale=None, "
+    "Tensor? shift=None, bool silu=True) -> Tensor",
+    group_norm_modulate_silu_eager,
+    lambda x, *_: torch.empty_like(x, memory_format=memory_order(x)),
+)
+OP.register("cpu", _cpu, lambda *args: both(can_use_cpu(args[0]), _kernels_fit(*args)))
+OP.register("triton", _triton, lambda *args: both(can_use_triton(args[0]), _kernels_fit(*args)))

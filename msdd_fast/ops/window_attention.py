@@ -1,0 +1,128 @@
+"""window_attention: every pixel attends to a square window round it, with a bias by displacement (SPEC-SSDD 1.4).
+
+    logits = q k^T / sqrt(d) + table[qy - ky + w - 1, qx - kx + w - 1, head]     where |qy - ky| < w and |qx - kx| < w
+    out = softmax(logits) v        per image and head; keys outside the window count for nothing
+
+q, k, v (B, N, heads, d), N = height * width tokens row by row, one dtype: float32, bfloat16 or float16; strides as they
+come, so views of one packed buffer cost no copy. table (2w - 1, 2w - 1, heads), any float dtype and strides. out is
+(B, N, heads, d), dense in q's memory order (``attention``). Under autocast q, k and v are cast to its dtype.
+
+The eager reference is the paper's dense one: float32 softmax over all N keys with logits of -1e7 outside the window,
+which a query that sees itself turns into weights of exactly zero. It needs B heads N^2 floats and is differentiable. The
+kernels never form a logit outside the window (cpu) or the window of a tile of queries (triton) and need no memory but for
+their result. float32 inside, rounded once; triton rounds the weights to the dtype too, as every flash attention does.
+
+Moves 4 B N heads d elements; 4 B N heads d s FLOP with s <= (2w - 1)^2 keys seen, a mean of s = (w (2 H - w + 1) - H)
+(w (2 W - w + 1) - W) / (H W) on a grid (H, W) of at least w.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from msdd_fast.backends import can_use_cpu, can_use_triton
+from msdd_fast.errors import InputError
+from msdd_fast.ops._checks import FLOAT_DTYPES, check_device, check_float, check_floating
+from msdd_fast.ops._heads import attention_result, is_token_major
+from msdd_fast.ops._op import Op, Verdict, both
+
+OUTSIDE = -1e7
+MAX_HEAD_SIZE = 128
+MAX_WINDOW = 64
+
+
+def window_attention(
+    q: Tensor, k: Tensor, v: Tensor, table: Tensor, height: int, width: int, *, backend: str | None = None
+) -> Tensor:
+    """Attention over the window of each pixel.
+
+    Args:
+        q, k, v: (B, height * width, heads, d).
+        table: (2w - 1, 2w - 1, heads), which says the window w.
+        height, width: of the grid.
+
+    Raises InputError for anything else.
+    """
+    check_float("q", q)
+    if torch.is_autocast_enabled(q.device.type):
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = (t.to(dtype) if isinstance(t, Tensor) and t.dtype in FLOAT_DTYPES else t for t in (q, k, v))
+    for name, size in (("height", height), ("width", width)):
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise InputError(f"{name} must be an int >= 1, got {size!r}")
+    if q.ndim != 4 or q.shape[3] == 0 or q.shape[1] != height * width:
+        raise InputError(f"q must be a tensor (B, {height * width}, heads, head size), got {tuple(q.shape)}")
+    for name, x in (("k", k), ("v", v)):
+        check_float(name, x)
+        check_device(name, x, "q", q)
+        if x.dtype != q.dtype:
+            raise InputError(f"{name} must have the dtype of q, {q.dtype}, got {x.dtype}")
+        if x.shape != q.shape:
+            raise InputError(f"{name} must have the shape of q, {tuple(q.shape)}, got {tuple(x.shape)}")
+    check_floating("table", table)
+    check_device("table", table, "q", q)
+    if table.ndim != 3 or table.shape[0] != table.shape[1] or table.shape[0] % 2 == 0 or table.shape[2] != q.shape[2]:
+        raise InputError(f"table must be (2w - 1, 2w - 1, {q.shape[2]}), got {tuple(table.shape)}")
+    out: Tensor = OP(q, k, v, table, height, width, backend=backend)
+    return out
+
+
+def window_attention_eager(q: Tensor, k: Tensor, v: Tensor, table: Tensor, height: int, width: int) -> Tensor:
+    """Reference: plain torch, dense, float32 throughout."""
+    q32, k32, v32 = (x.transpose(1, 2).float() for x in (q, k, v))
+    with torch.autocast(q.device.type, enabled=False):
+        bias = dense_bias(table.float(), height, width)
+        weights = (q32 @ k32.transpose(2, 3) * q.shape[3] ** -0.5 + bias).softmax(dim=-1)
+        out = (weights @ v32).transpose(1, 2).to(q.dtype)
+    return out.transpose(0, 1).contiguous().transpose(0, 1) if is_token_major(q) else out.contiguous()
+
+
+def dense_bias(table: Tensor, height: int, width: int) -> Tensor:
+    """(heads, N, N): what is added to the logit of query (row) and key (column); OUTSIDE where it is not seen."""
+    reach = (table.shape[0] - 1) // 2
+    rows = torch.arange(height, device=table.device)
+    columns = torch.arange(width, device=table.device)
+    dy, dx = rows[:, None] - rows + reach, columns[:, None] - columns + reach
+    seen = ((dy >= 0) & (dy <= 2 * reach))[:, None, :, None] & ((dx >= 0) & (dx <= 2 * reach))[None, :, None, :]
+    dy, dx = dy.clamp(0, 2 * reach)[:, None, :, None], dx.clamp(0, 2 * reach)[None, :, None, :]
+    bias = table[dy, dx].where(seen[..., None], OUTSIDE)  # (height, width, height, width, heads)
+    return bias.flatten(2, 3).flatten(0, 1).permute(2, 0, 1)
+
+
+def _cpu(q: Tensor, k: Tensor, v: Tensor, table: Tensor, height: int, width: int) -> Tensor:
+    from msdd_fast import native
+
+    return native.window_attention(q, k, v, table, height, width)
+
+
+def _triton(q: Tensor, k: Tensor, v: Tensor, table: Tensor, height: int, width: int) -> Tensor:
+    from msdd_fast.kernels.window_attention import window_attention as launch
+
+    out = attention_result(q)
+    launch(q, k, v, table, height, width, out)
+    return out
+
+
+def _kernels_fit(q: Tensor, k: Tensor, v: Tensor, table: Tensor, height: int, width: int) -> Verdict:
+    if table.dtype not in FLOAT_DTYPES:
+        return False, f"works with a table in float32, bfloat16 or float16, got {table.dtype}"
+    if q.shape[3] > MAX_HEAD_SIZE:
+        return False, f"takes heads of at most {MAX_HEAD_SIZE}, got {q.shape[3]}"
+    if table.shape[0] > 2 * MAX_WINDOW - 1:
+        return False, f"takes windows of at most {MAX_WINDOW}, got a table {tuple(table.shape)}"
+    if height * width > 2**30:
+        return False, f"takes at most 2^30 pixels, got {height} x {width}"
+    if any(x.stride(3) != 1 for x in (q, k, v)):
+        return False, "needs the last dimension of q, k and v to be contiguous"
+    return True, ""
+
+
+OP = Op(
+    "window_attention",
+    "(Tensor q, Tensor k, Tensor v, Tensor table, int height, int width) -> Tensor",
+    window_attention_eager,
+    lambda q, *_: attention_result(q),
+)
+OP.register("cpu", _cpu, lambda *args: both(can_use_cpu(args[0]), _kernels_fit(*args)))
+OP.register("triton", _triton, lambda *args: both(can_use_triton(args[0]), _kernels_fit(*args)))
