@@ -1,7 +1,8 @@
 """The engine: one tokenizer's decode as fast as the hardware allows (DESIGN section 6).
 
 ``weights`` packs, ``tables`` hoists what depends on time alone, ``network`` evaluates the velocity, ``program`` is the
-whole decode, ``graphs`` captures it, ``fast_decoder`` is what the user holds.
+whole decode; SSDD has files of its own for these (``ssdd_weights`` and so on), and ``family`` knows which to take.
+``graphs`` captures it, ``fast_decoder`` is what the user holds.
 """
 
 from msdd_fast.engine.explain import Explanation, explain

@@ -15,12 +15,11 @@ from msdd_fast.engine import graphs as cuda_graphs
 from msdd_fast.engine.batching import Chunk, assumed_cost, even, plan
 from msdd_fast.engine.bound_ops import bind
 from msdd_fast.engine.compute import compute_dtype
-from msdd_fast.engine.memory import activation_bytes, fit, tables_memory
-from msdd_fast.engine.network import Network
+from msdd_fast.engine.family import family_of
+from msdd_fast.engine.memory import fit
 from msdd_fast.engine.prefetch import prefetch
-from msdd_fast.engine.program import Inputs, Program, StageImages
+from msdd_fast.engine.program import Inputs, StageImages
 from msdd_fast.engine.report import Accuracy, Report, describe
-from msdd_fast.engine.tables import stage_tables
 from msdd_fast.engine.tier import (
     EXACT,
     Tier,
@@ -31,11 +30,10 @@ from msdd_fast.engine.tier import (
     plain_images,
     require,
 )
-from msdd_fast.engine.weights import pack
 from msdd_fast.errors import BackendUnavailableError, InputError
-from msdd_fast.models.tokenizer import Tokenizer, check_finite, msdd_parts
+from msdd_fast.models.tokenizer import Tokenizer, check_finite
 from msdd_fast.noise import resolve_seeds
-from msdd_fast.sampling import check_latents, check_noise, check_sampling
+from msdd_fast.sampling import check_latents, check_noise
 
 OUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
 TIERS = ("exact", "fast")
@@ -59,13 +57,13 @@ def accelerate(
     calibration: Tensor | None = None,
     validate: bool = False,
 ) -> FastDecoder:
-    """An engine for the decoder of ``tokenizer``, which is not changed. The engine has its own weights.
+    """An engine for the decoder of ``tokenizer``, MSDD or SSDD, which is not changed. It has its own weights.
 
     Args:
         dtype: float32, bfloat16 or float16 of weights and activations; statistics, softmax and noise are float32. A CPU
             without bfloat16 instructions calculates in float32 instead (``report`` says so).
         tier: "exact", the eager model's arithmetic up to rounding, or "fast", matrix products in 8 bits: float8 on a
-            GPU of sm_89 or newer (dtype bfloat16), int8 on a CPU.
+            GPU of sm_89 or newer (dtype bfloat16), int8 on a CPU; not for SSDD, whose products are convolutions.
         backend: of the ops: "auto", a name, or names per op ("auto,attention=sdpa").
         steps, cfg_scale: default to ``config.sampling``.
         batch_sizes: captured as CUDA graphs, from which any other size is put together; without graphs, the largest
@@ -80,8 +78,8 @@ def accelerate(
             scikit-image, encoded, or random latents if it is not installed.
         validate: check every z for NaN and Inf, which waits for the device.
 
-    Raises InputError for a bad argument or an SSDD tokenizer, BackendUnavailableError for graphs, a backend or a tier
-    that cannot be had, AccuracyError for a fast tier that would lose too much.
+    Raises InputError for a bad argument, BackendUnavailableError for graphs, a backend or a tier that cannot be had,
+    AccuracyError for a fast tier that would lose too much.
     """
     _one_of("tier", tier, TIERS)
     check_limit(max_psnr_loss)
@@ -92,7 +90,7 @@ def accelerate(
             raise InputError("calibration is for tier='fast', got it with tier='exact'")
         return FastDecoder(tokenizer, tier=EXACT, **final)
     device = next(tokenizer.parameters()).device
-    fast = fast_tier(msdd_parts(tokenizer)[1], device, compute_dtype(dtype, device)[0], bind(backend))
+    fast = fast_tier(tokenizer, device, compute_dtype(dtype, device)[0], bind(backend))
     z, source = calibration_latents(tokenizer, calibration)
     # The exact engine is gone before the fast one is made: never both sets of weights.
     exact = plain_images(
@@ -124,13 +122,13 @@ class FastDecoder:
         max_memory: int | None,
         validate: bool,
     ) -> None:
-        self.config, decoder = msdd_parts(tokenizer)
-        self.validate = validate
+        self.config, self.validate = tokenizer.config, validate
+        self.family = family_of(self.config)
         sampling = self.config.sampling
         self.tokenizer = weakref.ref(tokenizer)  # for the report; the engine keeps no second copy of the model alive
         self.steps = sampling.steps if steps is None else steps
         self.cfg_scale = float(sampling.cfg_scale if cfg_scale is None else cfg_scale)
-        check_sampling(self.steps, self.cfg_scale)
+        self.family.check(self.steps, self.cfg_scale)
         self.tier, self.tier_description = tier.name, tier.description
         self.accuracy: Accuracy | None = None
         self.device = next(tokenizer.parameters()).device
@@ -138,12 +136,10 @@ class FastDecoder:
         self.graphs, self.graphs_reason = _use_graphs(graphs, self.device)
         self._graphs_required = graphs is True
         sizes = _check_sizes(batch_sizes, self.device)
-        weights = pack(decoder, self.dtype, self.device, tier.make)
-        tables = stage_tables(decoder, tokenizer.schedule, self.steps, self.device)
-        network = Network(weights, self.config.decoder.head_dim, bind(backend))
-        self.program = Program(network, tables, tokenizer.schedule, self.config)
-        self.memory = {"weights": weights.memory(), "tables": tables_memory(tables)}
-        per_image = activation_bytes(self.config, self.dtype.itemsize, self._is_guided(None), tier is not EXACT)
+        tables = self.family.tables(tokenizer, self.steps, self.device)
+        self.program = self.family.program(tokenizer, tables, self.dtype, self.device, bind(backend), tier.make)
+        self.memory = {"weights": self.program.network.w.memory(), "tables": self.family.tables_memory(tables)}
+        per_image = self.family.activation_bytes(self.dtype.itemsize, self._is_guided(None), tier is not EXACT)
         self.batch_sizes, self.notes = fit(sizes, max_memory, sum(self.memory.values()), per_image)
         self.memory[f"activations of batch {max(self.batch_sizes)} (bound)"] = per_image * max(self.batch_sizes)
         self._cost = assumed_cost(self.batch_sizes)
@@ -152,9 +148,12 @@ class FastDecoder:
         self._recordings: dict[Any, cuda_graphs.Recording[Any]] = {}
 
     def warmup(self) -> None:
-        """Run, and capture, every batch size once; with graphs, measure what each costs, to split other sizes by."""
+        """Run, and capture, every batch size once; with graphs, measure what each costs, to split other sizes by.
+
+        SSDD: at ``config.image_size``; graphs for other heights and widths are captured when they first occur.
+        """
         for size in self.batch_sizes:
-            z = torch.zeros(size, self.config.num_latent_tokens, self.config.latent_dim, device=self.device)
+            z = torch.zeros(size, *self.family.example, device=self.device)
             self.decode(z)
             if self.graphs:
                 self._cost[size] = sorted(self._seconds(z) for _ in range(5))[2]
@@ -170,28 +169,27 @@ class FastDecoder:
         out: Tensor | None = None,
         copy: bool = True,
     ) -> Tensor:
-        """Images of latent tokens.
+        """Images of latents.
 
         Args:
-            z: (B, num_latent_tokens, latent_dim), any float dtype, any device.
+            z: (B, num_latent_tokens, latent_dim), or for SSDD (B, latent_channels, h, w), any float dtype, any device.
             seed: an int (image i uses seed + i) or one int per image, in [0, 2^63). Ignored with ``noise``.
             noise: as in ``sampling.sample``; runs without graphs.
-            cfg_scale: instead of the engine's.
+            cfg_scale: instead of the engine's; SSDD has 1 only.
             out_dtype: float32, bfloat16 or float16 (nominally in [-1, 1], not clamped), or uint8 (0 to 255).
-            out: contiguous (B, 3, R, R) of ``out_dtype`` on the engine's device, which receives the images.
+            out: contiguous (B, 3, H, W) of ``out_dtype`` on the engine's device, which receives the images.
             copy: False allows to return a graph's own memory, which the next call overwrites.
 
-        Returns (B, 3, R, R). Raises InputError for anything else, and for NaN or Inf in z if ``validate`` is set.
+        Returns (B, 3, H, W). Raises InputError for anything else, and for NaN or Inf in z if ``validate`` is set.
         """
         inputs, guided = self._inputs(z, seed, cfg_scale), self._is_guided(cfg_scale)
         _one_of("out_dtype", out_dtype, OUT_DTYPES)
-        batch = len(z)
-        shape = (batch, 3, self.config.image_size, self.config.image_size)
+        batch, shapes = len(z), self.config.stage_shapes(z.shape)
+        shape = (batch, *shapes[-1])
         if out is not None:
             _check_out(out, shape, out_dtype, self.device)
         if noise is not None:
-            sizes = [self.config.stage_resolution(s) for s in range(self.config.schedule.num_stages)]
-            check_noise(noise, batch, [(3, r, r) for r in sizes])
+            check_noise(noise, batch, shapes)
             noise = [n.to(self.device) for n in noise]
         chunks = self._chunks(batch, noise is None)
         if len(chunks) == 1 and out is None and (not copy or not self._is_graphed(noise)):
@@ -219,7 +217,7 @@ class FastDecoder:
         """Images of one chunk, written to ``out`` if it is given."""
         if self._is_graphed(noise):
             with self._lock:
-                recording = self._recording(chunk.size, guided, out_dtype)
+                recording = self._recording((chunk.size, *inputs.z.shape[1:]), guided, out_dtype)
                 if recording is not None:
                     keep = (lambda x: x[: chunk.images]) if out is None else (lambda x: out.copy_(x[: chunk.images]))
                     return next(recording(inputs, keep))
@@ -248,7 +246,7 @@ class FastDecoder:
         if self.graphs and batch in self.batch_sizes and self._stream_lock.acquire(blocking=False):
             try:
                 with torch.no_grad(), self._lock:
-                    recording = self._recording(batch, guided, out_dtype, streaming=True)
+                    recording = self._recording(tuple(inputs.z.shape), guided, out_dtype, streaming=True)
                 if recording is not None:
                     yield from recording(inputs, _clone)
                     return
@@ -270,7 +268,7 @@ class FastDecoder:
         cfg_scale: float | None = None,
         out_dtype: torch.dtype = torch.float32,
     ) -> Iterator[Tensor]:
-        """Images of each tensor of latents (b, num_latent_tokens, latent_dim), in order.
+        """Images of each tensor of latents, shaped as in ``decode``, in order.
 
         The next tensors are fetched, pinned and copied to the device while this one decodes. Image i of the whole
         stream has seed + i, however it is cut into tensors.
@@ -294,8 +292,8 @@ class FastDecoder:
     # --- Below: private. ---
 
     def _inputs(self, z: Tensor, seed: int | Sequence[int] | Tensor, cfg_scale: float | None) -> Inputs:
-        check_latents(z, self.config.num_latent_tokens, self.config.latent_dim)
-        check_sampling(self.steps, self.cfg_scale if cfg_scale is None else cfg_scale)
+        check_latents(z, *self.config.latent_shape)
+        self.family.check(self.steps, self.cfg_scale if cfg_scale is None else cfg_scale)
         if self.validate:
             check_finite("z", z)
         scale = torch.tensor(self.cfg_scale if cfg_scale is None else float(cfg_scale), dtype=torch.float32)
@@ -317,15 +315,15 @@ class FastDecoder:
         return even(batch, max(self.batch_sizes))
 
     def _recording(
-        self, size: int, guided: bool, out_dtype: torch.dtype, streaming: bool = False
+        self, shape: tuple[int, ...], guided: bool, out_dtype: torch.dtype, streaming: bool = False
     ) -> cuda_graphs.Recording[Any] | None:
-        """The graph for one batch size, captured when first asked for; None once a capture has failed."""
-        key = (size, guided, out_dtype, streaming)
+        """The graph for latents of one shape, captured when first asked for; None once a capture has failed."""
+        key = (shape, guided, out_dtype, streaming)
         if key in self._recordings:
             return self._recordings[key]
         if not self.graphs:
             return None
-        example = self._inputs(torch.zeros(size, self.config.num_latent_tokens, self.config.latent_dim), 0, None)
+        example = self._inputs(torch.zeros(shape), 0, None)
         try:
             recording: cuda_graphs.Recording[Any]
             if streaming:  # a pool of its own: its stages may interleave with decodes
@@ -343,7 +341,7 @@ class FastDecoder:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            reason = f"the capture of batch {size} failed: {error}"
+            reason = f"the capture of batch {shape[0]} failed: {error}"
             if self._graphs_required:
                 raise BackendUnavailableError(f"graphs=True, but {reason}") from error
             self.graphs, self.graphs_reason = False, reason

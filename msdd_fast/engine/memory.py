@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from msdd_fast.config import TokenizerConfig
+from msdd_fast.config import SSDDConfig, TokenizerConfig
 from msdd_fast.engine.tables import StageTables
 from msdd_fast.errors import InputError
 from msdd_fast.models.mmdit import swiglu_hidden_size
@@ -41,6 +41,20 @@ def activation_bytes(config: TokenizerConfig, itemsize: int, guided: bool, quant
         per_image += (tokens + context) * per_token
     images = 3 * 3 * config.image_size**2
     return (per_image * (2 if guided else 1) + images) * itemsize + 3 * config.image_size**2 * 4
+
+
+def ssdd_activation_bytes(config: SSDDConfig, itemsize: int) -> int:
+    """Upper bound on the bytes of one image's activations of an SSDD decoder, without what convolutions take inside.
+
+    Alive at once at most: all skips and the latents' part of the first convolution; in the last level's first residual
+    block its input, that normalised, and two results; besides, the modulations, state, velocity and image.
+    """
+    widths, pixels = config.decoder.widths, config.image_size**2
+    skips = sum((2 * w + (widths[max(0, i - 1)])) * pixels // 4**i for i, w in enumerate(widths))
+    last = 2 * (widths[1] + widths[0]) + 2 * widths[0]
+    ins = [sum(widths) * 4, sum(w + max(w, below) for w, below in zip(widths, (*widths[1:], 0), strict=True)) * 3]
+    cells = (2 * sum(ins) + 2 * widths[3] * config.decoder.mid_layers) * pixels // 64
+    return (skips + (widths[0] + last) * pixels + cells) * itemsize + 4 * 3 * pixels * 4
 
 
 def fit(sizes: Sequence[int], max_memory: int | None, fixed: int, per_image: int) -> tuple[tuple[int, ...], list[str]]:

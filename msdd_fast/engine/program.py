@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -43,11 +43,26 @@ class StageEnd(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """What changes from call to call, all on the device: z (B, L, C), seeds int64 (B,), CFG scale float32 ()."""
+    """What changes from call to call, all on the device: z (B, ...), seeds int64 (B,), CFG scale float32 ()."""
 
     z: Tensor
     seeds: Tensor
     scale: Tensor
+
+
+class DecodeProgram(Protocol):
+    """A whole decode, of either family."""
+
+    @property
+    def network(self) -> Any:
+        """With its weights as ``w``."""
+        ...
+
+    def decode(
+        self, inputs: Inputs, guided: bool, out_dtype: torch.dtype, noise: Sequence[Tensor] | None = None
+    ) -> Tensor: ...
+
+    def stream(self, inputs: Inputs, guided: bool, out_dtype: torch.dtype) -> Iterator[StageImages]: ...
 
 
 class Program:

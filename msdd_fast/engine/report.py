@@ -113,32 +113,25 @@ def describe(engine: FastDecoder, z: Tensor | None) -> Report:
     cfg = engine.config
     if z is None:
         generator = torch.Generator().manual_seed(0)
-        z = torch.randn(1, cfg.num_latent_tokens, cfg.latent_dim, generator=generator)
+        z = torch.randn(1, *engine.family.example, generator=generator)
     z = z.to(engine.device)
     choices = Choices()
     with observe(choices):
         engine.program.decode(engine._inputs(z[:1], 0, None), engine._is_guided(None), torch.float32)
     tokenizer = engine.tokenizer()
-    dec = cfg.decoder
     return Report(
-        model=f"{dec.depth} layers of {dec.hidden_size}, {dec.conditioning}, {cfg.image_size} px, "
-        f"{cfg.schedule.num_stages} scales",
+        model=engine.family.model,
         device=torch.cuda.get_device_name(engine.device)
         if engine.device.type == "cuda"
         else f"CPU, {torch.get_num_threads()} threads",
         dtype=f"{_name(engine.dtype)} ({engine.dtype_reason})",
         tier=f"{engine.tier}: {engine.tier_description}",
-        sampling=f"{engine.steps} step(s) per scale, CFG {engine.cfg_scale:g}",
+        sampling=f"{engine.steps} step(s)"
+        + (f" per scale, CFG {engine.cfg_scale:g}" if cfg.family == "msdd" else ", no guidance"),
         graphs=f"{'yes' if engine.graphs else 'no'}: {engine.graphs_reason}",
         batch_sizes=engine.batch_sizes,
         memory={**engine.memory, **engine.graph_memory()},
-        constant=(
-            "all adaLN vectors, so that their matrices need not be kept",
-            "context keys and values: once per image"
-            if dec.conditioning == "cross"
-            else "context embedding: once per image",
-            "position tables",
-        ),
+        constant=engine.family.constant,
         accuracy=(
             *((_accuracy(engine, tokenizer, z),) if tokenizer is not None else ()),
             *((engine.accuracy,) if engine.accuracy is not None else ()),

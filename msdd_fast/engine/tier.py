@@ -55,12 +55,15 @@ class Calibration(NamedTuple):
     source: str
 
 
-def fast_tier(decoder: Decoder, device: torch.device, dtype: torch.dtype, ops: SimpleNamespace) -> Tier:
+def fast_tier(tokenizer: Tokenizer, device: torch.device, dtype: torch.dtype, ops: SimpleNamespace) -> Tier:
     """float8 on a GPU (dtype bfloat16), int8 on a CPU.
 
-    Raises BackendUnavailableError if the device cannot, or if one linear of ``decoder`` cannot: it names that one.
-    InputError for another dtype.
+    Raises BackendUnavailableError if the family or the device cannot, or if one linear of the decoder cannot: it names
+    that one. InputError for another dtype.
     """
+    family = tokenizer.config.family
+    _require(family == "msdd", f"SSDD's products are convolutions, of which there is no 8-bit kind, got {family}")
+    decoder = msdd_parts(tokenizer)[1]
     if _is_cpu(device):
         _require(*int8.available())
         return Tier("fast", int8.Int8Linear, int8.DESCRIPTION)

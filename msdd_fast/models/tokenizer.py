@@ -135,10 +135,15 @@ def msdd_parts(tokenizer: Tokenizer) -> tuple[TokenizerConfig, Decoder]:
     """Config and decoder of an MSDD tokenizer, for what takes no other. Raises InputError for one of another family."""
     config, decoder = tokenizer.config, tokenizer.decoder
     if isinstance(config, SSDDConfig) or isinstance(decoder, UViTDecoder):
-        raise InputError(
-            f"tokenizer must be of the family msdd (the engine does not take {config.family} yet; tokenizer.decode "
-            f"does), got {config.family}"
-        )
+        raise InputError(f"tokenizer must be of the family msdd, got {config.family}")
+    return config, decoder
+
+
+def ssdd_parts(tokenizer: Tokenizer) -> tuple[SSDDConfig, UViTDecoder]:
+    """The same for an SSDD tokenizer."""
+    config, decoder = tokenizer.config, tokenizer.decoder
+    if not isinstance(config, SSDDConfig) or not isinstance(decoder, UViTDecoder):
+        raise InputError(f"tokenizer must be of the family ssdd, got {config.family}")
     return config, decoder
 
 

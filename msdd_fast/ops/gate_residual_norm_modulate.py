@@ -28,6 +28,7 @@ def gate_residual_norm_modulate(
     shift: Tensor,
     scale: Tensor,
     split: int | None = None,
+    eps: float = NORM_EPS,
     *,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -37,35 +38,37 @@ def gate_residual_norm_modulate(
     if y.shape != x.shape:
         raise InputError(f"y must have the shape of x, {tuple(x.shape)}, got {tuple(y.shape)}")
     check_device("y", y, "x", x)
-    out: tuple[Tensor, Tensor] = OP(x, y, gate, shift, scale, split, backend=backend)
+    out: tuple[Tensor, Tensor] = OP(x, y, gate, shift, scale, split, float(eps), backend=backend)
     return out
 
 
 def gate_residual_norm_modulate_eager(
-    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, split: int | None
+    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, split: int | None, eps: float = NORM_EPS
 ) -> tuple[Tensor, Tensor]:
     """Reference: plain torch, rounded after every operation as the dtype has it."""
     rows = x.shape[:-1].numel()
     gate = spread(gate, rows, split)
     gated = gate * y.reshape(len(gate), rows // max(1, len(gate)), x.shape[-1])
     x_new = (x + gated.reshape(x.shape)).to(x.dtype).contiguous()
-    return x_new, norm_modulate_eager(x_new, shift, scale, split)
+    return x_new, norm_modulate_eager(x_new, shift, scale, split, eps)
 
 
 def _triton(
-    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, split: int | None
+    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, split: int | None, eps: float = NORM_EPS
 ) -> tuple[Tensor, Tensor]:
     from msdd_fast.kernels.gate_residual_norm_modulate import gate_residual_norm_modulate as launch
 
     (gate, shift, scale), run = runs([gate, shift, scale], x.shape[:-1].numel(), split)
-    return launch(x.contiguous(), y.contiguous(), gate, shift, scale, run, NORM_EPS)
+    return launch(x.contiguous(), y.contiguous(), gate, shift, scale, run, eps)
 
 
-def _cpu(x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, split: int | None) -> tuple[Tensor, Tensor]:
+def _cpu(
+    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, split: int | None, eps: float = NORM_EPS
+) -> tuple[Tensor, Tensor]:
     from msdd_fast import native
 
     (gate, shift, scale), run = runs([gate, shift, scale], x.shape[:-1].numel(), split)
-    return native.gate_residual_norm_modulate(x.contiguous(), y.contiguous(), gate, shift, scale, run, NORM_EPS)
+    return native.gate_residual_norm_modulate(x.contiguous(), y.contiguous(), gate, shift, scale, run, eps)
 
 
 def _fake(x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
@@ -75,7 +78,7 @@ def _fake(x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
 
 OP = Op(
     "gate_residual_norm_modulate",
-    "(Tensor x, Tensor y, Tensor gate, Tensor shift, Tensor scale, int? split) -> (Tensor, Tensor)",
+    "(Tensor x, Tensor y, Tensor gate, Tensor shift, Tensor scale, int? split, float eps=1e-6) -> (Tensor, Tensor)",
     gate_residual_norm_modulate_eager,
     _fake,
 )

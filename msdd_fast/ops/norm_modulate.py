@@ -24,40 +24,48 @@ NORM_EPS = 1e-6
 
 
 def norm_modulate(
-    x: Tensor, shift: Tensor, scale: Tensor, split: int | None = None, *, backend: str | None = None
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    split: int | None = None,
+    eps: float = NORM_EPS,
+    *,
+    backend: str | None = None,
 ) -> Tensor:
-    """LayerNorm(x) * (1 + scale) + shift; see the module. Raises InputError for sizes that do not fit together."""
+    """LayerNorm(x; eps) * (1 + scale) + shift; see the module. Raises InputError for sizes that do not fit together."""
     check_adaln(x, split, shift=shift, scale=scale)
-    h: Tensor = OP(x, shift, scale, split, backend=backend)
+    h: Tensor = OP(x, shift, scale, split, float(eps), backend=backend)
     return h
 
 
-def norm_modulate_eager(x: Tensor, shift: Tensor, scale: Tensor, split: int | None) -> Tensor:
+def norm_modulate_eager(
+    x: Tensor, shift: Tensor, scale: Tensor, split: int | None, eps: float = NORM_EPS
+) -> Tensor:
     """Reference: plain torch, rounded after every operation as the dtype has it."""
     rows = x.shape[:-1].numel()
     shift, scale = spread(shift, rows, split), spread(scale, rows, split)
-    h = F.layer_norm(x, x.shape[-1:], eps=NORM_EPS)
+    h = F.layer_norm(x, x.shape[-1:], eps=eps)
     h = h.reshape(len(scale), rows // max(1, len(scale)), x.shape[-1])
     return (h * (1 + scale) + shift).reshape(x.shape).to(x.dtype)
 
 
-def _triton(x: Tensor, shift: Tensor, scale: Tensor, split: int | None) -> Tensor:
+def _triton(x: Tensor, shift: Tensor, scale: Tensor, split: int | None, eps: float = NORM_EPS) -> Tensor:
     from msdd_fast.kernels.norm_modulate import norm_modulate as launch
 
     (shift, scale), run = runs([shift, scale], x.shape[:-1].numel(), split)
-    return launch(x.contiguous(), shift, scale, run, NORM_EPS)
+    return launch(x.contiguous(), shift, scale, run, eps)
 
 
-def _cpu(x: Tensor, shift: Tensor, scale: Tensor, split: int | None) -> Tensor:
+def _cpu(x: Tensor, shift: Tensor, scale: Tensor, split: int | None, eps: float = NORM_EPS) -> Tensor:
     from msdd_fast import native
 
     (shift, scale), run = runs([shift, scale], x.shape[:-1].numel(), split)
-    return native.norm_modulate(x.contiguous(), shift, scale, run, NORM_EPS)
+    return native.norm_modulate(x.contiguous(), shift, scale, run, eps)
 
 
 OP = Op(
     "norm_modulate",
-    "(Tensor x, Tensor shift, Tensor scale, int? split) -> Tensor",
+    "(Tensor x, Tensor shift, Tensor scale, int? split, float eps=1e-6) -> Tensor",
     norm_modulate_eager,
     lambda x, *_: torch.empty_like(x, memory_format=torch.contiguous_format),
 )

@@ -1,0 +1,163 @@
+"""An SSDD decoder's weights as the engine wants them: one matrix for each kind of projection of the latents."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from msdd_fast.engine.convolution import Convolution, UpsampleConvolution
+from msdd_fast.engine.linear import DenseLinear
+from msdd_fast.models.ssdd import ResBlock, TransformerBlock, UViTDecoder
+
+
+@dataclass(frozen=True)
+class ResWeights:
+    """A residual block. ``shortcut`` (Cin, Cout) multiplies rows; its bias is in that of ``conv2``."""
+
+    conv1: Convolution
+    conv2: Convolution
+    shortcut: Tensor | None
+
+
+@dataclass(frozen=True)
+class LevelWeights:
+    """One level of the way down or up; ``resample`` leads to the next one, None at the end."""
+
+    blocks: list[ResWeights]
+    resample: Convolution | UpsampleConvolution | None
+
+
+@dataclass(frozen=True)
+class TransformerWeights:
+    """A transformer block. ``qkv`` is [q | k | v], ``shift`` and ``scale`` (1, C) are norm2's bias and weight - 1."""
+
+    qkv: DenseLinear
+    table: Tensor
+    out: DenseLinear
+    shift: Tensor
+    scale: Tensor
+    value_gate: DenseLinear
+    down: DenseLinear
+
+
+@dataclass(frozen=True)
+class MidWeights:
+    norm: tuple[Tensor, Tensor]
+    proj_in: DenseLinear
+    blocks: list[TransformerWeights]
+    proj_out: DenseLinear
+
+
+@dataclass(frozen=True)
+class SSDDWeights:
+    """All weights that a decode reads, but for those of time, which are in the tables.
+
+    ``modulations`` gives the (scale, shift) of all residual blocks' first norms, in their order of use; ``adaln`` the
+    (shift, scale) of all transformer blocks. ``image_in`` and ``latents_in`` are the two parts of conv_in.
+    """
+
+    image_in: Convolution
+    latents_in: Convolution
+    context: tuple[Convolution, Convolution]
+    modulations: DenseLinear
+    adaln: DenseLinear
+    down: list[LevelWeights]
+    mid: MidWeights
+    up: list[LevelWeights]
+    norm_out: tuple[Tensor, Tensor]
+    out: Convolution
+    dtype: torch.dtype
+
+    def memory(self) -> int:
+        """Bytes of all matrices and kernels."""
+        parts: list[Convolution | UpsampleConvolution | DenseLinear] = [self.image_in, self.latents_in, *self.context]
+        parts += [self.modulations, self.adaln, self.mid.proj_in, self.mid.proj_out, self.out]
+        tensors = [b.table for b in self.mid.blocks]
+        for block in self.mid.blocks:
+            parts += [block.qkv, block.out, block.value_gate, block.down]
+        for level in (*self.down, *self.up):
+            parts += [level.resample] if level.resample is not None else []
+            for res in level.blocks:
+                parts += [res.conv1, res.conv2]
+                tensors += [res.shortcut] if res.shortcut is not None else []
+        return sum(p.memory() for p in parts) + sum(t.nbytes for t in tensors)
+
+
+def res_blocks(decoder: UViTDecoder) -> list[ResBlock]:
+    """All residual blocks in the order in which they run."""
+    return [r for level in (*decoder.down_blocks, *decoder.up_blocks) for r in level.resnets]
+
+
+@torch.no_grad()
+def pack_ssdd(decoder: UViTDecoder, dtype: torch.dtype, device: torch.device) -> SSDDWeights:
+    """Pack ``decoder``, which is not changed. Norms' vectors and bias tables stay float32."""
+
+    def tensor(x: Tensor, kind: torch.dtype = dtype) -> Tensor:
+        return x.detach().to(device, kind, copy=True)  # training the tokenizer on does not change an engine
+
+    def vectors(*xs: Tensor) -> tuple[Tensor, ...]:
+        return tuple(tensor(x, torch.float32) for x in xs)
+
+    def bias_of(module: nn.Conv2d | nn.Linear) -> Tensor:
+        assert module.bias is not None
+        return module.bias
+
+    def linear(*modules: nn.Module) -> DenseLinear:
+        """Side by side; 1 x 1 convolutions are linears of pixels."""
+        weights = [m.weight.flatten(1) for m in modules if isinstance(m, (nn.Linear, nn.Conv2d))]
+        biases = [m.bias for m in modules if isinstance(m, (nn.Linear, nn.Conv2d)) and m.bias is not None]
+        return DenseLinear(tensor(torch.cat(weights)), tensor(torch.cat(biases)) if biases else None)
+
+    def conv(module: nn.Conv2d, also: nn.Conv2d | None = None) -> Convolution:
+        bias = bias_of(module) if also is None else bias_of(module).float() + bias_of(also).float()
+        return Convolution(tensor(module.weight), tensor(bias), module.stride[0])
+
+    def res(block: ResBlock) -> ResWeights:
+        shortcut = None if block.conv_shortcut is None else tensor(block.conv_shortcut.weight.flatten(1)).t()
+        return ResWeights(conv(block.conv1), conv(block.conv2, block.conv_shortcut), shortcut)
+
+    def transformer(block: TransformerBlock) -> TransformerWeights:
+        attn, norm = block.attn1, block.norm2
+        weight, bias = vectors(norm.weight, norm.bias)
+        return TransformerWeights(
+            qkv=linear(attn.to_q, attn.to_k, attn.to_v),
+            table=tensor(block.relative_position_bias.relative_bias_table, torch.float32),
+            out=linear(attn.out_proj),
+            shift=bias[None],
+            scale=weight[None] - 1,
+            value_gate=linear(block.ff.proj_in_act.proj),
+            down=linear(block.ff.proj_out),
+        )
+
+    def upsample(module: nn.Conv2d) -> UpsampleConvolution:
+        return UpsampleConvolution(tensor(module.weight), tensor(bias_of(module)))
+
+    mid, norm_out = decoder.mid_block, decoder.conv_norm_out
+    conv_in = decoder.conv_in
+    first, _, second = decoder.ada_ctx_proj
+    return SSDDWeights(
+        image_in=Convolution(tensor(conv_in.weight[:, :3]), None),
+        latents_in=Convolution(tensor(conv_in.weight[:, 3:]), tensor(bias_of(conv_in))),
+        context=(conv(first), conv(second)),
+        modulations=linear(*(block.norm1.ctx_proj for block in res_blocks(decoder))),
+        adaln=linear(*(block.norm1.linear for block in mid.transformer_blocks)),
+        down=[
+            LevelWeights([res(r) for r in level.resnets], next((conv(d.conv) for d in level.downsamplers), None))
+            for level in decoder.down_blocks
+        ],
+        mid=MidWeights(
+            norm=vectors(mid.norm.weight, mid.norm.bias),
+            proj_in=linear(mid.proj_in),
+            blocks=[transformer(b) for b in mid.transformer_blocks],
+            proj_out=linear(mid.proj_out),
+        ),
+        up=[
+            LevelWeights([res(r) for r in level.resnets], next((upsample(u.conv) for u in level.upsamplers), None))
+            for level in decoder.up_blocks
+        ],
+        norm_out=vectors(norm_out.weight, norm_out.bias),
+        out=conv(decoder.conv_out),
+        dtype=dtype,
+    )
