@@ -26,11 +26,14 @@ from msdd_fast.bench.harness import MIN_ROUNDS, Measurement, Provider, close_to,
 from msdd_fast.bench.isolated import Isolated, IsolatedError, isolated
 from msdd_fast.bench.machine import machine_info
 from msdd_fast.bench.roofline import decode_work, encode_work, total
-from msdd_fast.bench.scales import PLAIN_PYTORCH
+from msdd_fast.bench.scales import PLAIN_PYTORCH, resolutions_of
+from msdd_fast.bench.ssdd_roofline import ssdd_decode_work
 from msdd_fast.bench.timing import WallTimer, now
 from msdd_fast.bench.waterfall import TOLERANCE, eager, in_dtype, load
+from msdd_fast.config import SSDDConfig, TokenizerConfig
 from msdd_fast.engine import FastDecoder, accelerate
 from msdd_fast.engine.compute import compute_dtype
+from msdd_fast.engine.family import family_of
 from msdd_fast.engine.fast_decoder import TIERS
 from msdd_fast.errors import AccuracyError, BackendUnavailableError, InputError
 from msdd_fast.models.tokenizer import Tokenizer
@@ -118,9 +121,10 @@ class Lapped:
 def engine_stages(engine: FastDecoder, z: Tensor, mark: Mark) -> Tensor:
     """A decode of the engine with a mark after every scale.
 
-    With graphs it is ``stream``, one graph for each scale, which also makes each scale's clean estimate.
+    With graphs it is ``stream``, one graph for each scale, which also makes each scale's clean estimate; so it is with
+    a single scale, where that costs nothing.
     """
-    if engine.graphs:
+    if engine.graphs or engine.config.schedule.num_stages == 1:
         images = z
         for piece in engine.stream(z):
             images = piece.images
@@ -128,11 +132,12 @@ def engine_stages(engine: FastDecoder, z: Tensor, mark: Mark) -> Tensor:
         return images
     with torch.no_grad():
         inputs, guided = engine._inputs(z, 0, None), engine._is_guided(None)
-        stages = engine.program.stages(inputs, guided)
+        program: Any = engine.program
+        stages = program.stages(inputs, guided)
         for _ in range(engine.config.schedule.num_stages - 1):
             next(stages)
             mark()
-        images = engine.program.final(next(stages), inputs, torch.float32)
+        images = program.final(next(stages), inputs, torch.float32)
     mark()
     return images
 
@@ -160,8 +165,10 @@ def inputs_of(tokenizer: Tokenizer, case: DecodeCase) -> Tensor:
     cfg, device = tokenizer.config, next(tokenizer.parameters()).device
     generator = torch.Generator().manual_seed(0)
     if case.kind == "encode":
+        if cfg.family == "ssdd":
+            raise InputError(f"kind must be decode for {case.model}: its encoder is plain convolutions, got encode")
         return torch.rand(case.batch, 3, cfg.image_size, cfg.image_size, generator=generator).to(device) * 2 - 1
-    return torch.randn(case.batch, cfg.num_latent_tokens, cfg.latent_dim, generator=generator).to(device)
+    return torch.randn(case.batch, *family_of(cfg).example, generator=generator).to(device)
 
 
 def plain(
@@ -183,8 +190,8 @@ def compiled(case: dict[str, Any], device: str, dtype: str) -> Callable[[Mark], 
 
 
 def _by_block(tokenizer: Tokenizer, case: DecodeCase) -> bool:
-    cpu = next(tokenizer.parameters()).device.type == "cpu"
-    return cpu and case.kind == "decode" and tokenizer.config.decoder.depth > WHOLE_DEPTH
+    cpu, config = next(tokenizer.parameters()).device.type == "cpu", tokenizer.config
+    return cpu and case.kind == "decode" and isinstance(config, TokenizerConfig) and config.decoder.depth > WHOLE_DEPTH
 
 
 def candidates(
@@ -279,10 +286,14 @@ def _compiling(
 
 def work_of(tokenizer: Tokenizer, case: DecodeCase) -> dict[str, dict[str, int]]:
     """FLOP and bytes of the case by formula: "whole", and by scale. As the engine runs it, 2 bytes an element."""
-    if case.kind == "encode":
-        parts = {"whole": encode_work(tokenizer.config, case.batch)}
+    config = tokenizer.config
+    if isinstance(config, SSDDConfig):
+        parts = {"whole": ssdd_decode_work(config, case.batch, case.steps)}
+        parts[str(config.image_size)] = [w for w in parts["whole"] if w.scale]
+    elif case.kind == "encode":
+        parts = {"whole": encode_work(config, case.batch)}
     else:
-        work = decode_work(tokenizer.config, case.batch, case.steps, case.cfg_scale)
+        work = decode_work(config, case.batch, case.steps, case.cfg_scale)
         scales = sorted({w.scale for w in work} - {0})
         parts = {"whole": work} | {str(s): [w for w in work if w.scale == s] for s in scales}
     return {name: {"flops": total(w).flops, "bytes": total(w).bytes} for name, w in parts.items()}
@@ -333,7 +344,7 @@ def _facts(tokenizer: Tokenizer, case: DecodeCase, c: Candidate, m: Measurement,
     }
     if case.kind == "decode":
         columns = zip(*c.marked.laps[-laps:], strict=True)
-        resolutions = map(tokenizer.config.stage_resolution, range(tokenizer.config.schedule.num_stages))
+        resolutions = resolutions_of(tokenizer.config)
         facts["scales"] = {str(r): [round(x, 7) for x in xs] for r, xs in zip(resolutions, columns, strict=True)}
     return facts
 

@@ -33,14 +33,17 @@ from msdd_fast.bench.isolated import IsolatedError, isolated
 from msdd_fast.bench.machine import machine_info
 from msdd_fast.bench.results import aligned, number
 from msdd_fast.bench.roofline import decode_work, total
+from msdd_fast.bench.ssdd_roofline import ssdd_decode_work
 from msdd_fast.bench.suite import DTYPES
 from msdd_fast.bench.timing import now
 from msdd_fast.bench.waterfall import eager, load
+from msdd_fast.config import SSDDConfig
 from msdd_fast.engine import accelerate
+from msdd_fast.engine.family import family_of
 from msdd_fast.errors import InputError
 
 SIZE = 256
-OURS = ("msdd-d12-joint", "msdd-d12", "msdd-nano")
+OURS = ("msdd-d12-joint", "msdd-d12", "msdd-nano", "ssdd-s-f8c4", "ssdd-m-f8c4")
 TEACHER, TEACHER_STEPS = "msdd-d12-joint", 30
 WAYS = ("eager", "compile", "engine")
 
@@ -229,7 +232,7 @@ def compiled(name: str, device: str, dtype: str, batch: int) -> Callable[[Callab
         tokenizer = load(name, where)
         decode = eager(tokenizer, kind, compiled=True, by_block=by_block(tokenizer, where))
         latents = _latents(tokenizer, batch)
-        return lambda _: decode(latents)
+            return lambda _: decode(latents, steps=1)
     peer = next(p for p in PEERS if p.name == name)
     model, z = build(peer, where, kind, batch)
     for module in peer.decoder(model):
@@ -244,7 +247,8 @@ def compiled(name: str, device: str, dtype: str, batch: int) -> Callable[[Callab
 
 def by_block(tokenizer: Any, device: torch.device) -> bool:
     """Deep networks of ours on a CPU are compiled as in bench/decode.py."""
-    return device.type == "cpu" and tokenizer.config.decoder.depth > WHOLE_DEPTH
+    deep = tokenizer.config.family == "msdd" and tokenizer.config.decoder.depth > WHOLE_DEPTH
+    return device.type == "cpu" and deep
 
 
 def build(peer: Peer, device: torch.device, dtype: torch.dtype, batch: int) -> tuple[nn.Module, Tensor]:
@@ -294,7 +298,7 @@ def _eager(peer: Peer, options: Options) -> dict[str, Any]:
 def _latents(tokenizer: Any, batch: int) -> Tensor:
     cfg, device = tokenizer.config, next(tokenizer.parameters()).device
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(batch, cfg.num_latent_tokens, cfg.latent_dim, generator=generator).to(device)
+    return torch.randn(batch, *family_of(cfg).example, generator=generator).to(device)
 
 
 def _ours(name: str, options: Options) -> list[dict[str, Any]]:
@@ -304,16 +308,17 @@ def _ours(name: str, options: Options) -> list[dict[str, Any]]:
     row: dict[str, Any] = {
         "name": name if cfg.image_size == SIZE else f"{name} ({cfg.image_size} px)",
         "parameters": sum(p.numel() for p in tokenizer.decoder.parameters()),
-        "flops": total(decode_work(cfg)).flops,
+        # SSDD as its eager model does it: FLOP of the others are counted on theirs, too.
+        "flops": total(ssdd_decode_work(cfg, hoisted=False) if isinstance(cfg, SSDDConfig) else decode_work(cfg)).flops,
     }
     plain = eager(tokenizer, options.dtype)
-    row["eager"] = time_it(lambda: plain(z), options.rounds, options.seconds)
+    row["eager"] = time_it(lambda: plain(z, steps=1), options.rounds, options.seconds)
     row["compile"] = time_compiled(name, options, row["eager"]["median_s"])
     if by_block(tokenizer, options.device):
         row["compile"]["note"] = "by block"
-    engine = accelerate(tokenizer, dtype=options.dtype, batch_sizes=(options.batch,))
+    engine = accelerate(tokenizer, dtype=options.dtype, batch_sizes=(options.batch,), steps=1)
     row["engine"] = time_it(lambda: engine.decode(z), options.rounds, options.seconds)
-    if name != TEACHER:
+    if name != TEACHER or isinstance(cfg, SSDDConfig):
         return [row]
     teacher = {"name": f"{name}, {TEACHER_STEPS} steps a scale", "parameters": row["parameters"]}
     teacher["flops"] = total(decode_work(cfg, steps=TEACHER_STEPS)).flops

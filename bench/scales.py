@@ -10,8 +10,9 @@ from typing import NamedTuple
 import torch
 
 from msdd_fast.backends import use_backend
-from msdd_fast.config import TokenizerConfig
+from msdd_fast.config import AnyConfig
 from msdd_fast.engine import FastDecoder
+from msdd_fast.engine.family import family_of
 from msdd_fast.models.tokenizer import Tokenizer
 from msdd_fast.sampling import StageResult
 
@@ -37,7 +38,7 @@ def measure_scales(
     """
     cfg = tokenizer.config
     device = next(tokenizer.parameters()).device
-    z = torch.randn(batch, cfg.num_latent_tokens, cfg.latent_dim, generator=torch.Generator().manual_seed(0)).to(device)
+    z = torch.randn(batch, *family_of(cfg).example, generator=torch.Generator().manual_seed(0)).to(device)
     samples: list[list[float]] = [[] for _ in range(cfg.schedule.num_stages + 1)]
     for i in range(rounds + 1):
         marks = [_now(device)]
@@ -57,7 +58,7 @@ def measure_scales(
 def measure_engine_scales(engine: FastDecoder, batch: int, rounds: int = 5) -> list[ScaleTiming]:
     """The same for an engine: scales as ``stream`` delivers them, clean estimates included; the whole by ``decode``."""
     cfg, device = engine.config, engine.device
-    z = torch.randn(batch, cfg.num_latent_tokens, cfg.latent_dim, generator=torch.Generator().manual_seed(0)).to(device)
+    z = torch.randn(batch, *family_of(cfg).example, generator=torch.Generator().manual_seed(0)).to(device)
     samples: list[list[float]] = [[] for _ in range(cfg.schedule.num_stages + 1)]
     for i in range(rounds + 1):
         marks = [_now(device)]
@@ -71,10 +72,15 @@ def measure_engine_scales(engine: FastDecoder, batch: int, rounds: int = 5) -> l
     return _timings(engine.config, samples, batch)
 
 
-def _timings(cfg: TokenizerConfig, samples: list[list[float]], batch: int) -> list[ScaleTiming]:
-    resolutions = [cfg.stage_resolution(s) for s in range(cfg.schedule.num_stages)] + [0]
+def _timings(cfg: AnyConfig, samples: list[list[float]], batch: int) -> list[ScaleTiming]:
+    resolutions = [*resolutions_of(cfg), 0]
     medians = [statistics.median(x) for x in samples]
     return [ScaleTiming(r, m, batch / m) for r, m in zip(resolutions, medians, strict=True)]
+
+
+def resolutions_of(config: AnyConfig) -> list[int]:
+    """Pixels per side of the stages of a decode at ``config.image_size``."""
+    return [shape[-1] for shape in config.stage_shapes((1, *family_of(config).example))]
 
 
 def format_table(timings: list[ScaleTiming]) -> str:

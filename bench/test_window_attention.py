@@ -1,5 +1,6 @@
-"""window_attention of SSDD-S: 4 heads of 40 on the map of 1/8 of the resolution, a window of 15 x 15, views of one packed
-buffer; against dense attention with a mask, as the paper's code has it, and F.scaled_dot_product_attention with one.
+"""window_attention of SSDD-S: 4 heads of 40 on the map of 1/8 of the resolution, a window of 15 x 15, views of one
+packed buffer; against dense attention with a mask, as the paper's code has it, and F.scaled_dot_product_attention with
+one.
 """
 
 import torch.nn.functional as F

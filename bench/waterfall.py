@@ -5,7 +5,8 @@
 Bars, each with everything before it: eager-bf16 (the eager tokenizer in bfloat16, no op of ours, nothing hoisted), the
 engine's compute dtype, hoisting and packing, fused ops, attention, and on a GPU the graph: the exact tier. Beside them
 the fast tier (int8 products on a CPU, float8 on a GPU) with the PSNR that it is expected to lose, torch.compile of
-eager-bf16 and of eager in the compute dtype, and the engine's matrix products alone, timed with its shapes and weights.
+eager-bf16 and of eager in the compute dtype, and the engine's matrix products and convolutions alone, timed
+with its shapes and weights.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ import argparse
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from msdd_fast.backends import use_backend
 from msdd_fast.bench.harness import Measurement, Provider, close_to, compare
@@ -26,8 +29,10 @@ from msdd_fast.bench.machine import machine_info
 from msdd_fast.bench.scales import PLAIN_PYTORCH
 from msdd_fast.bench.timing import timer_for
 from msdd_fast.bench.trace import count_launches
-from msdd_fast.config import PRESETS
+from msdd_fast.config import PRESETS, SSDD_PRESETS
 from msdd_fast.engine import FastDecoder, accelerate
+from msdd_fast.engine.convolution import Convolution, Shortcut, UpsampleConvolution
+from msdd_fast.engine.family import family_of
 from msdd_fast.engine.linear import DenseLinear
 from msdd_fast.engine.report import Accuracy
 from msdd_fast.errors import AccuracyError, BackendUnavailableError, CheckpointError, InputError
@@ -44,7 +49,7 @@ def load(name: str, device: torch.device) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_pretrained(name)
     except CheckpointError:
-        if name not in PRESETS:
+        if name not in {**PRESETS, **SSDD_PRESETS}:
             raise
         torch.manual_seed(0)
         tokenizer = Tokenizer.from_config(name)
@@ -88,27 +93,44 @@ def in_dtype(tokenizer: Tokenizer, dtype: torch.dtype, copy: bool = False) -> To
 
 
 def bare_products(engine: FastDecoder, z: Tensor) -> tuple[Callable[[], None], int]:
-    """All matrix products of one decode as a function, and their FLOP."""
-    calls: list[tuple[DenseLinear, Tensor, Tensor]] = []
-    original = DenseLinear.__call__
+    """All matrix products and convolutions of one decode as a function, and their FLOP.
 
-    def record(self: DenseLinear, x: Tensor, out: Tensor | None = None) -> Tensor:
-        y = original(self, x, out)
-        calls.append((self, torch.randn_like(x), torch.empty_like(y)))
-        return y
+    Every shape once: a call holds its inputs, and those of a U-Net at full resolution are large.
+    """
+    calls: list[tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = []
+    inputs: dict[Any, Tensor] = {}
+    kinds = (DenseLinear, Shortcut, Convolution, UpsampleConvolution)
+    originals = [kind.__call__ for kind in kinds]
 
-    DenseLinear.__call__ = record  # type: ignore[method-assign]
+    def like(t: Tensor, use: str) -> Tensor:
+        key = (t.shape, t.stride(), t.dtype, use)
+        return inputs.setdefault(key, torch.randn_like(t))
+
+    def recorder(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def record(self: Any, x: Tensor, out: Tensor | None = None) -> Tensor:
+            y = original(self, x) if out is None else original(self, x, out)
+            arguments = (like(x, "x"), like(y, "out")) if isinstance(self, (DenseLinear, Shortcut)) else (like(x, "x"),)
+            calls.append((self, arguments))
+            return y
+
+        return record
+
+    for kind, original in zip(kinds, originals, strict=True):
+        kind.__call__ = recorder(original)  # type: ignore[method-assign]
     try:
         engine.decode(z)
     finally:
-        DenseLinear.__call__ = original  # type: ignore[method-assign]
+        for kind, original in zip(kinds, originals, strict=True):
+            kind.__call__ = original  # type: ignore[method-assign]
 
     def run() -> None:
         with torch.no_grad():
-            for linear, x, out in calls:
-                linear(x, out)
+            for call, arguments in calls:
+                call(*arguments)
 
-    return run, sum(2 * x.shape[0] * x.shape[1] * out.shape[1] for _, x, out in calls)
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return run, int(counter.get_total_flops())
 
 
 FAST = "engine-fast"
@@ -124,42 +146,45 @@ class Bars:
     fast: Accuracy | str
 
 
-def bars_of(tokenizer: Tokenizer, batch: int, with_compile: bool) -> Bars:
-    """Every way to run the decode of a random batch."""
-    cfg, device = tokenizer.config, next(tokenizer.parameters()).device
-    generator = torch.Generator().manual_seed(0)
-    z = torch.randn(batch, cfg.num_latent_tokens, cfg.latent_dim, generator=generator).to(device)
+def bars_of(tokenizer: Tokenizer, batch: int, with_compile: bool, steps: int | None = None) -> Bars:
+    """Every way to run the decode of a random batch; ``steps`` defaults to the config's."""
+    device, generator = next(tokenizer.parameters()).device, torch.Generator().manual_seed(0)
+    z = torch.randn(batch, *family_of(tokenizer.config).example, generator=generator).to(device)
     fused = "triton" if device.type == "cuda" else "cpu"
-    options: dict[str, Any] = dict(batch_sizes=(batch,), graphs=False)
+    steps = tokenizer.config.sampling.steps if steps is None else steps
+    options: dict[str, Any] = dict(batch_sizes=(batch,), graphs=False, steps=steps)
     best = accelerate(tokenizer, **{**options, "graphs": "auto"})
-    bars: dict[str, Callable[[Tensor], Tensor]] = {"eager-bf16": eager(tokenizer, torch.bfloat16)}
+    bars: dict[str, Callable[[Tensor], Tensor]] = {"eager-bf16": partial(eager(tokenizer, torch.bfloat16), steps=steps)}
     if best.dtype != torch.bfloat16:
-        bars[f"eager-{_short(best.dtype)}"] = eager(tokenizer, best.dtype)
+        bars[f"eager-{_short(best.dtype)}"] = partial(eager(tokenizer, best.dtype), steps=steps)
     bars["hoist"] = accelerate(tokenizer, backend=f"{PLAIN_PYTORCH},stage_transition=auto", **options).decode
     bars["fused ops"] = accelerate(tokenizer, backend=f"{fused},{SDPA}", **options).decode
-    bars["attention"] = accelerate(tokenizer, **options).decode
+    if tokenizer.config.family == "msdd":  # SSDD's attention is one of the fused ops
+        bars["attention"] = accelerate(tokenizer, **options).decode
     if best.graphs:
         best.warmup()
         bars["graph"] = best.decode
     accuracy: Accuracy | str
     try:
-        quick = accelerate(tokenizer, tier="fast", batch_sizes=(batch,))
+        quick = accelerate(tokenizer, tier="fast", batch_sizes=(batch,), steps=steps)
         assert quick.accuracy is not None
         accuracy, bars[FAST] = quick.accuracy, quick.decode
     except (AccuracyError, BackendUnavailableError, InputError) as error:
         accuracy = str(error)
     if with_compile:
         for dtype in dict.fromkeys((torch.bfloat16, best.dtype)):
-            bars[f"compile-{_short(dtype)}"] = eager(tokenizer, dtype, compiled=True)
+            bars[f"compile-{_short(dtype)}"] = partial(eager(tokenizer, dtype, compiled=True), steps=steps)
     return Bars([Provider(name, _call(decode, z)) for name, decode in bars.items()], best, z, accuracy)
 
 
-def measure(tokenizer: Tokenizer, batch: int, rounds: int, with_compile: bool = True) -> dict[str, Any]:
+def measure(
+    tokenizer: Tokenizer, batch: int, rounds: int, with_compile: bool = True, steps: int | None = None
+) -> dict[str, Any]:
     """One waterfall as plain data."""
-    found = bars_of(tokenizer, batch, with_compile)
+    found = bars_of(tokenizer, batch, with_compile, steps)
     bars, z = found.providers, found.z
     products, flops = bare_products(found.best, z)
-    reference = tokenizer.decode(z)
+    reference = tokenizer.decode(z, steps=steps)
     near = close_to(reference, TOLERANCE)
     results = compare(
         [*bars, Provider("bare matmuls", products)],
@@ -217,6 +242,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("model")
     parser.add_argument("--batch", type=int, nargs="+", default=[1])
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--steps", type=int, help="default: the config's")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--json", type=Path)
@@ -224,7 +250,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     tokenizer = load(args.model, torch.device(args.device))
     results = []
     for batch in args.batch:
-        results.append(measure(tokenizer, batch, args.rounds, not args.no_compile))
+        results.append(measure(tokenizer, batch, args.rounds, not args.no_compile, args.steps))
         print(f"{args.model}, batch {batch}\n{table(results[-1])}\n", flush=True)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)

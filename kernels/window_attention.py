@@ -1,8 +1,8 @@
 """Attention of every pixel over the window round it, with a bias by displacement (ops/window_attention.py).
 
-A program takes a tile of queries of one image and head, TILE_Y x TILE_X pixels, and goes in blocks through the keys that
-any of them sees, (TILE_Y + 2w - 2) x (TILE_X + 2w - 2): no logit further away is ever formed. Softmax as it goes (running
-maximum and sum). Head sizes are padded to a power of two by masks.
+A program takes a tile of queries of one image and head, TILE_Y x TILE_X pixels, and goes in blocks through the keys
+that any of them sees, (TILE_Y + 2w - 2) x (TILE_X + 2w - 2): no logit further away is ever formed. Softmax as it goes
+(running maximum and sum). Head sizes are padded to a power of two by masks.
 """
 
 from __future__ import annotations

@@ -247,7 +247,7 @@ def group_norm_modulate_silu(
     order = _check("x", x)
     if x.ndim != 4:
         raise InputError(f"x must be (B, C, H, W), got {tuple(x.shape)}")
-    b, c, height, width = x.shape
+    b, c, _, _ = x.shape
     for name, t in (("weight", weight), ("bias", bias)):
         if t is not None:
             _check_contiguous(name, t)
@@ -271,7 +271,8 @@ def group_norm_modulate_silu(
 def window_attention(q: Tensor, k: Tensor, v: Tensor, table: Tensor, height: int, width: int) -> Tensor:
     """Attention over the window round each of height * width pixels; memory order of ``attention_result(q)``.
 
-    q, k, v (B, N, heads, d): one dtype, any strides but the last, which is 1. table (2w - 1, 2w - 1, heads), any strides.
+    q, k, v (B, N, heads, d): one dtype, any strides but the last, which is 1. table (2w - 1, 2w - 1, heads), any
+    strides.
     """
     for name, x in (("q", q), ("k", k), ("v", v)):
         _check_cpu(name, x)

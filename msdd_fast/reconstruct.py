@@ -7,7 +7,6 @@ from typing import NamedTuple
 from PIL import Image
 from torch import Tensor
 
-from msdd_fast.eager import EagerDecoder
 from msdd_fast.engine import FastDecoder
 from msdd_fast.images import grid_image
 from msdd_fast.models.tokenizer import Tokenizer
@@ -23,7 +22,7 @@ class Reconstruction(NamedTuple):
 
 
 def reconstruct(
-    tokenizer: Tokenizer, images: Tensor, seed: int = 0, engine: FastDecoder | EagerDecoder | None = None
+    tokenizer: Tokenizer, images: Tensor, seed: int = 0, engine: FastDecoder | None = None
 ) -> Reconstruction:
     """Round trip of images (B, 3, R, R) in [-1, 1], decoded by ``engine`` if there is one, else by the eager model."""
     z = tokenizer.encode(images)

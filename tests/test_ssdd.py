@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
-from msdd_fast import Tokenizer, accelerate, checkpoint, explain
+from msdd_fast import Tokenizer, checkpoint
 from msdd_fast.config import SSDD_PRESETS, ScheduleConfig, SSDDConfig, config_from_dict, get_preset
 from msdd_fast.errors import CheckpointError, ConfigError, InputError
 from msdd_fast.models.ssdd import relative_bias, window_attention
@@ -507,12 +507,6 @@ def test_bad_decoder_arguments(tiny):
     ]:
         with pytest.raises(InputError, match=message):
             tiny.decoder(*args)
-
-
-def test_the_engine_declines(tiny):
-    for call in (accelerate, explain):
-        with pytest.raises(InputError, match=r"family msdd \(the engine does not take ssdd yet"):
-            call(tiny)
 
 
 def test_msdd_file_is_declined(tmp_path):

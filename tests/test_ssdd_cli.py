@@ -121,10 +121,11 @@ def test_guidance_is_refused(run, photos, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_demo_needs_the_engine(run, tmp_path):
+def test_demo(run, tmp_path):
     pytest.importorskip("skimage", reason="its photographs")
-    code, _, err = run("demo", "--out", tmp_path / "d.png")
-    assert code == 1 and "the engine does not take ssdd yet" in err
+    code, out, err = run("demo", "--out", tmp_path / "d.png")
+    assert (code, err) == (0, "") and "plain PyTorch, float32" in out and "engine, float32" in out
+    assert (tmp_path / "d.png").is_file()
 
 
 @pytest.fixture(scope="module")

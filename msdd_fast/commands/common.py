@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from msdd_fast.eager import EagerDecoder
 from msdd_fast.engine import FastDecoder, accelerate
 from msdd_fast.errors import InputError
 from msdd_fast.images import center_crop, load_image, to_tensor
@@ -78,25 +77,14 @@ def pick_device(name: str | None) -> torch.device:
 
 def load_engine(args: argparse.Namespace, tokenizer: Tokenizer, batch_size: int) -> FastDecoder:
     """The engine for the command line's --dtype, --steps and --cfg-scale."""
+    default = "bfloat16" if device_of(tokenizer).type == "cuda" else "float32"
     return accelerate(
         tokenizer,
-        dtype=_dtype(args, tokenizer),
+        dtype=DTYPES[args.dtype or default],
         steps=args.steps,
         cfg_scale=args.cfg_scale,
         batch_sizes=(batch_size,),
     )
-
-
-def load_decoder(args: argparse.Namespace, tokenizer: Tokenizer, batch_size: int) -> FastDecoder | EagerDecoder:
-    """The engine, or the eager model of a tokenizer that it does not take; for the same options."""
-    if tokenizer.config.family == "ssdd":
-        return EagerDecoder(tokenizer, _dtype(args, tokenizer), args.steps, args.cfg_scale)
-    return load_engine(args, tokenizer, batch_size)
-
-
-def _dtype(args: argparse.Namespace, tokenizer: Tokenizer) -> torch.dtype:
-    default = "bfloat16" if device_of(tokenizer).type == "cuda" else "float32"
-    return DTYPES[args.dtype or default]
 
 
 def device_of(tokenizer: Tokenizer) -> torch.device:

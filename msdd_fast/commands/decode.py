@@ -18,7 +18,7 @@ from msdd_fast.commands.common import (
     add_dtype,
     add_sampling,
     chunks,
-    load_decoder,
+    load_engine,
     load_tokenizer,
 )
 from msdd_fast.errors import InputError
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> None:
     check_latents(latents.z, *tokenizer.config.latent_shape)
     check_finite(latents)
     seeds = resolve_seeds(args.seed, len(latents.z))
-    engine = load_decoder(args, tokenizer, args.batch_size)
+    engine = load_engine(args, tokenizer, args.batch_size)
     missing = [args.overwrite or not path.exists() for path in targets]
     if not all(missing):
         print(f"{len(targets) - sum(missing)} of {len(targets)} are already there")

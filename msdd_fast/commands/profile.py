@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
     from msdd_fast.bench import profile, suite, waterfall
     from msdd_fast.engine import accelerate
     from msdd_fast.engine.compute import compute_dtype
-    from msdd_fast.models.tokenizer import msdd_parts
+    from msdd_fast.engine.family import family_of
 
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes a line for each start and stop
     if args.trace:
@@ -59,8 +59,7 @@ def run(args: argparse.Namespace) -> None:
         found, profiler = profile.rows(call, device)
     else:
         tokenizer = waterfall.load(args.model, device)
-        cfg, _ = msdd_parts(tokenizer)
-        z = torch.randn(args.batch, cfg.num_latent_tokens, cfg.latent_dim, device=device)
+        z = torch.randn(args.batch, *family_of(tokenizer.config).example, device=device)
         sampling = {"steps": args.steps, "cfg_scale": args.cfg_scale}
         if args.provider == "engine":
             engine = accelerate(

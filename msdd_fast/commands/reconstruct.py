@@ -10,7 +10,7 @@ from msdd_fast.commands.common import (
     add_sampling,
     device_of,
     load_batch,
-    load_decoder,
+    load_engine,
     load_tokenizer,
 )
 from msdd_fast.images import find_image_files, require_picture_path, save_image
@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> None:
     files = [f for photo in args.photos for f in find_image_files(photo)]
     tokenizer = load_tokenizer(args)
     images = load_batch(files, tokenizer.config.image_size).to(device_of(tokenizer))
-    r = reconstruct(tokenizer, images, args.seed, load_decoder(args, tokenizer, len(images)))
+    r = reconstruct(tokenizer, images, args.seed, load_engine(args, tokenizer, len(images)))
     save_image(draw(r), args.output)
     for file, value in zip(files, psnr(r.result, r.original).tolist(), strict=True):
         print(f"{file}: {value:.2f} dB")

@@ -42,6 +42,21 @@ class UpsampleConvolution:
         return sum(t.nbytes for t in (self.weight, self.bias) if t is not None)
 
 
+class Shortcut:
+    """A 1 x 1 convolution without a bias that is added to what is there: the epilogue of a matrix product."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight_t = weight.flatten(1).t()  # (in, out)
+
+    def __call__(self, x: Tensor, out: Tensor) -> Tensor:
+        """Rows (R, out) += rows (R, in) W^T."""
+        return torch.addmm(out, x, self.weight_t, out=out)
+
+    def memory(self) -> int:
+        """Bytes of the weights."""
+        return self.weight_t.nbytes
+
+
 def _fold(weight: Tensor, dim: int) -> Tensor:
     """Taps a, b, c along ``dim`` to c, b + c, a + b, a.
 

@@ -94,7 +94,7 @@ class SSDDNetwork:
         h = w.conv2(self.ops.group_norm_modulate_silu(h, self.groups, NORM_EPS, *norm))
         if w.shortcut is None:
             return h.add_(x)
-        rows(h).addmm_(rows(x), w.shortcut)
+        w.shortcut(rows(x), rows(h))
         return h
 
     def _middle(self, h: Tensor, context: SSDDContext) -> Tensor:

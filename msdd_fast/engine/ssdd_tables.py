@@ -1,8 +1,8 @@
 """What is constant in SSDD once the times of all steps are known: time enters the second norm of each residual block.
 
-GN(h) weight + bias, times (1 + scale(t)), plus shift(t), is a norm with weight (1 + scale) and bias (1 + scale) + shift.
-So the time embedding and a matrix of every residual block, 7 % of the weights of SSDD-M, become two vectors per block
-and step.
+GN(h) weight + bias, times (1 + scale(t)), plus shift(t), is a norm with weight (1 + scale) and bias (1 + scale) +
+shift. So the time embedding and a matrix of every residual block, 7 % of the weights of SSDD-M, become two vectors per
+block and step.
 """
 
 from __future__ import annotations

@@ -7,18 +7,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from msdd_fast.engine.convolution import Convolution, UpsampleConvolution
+from msdd_fast.engine.convolution import Convolution, Shortcut, UpsampleConvolution
 from msdd_fast.engine.linear import DenseLinear
 from msdd_fast.models.ssdd import ResBlock, TransformerBlock, UViTDecoder
 
 
 @dataclass(frozen=True)
 class ResWeights:
-    """A residual block. ``shortcut`` (Cin, Cout) multiplies rows; its bias is in that of ``conv2``."""
+    """A residual block. The bias of ``shortcut`` is in that of ``conv2``."""
 
     conv1: Convolution
     conv2: Convolution
-    shortcut: Tensor | None
+    shortcut: Shortcut | None
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,11 @@ class SSDDWeights:
 
     def memory(self) -> int:
         """Bytes of all matrices and kernels."""
-        parts: list[Convolution | UpsampleConvolution | DenseLinear] = [self.image_in, self.latents_in, *self.context]
+        parts: list[Convolution | UpsampleConvolution | Shortcut | DenseLinear] = [
+            self.image_in,
+            self.latents_in,
+            *self.context,
+        ]
         parts += [self.modulations, self.adaln, self.mid.proj_in, self.mid.proj_out, self.out]
         tensors = [b.table for b in self.mid.blocks]
         for block in self.mid.blocks:
@@ -81,7 +85,7 @@ class SSDDWeights:
             parts += [level.resample] if level.resample is not None else []
             for res in level.blocks:
                 parts += [res.conv1, res.conv2]
-                tensors += [res.shortcut] if res.shortcut is not None else []
+                parts += [res.shortcut] if res.shortcut is not None else []
         return sum(p.memory() for p in parts) + sum(t.nbytes for t in tensors)
 
 
@@ -97,8 +101,8 @@ def pack_ssdd(decoder: UViTDecoder, dtype: torch.dtype, device: torch.device) ->
     def tensor(x: Tensor, kind: torch.dtype = dtype) -> Tensor:
         return x.detach().to(device, kind, copy=True)  # training the tokenizer on does not change an engine
 
-    def vectors(*xs: Tensor) -> tuple[Tensor, ...]:
-        return tuple(tensor(x, torch.float32) for x in xs)
+    def affine(norm: nn.GroupNorm | nn.LayerNorm) -> tuple[Tensor, Tensor]:
+        return tensor(norm.weight, torch.float32), tensor(norm.bias, torch.float32)
 
     def bias_of(module: nn.Conv2d | nn.Linear) -> Tensor:
         assert module.bias is not None
@@ -115,12 +119,12 @@ def pack_ssdd(decoder: UViTDecoder, dtype: torch.dtype, device: torch.device) ->
         return Convolution(tensor(module.weight), tensor(bias), module.stride[0])
 
     def res(block: ResBlock) -> ResWeights:
-        shortcut = None if block.conv_shortcut is None else tensor(block.conv_shortcut.weight.flatten(1)).t()
+        shortcut = None if block.conv_shortcut is None else Shortcut(tensor(block.conv_shortcut.weight))
         return ResWeights(conv(block.conv1), conv(block.conv2, block.conv_shortcut), shortcut)
 
     def transformer(block: TransformerBlock) -> TransformerWeights:
-        attn, norm = block.attn1, block.norm2
-        weight, bias = vectors(norm.weight, norm.bias)
+        attn = block.attn1
+        weight, bias = affine(block.norm2)
         return TransformerWeights(
             qkv=linear(attn.to_q, attn.to_k, attn.to_v),
             table=tensor(block.relative_position_bias.relative_bias_table, torch.float32),
@@ -134,30 +138,30 @@ def pack_ssdd(decoder: UViTDecoder, dtype: torch.dtype, device: torch.device) ->
     def upsample(module: nn.Conv2d) -> UpsampleConvolution:
         return UpsampleConvolution(tensor(module.weight), tensor(bias_of(module)))
 
-    mid, norm_out = decoder.mid_block, decoder.conv_norm_out
+    mid = decoder.mid_block
+    blocks: list[TransformerBlock] = list(mid.transformer_blocks)  # type: ignore[arg-type]
     conv_in = decoder.conv_in
-    first, _, second = decoder.ada_ctx_proj
     return SSDDWeights(
         image_in=Convolution(tensor(conv_in.weight[:, :3]), None),
         latents_in=Convolution(tensor(conv_in.weight[:, 3:]), tensor(bias_of(conv_in))),
-        context=(conv(first), conv(second)),
+        context=(conv(decoder.ada_ctx_proj[0]), conv(decoder.ada_ctx_proj[2])),
         modulations=linear(*(block.norm1.ctx_proj for block in res_blocks(decoder))),
-        adaln=linear(*(block.norm1.linear for block in mid.transformer_blocks)),
+        adaln=linear(*(block.norm1.linear for block in blocks)),
         down=[
             LevelWeights([res(r) for r in level.resnets], next((conv(d.conv) for d in level.downsamplers), None))
             for level in decoder.down_blocks
         ],
         mid=MidWeights(
-            norm=vectors(mid.norm.weight, mid.norm.bias),
+            norm=affine(mid.norm),
             proj_in=linear(mid.proj_in),
-            blocks=[transformer(b) for b in mid.transformer_blocks],
+            blocks=[transformer(b) for b in blocks],
             proj_out=linear(mid.proj_out),
         ),
         up=[
             LevelWeights([res(r) for r in level.resnets], next((upsample(u.conv) for u in level.upsamplers), None))
             for level in decoder.up_blocks
         ],
-        norm_out=vectors(norm_out.weight, norm_out.bias),
+        norm_out=affine(decoder.conv_norm_out),
         out=conv(decoder.conv_out),
         dtype=dtype,
     )

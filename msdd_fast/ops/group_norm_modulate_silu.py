@@ -1,12 +1,12 @@
 """group_norm_modulate_silu: GroupNorm, modulation at the latent resolution and SiLU (SPEC-SSDD 1.3, AdaGN and norm2).
 
-    y = (x - mean) / sqrt(var + eps) * weight[c] + bias[c]     mean and var of a group of C / groups channels of an image
+    y = (x - mean) / sqrt(var + eps) * weight[c] + bias[c]      mean and var of C / groups channels of an image
     out = silu(y * (1 + scale[b, c, i h // H, j w // W]) + shift[...])
 
 x (B, C, H, W) in NCHW or NHWC memory order, which out keeps; copied first if it lies otherwise. weight, bias (C,) or
-None. scale and shift (B, C, h, w) with H % h == W % w == 0, or (B, C), the same everywhere, or None; any strides, so they
-may be channels of one wide tensor, and they are never brought to the size of x. x, weight, bias, scale and shift each
-float32, bfloat16 or float16 (eager: any float dtype); out has x's.
+None. scale and shift (B, C, h, w) with H % h == W % w == 0, or (B, C), the same everywhere, or None; any strides, so
+they may be channels of one wide tensor, and they are never brought to the size of x. x, weight, bias, scale and shift
+each float32, bfloat16 or float16 (eager: any float dtype); out has x's.
 
 Kernels calculate in float32: in pieces of the image the mean, then the squares about it, and the pieces put together
 about the common mean, so a large mean costs no accuracy. They round once; eager rounds after every operation and is

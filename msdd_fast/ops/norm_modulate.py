@@ -38,9 +38,7 @@ def norm_modulate(
     return h
 
 
-def norm_modulate_eager(
-    x: Tensor, shift: Tensor, scale: Tensor, split: int | None, eps: float = NORM_EPS
-) -> Tensor:
+def norm_modulate_eager(x: Tensor, shift: Tensor, scale: Tensor, split: int | None, eps: float = NORM_EPS) -> Tensor:
     """Reference: plain torch, rounded after every operation as the dtype has it."""
     rows = x.shape[:-1].numel()
     shift, scale = spread(shift, rows, split), spread(scale, rows, split)

@@ -8,9 +8,10 @@ come, so views of one packed buffer cost no copy. table (2w - 1, 2w - 1, heads),
 (B, N, heads, d), dense in q's memory order (``attention``). Under autocast q, k and v are cast to its dtype.
 
 The eager reference is the paper's dense one: float32 softmax over all N keys with logits of -1e7 outside the window,
-which a query that sees itself turns into weights of exactly zero. It needs B heads N^2 floats and is differentiable. The
-kernels never form a logit outside the window (cpu) or the window of a tile of queries (triton) and need no memory but for
-their result. float32 inside, rounded once; triton rounds the weights to the dtype too, as every flash attention does.
+which a query that sees itself turns into weights of exactly zero. It needs B heads N^2 floats and is differentiable.
+The kernels never form a logit outside the window (cpu) or the window of a tile of queries (triton) and need no memory
+but for their result. float32 inside, rounded once; triton rounds the weights to the dtype too, as every flash attention
+does.
 
 Moves 4 B N heads d elements; 4 B N heads d s FLOP with s <= (2w - 1)^2 keys seen, a mean of s = (w (2 H - w + 1) - H)
 (w (2 W - w + 1) - W) / (H W) on a grid (H, W) of at least w.

@@ -28,7 +28,7 @@ def case(shape, cells, device, dtype, order="nhwc", mean=0.0, table_dtype=None):
 
 def formula(x, groups, eps, weight, bias, scale, shift, silu=True):
     """In float64, pixel by pixel of the tables."""
-    b, c, height, width = x.shape
+    b, _, height, width = x.shape
     grouped = x.double().reshape(b, groups, -1)
     centred = grouped - grouped.mean(2, keepdim=True)
     y = (centred / (centred.square().mean(2, keepdim=True) + eps).sqrt()).view(x.shape)
@@ -136,7 +136,9 @@ def test_limits_of_the_kernels_have_a_reason():
     for name in ("cpu", "triton"):
         with pytest.raises(BackendUnavailableError, match="takes at most 4096 channels, got 4097"):
             ops.group_norm_modulate_silu(x, 1, 1e-5, backend=name)
-        with pytest.raises(BackendUnavailableError, match="works in float32, bfloat16 and float16, got torch.float64"):
+        with pytest.raises(
+            BackendUnavailableError, match=r"works in float32, bfloat16 and float16, got torch\.float64"
+        ):
             ops.group_norm_modulate_silu(x[:, :4].double(), 1, 1e-5, backend=name)
 
 
