@@ -29,9 +29,9 @@ class UpsampleConvolution:
     are sums of the 3 x 3 ones. 4/9 of the FLOPs, exact but for rounding, the border included.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        """``weight`` (out, in, 3, 3) of the convolution behind the upsampling; folded in float32."""
-        folded = _fold(_fold(weight.float(), 2), 3).to(weight.dtype)
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        """``weight`` (out, in, 3, 3), float32, of the convolution behind the upsampling; ``bias`` has the dtype."""
+        folded = _fold(_fold(weight, 2), 3).to(bias.dtype)
         self.weight, self.bias = channels_last(folded.transpose(0, 1)), bias  # (in, out, 4, 4)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -39,7 +39,7 @@ class UpsampleConvolution:
 
     def memory(self) -> int:
         """Bytes of the weights."""
-        return sum(t.nbytes for t in (self.weight, self.bias) if t is not None)
+        return self.weight.nbytes + self.bias.nbytes
 
 
 class Shortcut:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from msdd_fast.engine.convolution import Convolution, Shortcut, UpsampleConvolution
 from msdd_fast.engine.linear import DenseLinear
-from msdd_fast.models.ssdd import ResBlock, TransformerBlock, UViTDecoder
+from msdd_fast.models.ssdd import DownBlock, ResBlock, TransformerBlock, UpBlock, UViTDecoder
 
 
 @dataclass(frozen=True)
@@ -136,31 +136,33 @@ def pack_ssdd(decoder: UViTDecoder, dtype: torch.dtype, device: torch.device) ->
         )
 
     def upsample(module: nn.Conv2d) -> UpsampleConvolution:
-        return UpsampleConvolution(tensor(module.weight), tensor(bias_of(module)))
+        return UpsampleConvolution(tensor(module.weight, torch.float32), tensor(bias_of(module)))
+
+    def down_level(level: DownBlock) -> LevelWeights:
+        resample = [conv(d.conv) for d in level.downsamplers]  # type: ignore[arg-type]
+        return LevelWeights([res(r) for r in level.resnets], resample[0] if resample else None)  # type: ignore[arg-type]
+
+    def up_level(level: UpBlock) -> LevelWeights:
+        resample = [upsample(u.conv) for u in level.upsamplers]  # type: ignore[arg-type]
+        return LevelWeights([res(r) for r in level.resnets], resample[0] if resample else None)  # type: ignore[arg-type]
 
     mid = decoder.mid_block
     blocks: list[TransformerBlock] = list(mid.transformer_blocks)  # type: ignore[arg-type]
-    conv_in = decoder.conv_in
+    conv_in, ctx = decoder.conv_in, decoder.ada_ctx_proj
     return SSDDWeights(
         image_in=Convolution(tensor(conv_in.weight[:, :3]), None),
         latents_in=Convolution(tensor(conv_in.weight[:, 3:]), tensor(bias_of(conv_in))),
-        context=(conv(decoder.ada_ctx_proj[0]), conv(decoder.ada_ctx_proj[2])),
+        context=(conv(ctx[0]), conv(ctx[2])),  # type: ignore[arg-type]
         modulations=linear(*(block.norm1.ctx_proj for block in res_blocks(decoder))),
         adaln=linear(*(block.norm1.linear for block in blocks)),
-        down=[
-            LevelWeights([res(r) for r in level.resnets], next((conv(d.conv) for d in level.downsamplers), None))
-            for level in decoder.down_blocks
-        ],
+        down=[down_level(level) for level in decoder.down_blocks],  # type: ignore[arg-type]
         mid=MidWeights(
             norm=affine(mid.norm),
             proj_in=linear(mid.proj_in),
             blocks=[transformer(b) for b in blocks],
             proj_out=linear(mid.proj_out),
         ),
-        up=[
-            LevelWeights([res(r) for r in level.resnets], next((upsample(u.conv) for u in level.upsamplers), None))
-            for level in decoder.up_blocks
-        ],
+        up=[up_level(level) for level in decoder.up_blocks],  # type: ignore[arg-type]
         norm_out=affine(decoder.conv_norm_out),
         out=conv(decoder.conv_out),
         dtype=dtype,
