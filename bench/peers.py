@@ -232,7 +232,7 @@ def compiled(name: str, device: str, dtype: str, batch: int) -> Callable[[Callab
         tokenizer = load(name, where)
         decode = eager(tokenizer, kind, compiled=True, by_block=by_block(tokenizer, where))
         latents = _latents(tokenizer, batch)
-            return lambda _: decode(latents, steps=1)
+        return lambda _: decode(latents, steps=1)
     peer = next(p for p in PEERS if p.name == name)
     model, z = build(peer, where, kind, batch)
     for module in peer.decoder(model):
