@@ -111,7 +111,7 @@ def window_attention_kernel(
 
 
 def window_config(size: int, itemsize: int) -> dict[str, int]:
-    """Compile-time sizes for heads of ``size``: float32 has no tensor cores here, so few keys fit into the registers."""
+    """Compile-time sizes for heads of ``size``: float32 uses no tensor cores, so fewer keys fit into the registers."""
     block = BLOCK_K if itemsize == 2 else BLOCK_K // 4
     padded = max(16, triton.next_power_of_2(size))
     return dict(SIZE=size, PADDED=padded, TILE_Y=TILE_Y, TILE_X=TILE_X, BLOCK_K=block, num_warps=NUM_WARPS)

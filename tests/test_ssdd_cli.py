@@ -79,7 +79,8 @@ def test_encode_and_decode(run, tiny, photos, tmp_path):
         assert nearly_equal(pixels(tmp_path / "out" / f"{name}.png"), to_uint8(image))
 
 
-def test_decode_in_bfloat16(run, tiny, tmp_path):
+def test_decode_in_bfloat16(run, tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("MSDD_FAST_CPU_BF16", "1")
     from msdd_fast.latents import Latents, save_latents
 
     z = torch.randn(1, 4, 8, 16, generator=torch.Generator().manual_seed(0))  # not square

