@@ -17,7 +17,7 @@ def test_group_norm_modulate_silu(case, measure):
     x = case.randn(case.batch, CHANNELS, case.scale, case.scale).contiguous(memory_format=torch.channels_last)
     cells = 0.1 * case.randn(case.batch, case.scale // 8, case.scale // 8, 2 * CHANNELS)
     scale, shift = cells.permute(0, 3, 1, 2).chunk(2, dim=1)
-    # The plain steps round five times, values up to 8.
-    tolerance = 5 * ROUNDING[case.dtype] * 8 + 4 * FLOAT32_SLACK
+    # The plain steps round five times, values up to 8; PyTorch's statistics of 131072 elements err by 1e-5.
+    tolerance = 5 * ROUNDING[case.dtype] * 8 + 16 * FLOAT32_SLACK
     inputs = (x, GROUPS, 1e-5, None, None, scale, shift)
     measure(ops.group_norm_modulate_silu, inputs, bytes_moved=3 * x.nbytes, tolerance=tolerance)

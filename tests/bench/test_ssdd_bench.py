@@ -18,8 +18,9 @@ def test_the_waterfall():
     assert result["matmul_flop"] > 300e6
 
 
+@pytest.mark.slow
 def test_a_case_has_the_engine_and_its_one_scale():
-    case = decode.DecodeCase("tiny-ssdd", batch=2, seconds=0.0, with_compile=False)
+    case = decode.DecodeCase("tiny-ssdd", batch=2, seconds=0.0, compile_seconds=0)
     result = decode.measure_case(waterfall.load("tiny-ssdd", torch.device("cpu")), case, rounds=1)
     providers = {p["provider"]: p for p in result["providers"]}
     assert providers["engine-exact"]["max_error"] < 1e-4 and list(providers["engine-exact"]["scales"]) == ["64"]
