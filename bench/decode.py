@@ -41,8 +41,8 @@ from msdd_fast.models.tokenizer import Tokenizer
 FORMAT = "msdd-fast bench 1"
 ROUNDS = 200
 SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-# On a CPU a deeper decoder is compiled block by block: the C++ of four whole networks of 12 takes many minutes.
-WHOLE_DEPTH = 6
+# On a CPU a deeper decoder is compiled block by block: the C++ of a whole network for every scale takes minutes.
+WHOLE_DEPTH = 2
 
 Mark = Callable[[], None]
 

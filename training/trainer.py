@@ -18,8 +18,8 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -265,8 +265,8 @@ class Trainer:
             self._tensorboard = tensorboard_writer(self.out / "tensorboard")
         bar = tqdm(total=self.loop.steps, initial=self.step, unit="step", dynamic_ncols=True, disable=not is_first())
         start, clock, seen = time.perf_counter(), time.perf_counter(), self.step
-        with self.stop, bar:
-            for batches in self.batches():
+        with self.stop, bar, closing(self.batches()) as steps:
+            for batches in steps:
                 figures = self.train_step(batches)
                 bar.update()
                 if self.step % self.loop.log_every == 0:
@@ -301,7 +301,7 @@ class Trainer:
         counts = {"skipped": self.guard.skipped, "unreadable": self.unreadable}
         return {**line, **{name: str(count) for name, count in counts.items() if count}}
 
-    def batches(self) -> Iterator[list[Batch]]:
+    def batches(self) -> Generator[list[Batch], None, None]:
         """This process's micro-batches of every step from the current to the last."""
         sampler = MicroBatches(self.step, self.loop.steps, self.loop.batch_size, self.micro, rank(), world_size())
         loader = DataLoader(
@@ -318,6 +318,9 @@ class Trainer:
                 yield micro
         except InputError as e:  # a worker's comes with its traceback as text
             raise InputError(str(e).strip().splitlines()[-1].split("InputError: ")[-1]) from None
+        finally:  # the workers ignore SIGTERM, by which Python would end them at its exit: it would wait for ever
+            if self.loop.workers:
+                batches._shutdown_workers()
 
     def train_step(self, batches: Sequence[Batch]) -> dict[str, float]:
         """One optimiser step; advances ``self.step`` and returns figures of the whole batch, alike in all processes."""
