@@ -13,8 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from msdd_fast import Tokenizer, checkpoint
 from msdd_fast.config import SSDD_PRESETS, ScheduleConfig, SSDDConfig, config_from_dict, get_preset
 from msdd_fast.errors import CheckpointError, ConfigError, InputError
-from msdd_fast.models.ssdd import relative_bias, window_attention
+from msdd_fast.models.ssdd import window_attention
 from msdd_fast.noise import start_noise
+from msdd_fast.ops.window_attention import dense_bias
 from msdd_fast.schedule import StageSchedule
 from msdd_fast.ssdd_weights import release_ssdd, translate_ssdd
 
@@ -367,7 +368,7 @@ def test_window_attention_by_hand():
 
 
 def test_relative_bias_outside_the_window_is_finite():
-    bias = relative_bias(torch.zeros(3, 3, 1), 3, 3)
+    bias = dense_bias(torch.zeros(3, 3, 1), 3, 3)
     assert bias.shape == (1, 9, 9) and bias.min() == -1e7 and (bias == 0).sum() == 49
 
 

@@ -17,41 +17,14 @@ from torch import Tensor, nn
 from msdd_fast.config import SSDDConfig
 from msdd_fast.errors import InputError
 from msdd_fast.models.embeddings import sinusoids
+from msdd_fast.ops.group_norm_modulate_silu import group_norm_modulate_silu
+from msdd_fast.ops.window_attention import dense_bias
 
 NORM_EPS = 1e-5
 MID_NORM_EPS = 1e-6
 # The time that the network sees is 1000 times the noise level.
 TIME_SCALE = 1000.0
-# What a key outside the window adds to its score: finite, so that no row can become NaN.
-OUTSIDE = -1e7
 DOWN_BLOCKS, UP_BLOCKS = 2, 3
-
-
-def group_norm_modulate_silu(
-    x: Tensor,
-    groups: int,
-    eps: float,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
-    silu: bool = True,
-) -> Tensor:
-    """silu(GroupNorm(x; weight, bias) * (1 + scale) + shift).
-
-    x (B, C, H, W); weight, bias (C,) or None; scale, shift both None, or (B, C), or (B, C, h, w) that is read at the
-    nearest pixel.
-    """
-    y = F.group_norm(x, groups, weight, bias, eps)
-    if scale is not None and shift is not None:
-        y = y * (1 + _to_map(scale, x)) + _to_map(shift, x)
-    return F.silu(y) if silu else y
-
-
-def _to_map(vector_or_map: Tensor, x: Tensor) -> Tensor:
-    if vector_or_map.ndim == 2:
-        return vector_or_map[:, :, None, None]
-    return F.interpolate(vector_or_map, size=x.shape[-2:], mode="nearest")
 
 
 def window_attention(q: Tensor, k: Tensor, v: Tensor, table: Tensor, height: int, width: int) -> Tensor:
@@ -60,26 +33,9 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, table: Tensor, height: int
     q, k, v (B, height * width, heads, d); table (2w - 1, 2w - 1, heads). Returns the shape of q. This form is dense:
     heads * (height * width)^2 numbers of bias.
     """
-    bias = relative_bias(table, height, width).to(q.dtype)
+    bias = dense_bias(table, height, width).to(q.dtype)
     out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=bias)
     return out.transpose(1, 2)
-
-
-def relative_bias(table: Tensor, height: int, width: int) -> Tensor:
-    """What each pair of query and key adds to its score: (heads, N, N), N = height * width.
-
-    table[qy - ky + w - 1, qx - kx + w - 1] for keys less than w rows and columns away, else ``OUTSIDE``, or the least
-    float16.
-    """
-    reach = len(table) // 2
-    rows, cols = (torch.arange(n, device=table.device) for n in (height, width))
-    dy, dx = rows[:, None] - rows + reach, cols[:, None] - cols + reach
-    near_y, near_x = (dy >= 0) & (dy <= 2 * reach), (dx >= 0) & (dx <= 2 * reach)
-    dy, dx = dy.clamp(0, 2 * reach), dx.clamp(0, 2 * reach)
-    bias = table[dy[:, None, :, None], dx[None, :, None, :]]  # (qy, qx, ky, kx, heads)
-    near = near_y[:, None, :, None] & near_x[None, :, None, :]
-    bias = bias.masked_fill(~near[..., None], max(OUTSIDE, torch.finfo(bias.dtype).min))
-    return bias.flatten(2, 3).flatten(0, 1).permute(2, 0, 1)
 
 
 class TimeEmbedding(nn.Module):

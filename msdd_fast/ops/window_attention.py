@@ -28,6 +28,7 @@ from msdd_fast.ops._checks import FLOAT_DTYPES, check_device, check_float, check
 from msdd_fast.ops._heads import attention_result, is_token_major
 from msdd_fast.ops._op import Op, Verdict, both
 
+# What a key outside the window adds to its logit: finite, so that no row can become NaN.
 OUTSIDE = -1e7
 MAX_HEAD_SIZE = 128
 MAX_WINDOW = 64
@@ -80,14 +81,18 @@ def window_attention_eager(q: Tensor, k: Tensor, v: Tensor, table: Tensor, heigh
 
 
 def dense_bias(table: Tensor, height: int, width: int) -> Tensor:
-    """(heads, N, N): what is added to the logit of query (row) and key (column); OUTSIDE where it is not seen."""
+    """(heads, N, N): what is added to the logit of query (row) and key (column).
+
+    OUTSIDE where the key is not seen, or the least float16.
+    """
     reach = (table.shape[0] - 1) // 2
     rows = torch.arange(height, device=table.device)
     columns = torch.arange(width, device=table.device)
     dy, dx = rows[:, None] - rows + reach, columns[:, None] - columns + reach
     seen = ((dy >= 0) & (dy <= 2 * reach))[:, None, :, None] & ((dx >= 0) & (dx <= 2 * reach))[None, :, None, :]
     dy, dx = dy.clamp(0, 2 * reach)[:, None, :, None], dx.clamp(0, 2 * reach)[None, :, None, :]
-    bias = table[dy, dx].where(seen[..., None], OUTSIDE)  # (height, width, height, width, heads)
+    outside = max(OUTSIDE, torch.finfo(table.dtype).min)
+    bias = table[dy, dx].where(seen[..., None], outside)  # (height, width, height, width, heads)
     return bias.flatten(2, 3).flatten(0, 1).permute(2, 0, 1)
 
 
