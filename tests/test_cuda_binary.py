@@ -26,7 +26,7 @@ TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 BINARY = Path(backends.load_extension().__file__)
 ARCHS = INFO["cuda_archs"]
 # Kernels by (dtype, chunks of 64 keys, masked), as in csrc/cuda/context_attention.cu.
-VARIANTS = [(d, *v) for d in ("BFloat16", "Float16") for v in ((2, False), (2, True), (4, True))]
+VARIANTS = [(d, *v) for d in ("BFloat16", "Float16") for v in ((2, False), (2, True), (3, False), (3, True), (4, True))]
 NAME = re.compile(r"context_attention_kernelINS_\d+(\w+?)ELi(\d)ELb([01])E")
 
 
@@ -98,7 +98,7 @@ def test_instructions(sass):
     """Tensor cores and asynchronous copies in the counts that the tile walk implies, and no local memory."""
     for (arch, (dtype, chunks, masked)), counts in sass.items():
         where = (arch, dtype, chunks, masked, counts)
-        unrolled = chunks if chunks == 2 else 1  # the loop over 4 chunks is rolled
+        unrolled = chunks if chunks == 2 else 1  # the loop over 3 or 4 chunks is rolled
         hmma = "HMMA.16816.F32.BF16" if dtype == "BFloat16" else "HMMA.16816.F32"
         # A chunk: 8 key tiles x 4 steps of 16 features, and 4 steps of 16 keys x 8 feature tiles.
         assert counts[hmma] == total(counts, "HMMA") == 64 * unrolled, where

@@ -5,7 +5,7 @@
 //   load store set fma add sub mul max scale_by_power reduce_max reduce_add transpose_8x8
 //   MSDD_PAIRS           if it multiplies pairs of bfloat16, and then also dot and to_pairs
 //
-// All of it has internal linkage, so that the levels do not meet. For one task (up to 384 queries of a head), block by
+// All of it has internal linkage, so that the levels do not meet. For one task (up to 1152 queries of a head), block by
 // block of keys: K^T and V are converted to float32 and packed in panels two vectors wide, then for each tile of 24
 // queries scores = q K^T, weights = exp(scores - maximum), sums = sums * correction + weights V. Both products are the
 // same routine. A row's arithmetic depends on nothing but the row and the keys.

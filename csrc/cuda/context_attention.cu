@@ -19,7 +19,7 @@ using context::Arguments;
 using context::kThreads;
 
 // Up to 128 keys: 128 registers and 40 KiB of shared memory, 4 blocks, 16 warps, on a multiprocessor. Above: 168
-// registers and 72 KiB, 3 blocks (2 where a multiprocessor has less than 219 KiB).
+// registers and 56 or 72 KiB, 3 blocks (2 where a multiprocessor has less than 171 or 219 KiB).
 template <class T, int chunks, bool masked>
 __global__ void __launch_bounds__(kThreads, context::resident_blocks(chunks))
     context_attention_kernel(const __grid_constant__ Arguments arguments) {
@@ -29,30 +29,34 @@ __global__ void __launch_bounds__(kThreads, context::resident_blocks(chunks))
 
 using Kernel = void (*)(Arguments);
 
-constexpr std::int64_t kTuned = 128, kMost = 256;  // context tokens
+constexpr std::int64_t kMost = 256;  // keys
 
-Kernel kernel_for(DType dtype, std::int64_t keys) {
-    const bool bf16 = dtype == DType::bfloat16;
-    if (keys > kTuned) {
-        return bf16 ? context_attention_kernel<BFloat16, 4, true> : context_attention_kernel<Float16, 4, true>;
+// Without a mask for the context's 128 tokens, and for the 192 of a joint block at the second scale.
+template <class T>
+Kernel kernel_for(std::int64_t keys) {
+    switch (context::chunks_for(keys)) {
+        case 2:
+            return keys == 128 ? context_attention_kernel<T, 2, false> : context_attention_kernel<T, 2, true>;
+        case 3:
+            return keys == 192 ? context_attention_kernel<T, 3, false> : context_attention_kernel<T, 3, true>;
+        default:
+            return context_attention_kernel<T, 4, true>;
     }
-    if (keys < kTuned) {
-        return bf16 ? context_attention_kernel<BFloat16, 2, true> : context_attention_kernel<Float16, 2, true>;
-    }
-    return bf16 ? context_attention_kernel<BFloat16, 2, false> : context_attention_kernel<Float16, 2, false>;
 }
 
-int chunks_for(std::int64_t keys) { return keys > kTuned ? 4 : 2; }
+Kernel kernel_for(DType dtype, std::int64_t keys) {
+    return dtype == DType::bfloat16 ? kernel_for<BFloat16>(keys) : kernel_for<Float16>(keys);
+}
 
 // Loads every kernel on the current device, where CUDA would do it at its first launch, perhaps inside a capture, and
 // raises the limit of shared memory where it is above the 48 KiB that need no leave.
 void prepare() {
     for (const DType dtype : {DType::bfloat16, DType::float16}) {
-        for (const std::int64_t keys : {kTuned - 1, kTuned, kTuned + 1}) {
+        for (const std::int64_t keys : {127, 128, 191, 192, 256}) {  // one of each kernel
             const auto kernel = reinterpret_cast<const void*>(kernel_for(dtype, keys));
             cudaFuncAttributes attributes;
             cuda_check(cudaFuncGetAttributes(&attributes, kernel), "context_attention");
-            const int bytes = context::shared_bytes(chunks_for(keys));
+            const int bytes = context::shared_bytes(context::chunks_for(keys));
             cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
                        "context_attention");
         }
@@ -77,7 +81,7 @@ int context_attention_splits(std::int64_t pairs, std::int64_t queries, std::int6
     const std::int64_t per_block = context::kWarps * context::kTile;
     const std::int64_t most = (queries + per_block - 1) / per_block;
     const std::int64_t resident =
-        static_cast<std::int64_t>(multiprocessors) * context::resident_blocks(chunks_for(keys));
+        static_cast<std::int64_t>(multiprocessors) * context::resident_blocks(context::chunks_for(keys));
     const std::int64_t rounds = std::clamp<std::int64_t>(pairs * most / std::max<std::int64_t>(resident, 1), 1, 4);
     return static_cast<int>((most + rounds - 1) / rounds);
 }
@@ -110,7 +114,7 @@ void context_attention(const ContextAttention& x, DType dtype, std::uintptr_t st
     expect(pairs * splits < (std::int64_t{1} << 31), "images * heads * queries is too large for one launch");
     const Arguments arguments{x, splits};
     kernel_for(dtype,
-               x.keys)<<<static_cast<unsigned>(pairs * splits), kThreads, context::shared_bytes(chunks_for(x.keys)),
+               x.keys)<<<static_cast<unsigned>(pairs * splits), kThreads, context::shared_bytes(context::chunks_for(x.keys)),
                          reinterpret_cast<cudaStream_t>(stream)>>>(arguments);
     cuda_check(cudaGetLastError(), "context_attention");
 }

@@ -57,6 +57,7 @@ template <class T>
 Body body_for(int chunks, bool masked) {
     using msdd_fast::context::attend;
     if (chunks == 4) return attend<T, 4, true>;
+    if (chunks == 3) return masked ? attend<T, 3, true> : attend<T, 3, false>;
     return masked ? attend<T, 2, true> : attend<T, 2, false>;
 }
 
@@ -83,8 +84,9 @@ void emulate(const std::int64_t (*views)[4], const std::int64_t (*extents)[2], s
     m.writable = {reinterpret_cast<const char*>(extents[4][0]), extents[4][1]};
     m.writes = writes;
     m.early = early != 0;
-    const int chunks = keys > 128 ? 4 : 2;
-    const Body body = bf16 ? body_for<BFloat16>(chunks, keys < 128) : body_for<Float16>(chunks, keys < 128);
+    const int chunks = msdd_fast::context::chunks_for(keys);
+    const bool masked = keys < chunks * msdd_fast::context::kChunk;
+    const Body body = bf16 ? body_for<BFloat16>(chunks, masked) : body_for<Float16>(chunks, masked);
     for (unsigned block = 0; block < images * heads * splits; ++block) {
         work = [&](unsigned thread) { body(a, block, thread, 0); };
         const int bytes = msdd_fast::context::shared_bytes(chunks);

@@ -8,7 +8,9 @@ copy. out (B, Nq, H, d) is dense in q's memory order, token-major if tokens lie 
 ``out.transpose(0, 1).flatten(2)`` is a view (Nq, B, H * d). Under autocast the three are cast to its dtype, as in
 ``F.scaled_dot_product_attention``.
 
-Scores, softmax and sums are float32 in eager and cpu, rounded once; the others keep their own rules. Moves
+Scores, softmax and sums are float32 in eager and cpu, rounded once; the others keep their own rules. cuda is the kernel
+of context_attention, for at most 256 keys (the two coarsest scales of a joint block): K and V of a head stay in shared
+memory, where kernels made for long sequences start over for every 64 or 128 queries. Moves
 (2 Nq + 2 Nk) B H d elements and does 4 B H Nq Nk d FLOP; eager also stores the scores. eager and sdpa are
 differentiable, and training takes sdpa. SPEC A0 (joint attention) and head ("cross").
 
@@ -22,19 +24,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from msdd_fast import selection
-from msdd_fast.backends import can_use_cpu, can_use_package
+from msdd_fast.backends import can_use_cpu, can_use_cuda, can_use_package
 from msdd_fast.errors import InputError
 from msdd_fast.ops._checks import FLOAT_DTYPES, check_device
-from msdd_fast.ops._heads import attention_result, is_token_major
-from msdd_fast.ops._op import Op, Verdict
+from msdd_fast.ops._heads import (
+    as_autocast_has_it,
+    attention_result,
+    cpu_fits,
+    in_order_of,
+    kernels_fit,
+    rows_are_dense,
+)
+from msdd_fast.ops._op import Op, Verdict, both
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str | None = None) -> Tensor:
     """softmax(q k^T / sqrt(d)) v. Raises InputError for tensors that do not fit together, and for no keys."""
     _check_heads("q", q)
-    if torch.is_autocast_enabled(q.device.type):
-        dtype = torch.get_autocast_dtype(q.device.type)
-        q, k, v = (t.to(dtype) if isinstance(t, Tensor) and t.dtype in FLOAT_DTYPES else t for t in (q, k, v))
+    q, k, v = as_autocast_has_it(q, k, v)
     for name, x in (("k", k), ("v", v)):
         _check_heads(name, x)
         check_device(name, x, "q", q)
@@ -63,12 +70,12 @@ def attention_eager(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     wide = torch.promote_types(q.dtype, torch.float32)
     qw, kw, vw = (x.transpose(1, 2).to(wide) for x in (q, k, v))
     weights = (qw @ kw.transpose(2, 3) * q.shape[3] ** -0.5).softmax(dim=-1)
-    return _in_order_of(q, (weights @ vw).transpose(1, 2).to(q.dtype))
+    return in_order_of(q, (weights @ vw).transpose(1, 2).to(q.dtype))
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-    return _in_order_of(q, out.transpose(1, 2))
+    return in_order_of(q, out.transpose(1, 2))
 
 
 def _cpu(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -77,21 +84,22 @@ def _cpu(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return native.attention(q, k, v)
 
 
+def _cuda(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from msdd_fast import native_cuda
+
+    return native_cuda.context_attention(q, k, v)
+
+
 def _xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     from xformers.ops import memory_efficient_attention
 
-    return _in_order_of(q, memory_efficient_attention(q, k, v))
+    return in_order_of(q, memory_efficient_attention(q, k, v))
 
 
 def _flash_attn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     from flash_attn import flash_attn_func
 
-    return _in_order_of(q, flash_attn_func(q, k, v))
-
-
-def _in_order_of(q: Tensor, out: Tensor) -> Tensor:
-    """``out``, dense in q's memory order; copied only if it is not so."""
-    return out.transpose(0, 1).contiguous().transpose(0, 1) if is_token_major(q) else out.contiguous()
+    return in_order_of(q, flash_attn_func(q, k, v))
 
 
 def _can_use_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Verdict:
@@ -99,23 +107,19 @@ def _can_use_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Verdict:
 
 
 def _can_use_cpu(q: Tensor, k: Tensor, v: Tensor) -> Verdict:
-    if q.device.type == "cpu":
-        if q.dtype not in FLOAT_DTYPES:
-            return False, f"works in float32, bfloat16 and float16, got {q.dtype}"
-        if q.shape[3] % 16 or q.shape[3] > 128:
-            return False, f"needs a head size that is a multiple of 16 up to 128, got {q.shape[3]}"
-        if not _rows_are_dense(q, k, v):
-            return False, "needs the last dimension of q, k and v to be contiguous"
-    return can_use_cpu(q)
+    fits = cpu_fits(q, k, v)
+    return can_use_cpu(q) if fits[0] else fits
+
+
+def _can_use_cuda(q: Tensor, k: Tensor, v: Tensor) -> Verdict:
+    return both(can_use_cuda(q), kernels_fit(q, k, v))
 
 
 def _can_use_xformers(q: Tensor, k: Tensor, v: Tensor) -> Verdict:
     verdict = can_use_package(q, "xformers", "xformers", "pip install 'xformers>=0.0.35'")
     if verdict[0] and q.dtype not in FLOAT_DTYPES:
         return False, f"works in float32, bfloat16 and float16, got {q.dtype}"
-    if verdict[0] and not _rows_are_dense(q, k, v):
-        return False, "needs the last dimension of q, k and v to be contiguous"
-    return verdict
+    return both(verdict, rows_are_dense(q, k, v))
 
 
 def _can_use_flash_attn(q: Tensor, k: Tensor, v: Tensor) -> Verdict:
@@ -127,10 +131,6 @@ def _can_use_flash_attn(q: Tensor, k: Tensor, v: Tensor) -> Verdict:
     return verdict
 
 
-def _rows_are_dense(*tensors: Tensor) -> bool:
-    return all(x.stride(3) == 1 for x in tensors)
-
-
 OP = Op(
     "attention",
     "(Tensor q, Tensor k, Tensor v) -> Tensor",
@@ -140,5 +140,6 @@ OP = Op(
 )
 OP.register("sdpa", _sdpa, _can_use_sdpa, differentiable=True)
 OP.register("cpu", _cpu, _can_use_cpu)
+OP.register("cuda", _cuda, _can_use_cuda)
 OP.register("flash-attn", _flash_attn, _can_use_flash_attn)
 OP.register("xformers", _xformers, _can_use_xformers)

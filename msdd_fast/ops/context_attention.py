@@ -13,22 +13,29 @@ and sdpa are differentiable. Scores must be finite in float32.
 
 Moves (2 N + 2 L) B H d elements, (3 N + 2 L) with accumulate, and does 4 B H N L d FLOP. K and V of a head, 32 KiB at
 L = 128, are read once by each thread block (csrc/include/msdd_fast/context_attention_kernel.h).
+
+qk-norm and RoPE of q are not fused into it: a "cross" block's q is that of the self-attention, too, so the one launch
+of ``qk_norm_rope`` has prepared it for both (msdd_fast/engine/network.py). Fused, they would be done twice, and no
+launch would be saved.
 """
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from msdd_fast.backends import can_use_cpu, can_use_cuda, can_use_triton
 from msdd_fast.errors import InputError
-from msdd_fast.ops._checks import FLOAT_DTYPES, check_device, check_float
-from msdd_fast.ops._heads import attention_result, is_token_major
+from msdd_fast.ops._checks import check_device, check_float
+from msdd_fast.ops._heads import (
+    as_autocast_has_it,
+    attention_result,
+    cpu_fits,
+    in_order_of,
+    kernels_fit,
+    without_autocast,
+)
 from msdd_fast.ops._op import Op, Verdict, both
-
-HEAD_SIZE = 64
-MAX_CONTEXT = 256
 
 
 def context_attention(
@@ -44,11 +51,7 @@ def context_attention(
     Raises InputError for other shapes, or unlike dtypes or devices.
     """
     check_float("q", q)
-    if torch.is_autocast_enabled(q.device.type):
-        dtype = torch.get_autocast_dtype(q.device.type)
-        q, k, v = (t.to(dtype) if isinstance(t, Tensor) and t.dtype in FLOAT_DTYPES else t for t in (q, k, v))
-        if isinstance(accumulate, Tensor) and accumulate.dtype in FLOAT_DTYPES:
-            accumulate = accumulate.to(dtype)
+    q, k, v, accumulate = as_autocast_has_it(q, k, v, accumulate)
     if q.ndim != 4 or q.shape[3] == 0:
         raise InputError(f"q must be a tensor (B, N, heads, head size), got {tuple(q.shape)}")
     _check_heads("k", k, q)
@@ -82,17 +85,17 @@ def _check_shape(name: str, x: Tensor, q: Tensor, tokens: int) -> None:
 def context_attention_eager(q: Tensor, k: Tensor, v: Tensor, accumulate: Tensor | None) -> Tensor:
     """Reference: plain torch, float32 throughout."""
     q32, k32, v32 = (x.transpose(1, 2).float() for x in (q, k, v))
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q):
         weights = (q32 @ k32.transpose(2, 3) * q.shape[3] ** -0.5).softmax(dim=-1)
         out = (weights @ v32).transpose(1, 2)
     if accumulate is not None:
         out = out + accumulate.float()
-    return _in_order_of(q, out.to(q.dtype))
+    return in_order_of(q, out.to(q.dtype))
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, accumulate: Tensor | None) -> Tensor:
     out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
-    return _in_order_of(q, out if accumulate is None else out + accumulate)
+    return in_order_of(q, out if accumulate is None else out + accumulate)
 
 
 def _cpu(q: Tensor, k: Tensor, v: Tensor, accumulate: Tensor | None) -> Tensor:
@@ -115,44 +118,21 @@ def _triton(q: Tensor, k: Tensor, v: Tensor, accumulate: Tensor | None) -> Tenso
     return out
 
 
-def _in_order_of(q: Tensor, out: Tensor) -> Tensor:
-    """``out``, dense in q's memory order; copied only if it is not so."""
-    return out.transpose(0, 1).contiguous().transpose(0, 1) if is_token_major(q) else out.contiguous()
-
-
 def _can_use_sdpa(q: Tensor, k: Tensor, v: Tensor, accumulate: Tensor | None) -> Verdict:
     return True, "F.scaled_dot_product_attention"
 
 
 def _can_use_cpu(q: Tensor, k: Tensor, v: Tensor, accumulate: Tensor | None) -> Verdict:
-    if q.shape[3] % 16 or q.shape[3] > 128:
-        return both(can_use_cpu(q), (False, f"needs a head size that is a multiple of 16 up to 128, got {q.shape[3]}"))
-    if any(x is not None and x.stride(3) != 1 for x in (q, k, v, accumulate)):
-        return both(can_use_cpu(q), (False, "needs the last dimension of all tensors to be contiguous"))
-    return can_use_cpu(q)
+    fits = cpu_fits(q, k, v, accumulate)
+    return can_use_cpu(q) if fits[0] else fits
 
 
 def _can_use_cuda(q: Tensor, k: Tensor, v: Tensor, accumulate: Tensor | None) -> Verdict:
-    return both(can_use_cuda(q), _kernels_fit(q, k, v, accumulate))
+    return both(can_use_cuda(q), kernels_fit(q, k, v, accumulate))
 
 
 def _can_use_triton(q: Tensor, k: Tensor, v: Tensor, accumulate: Tensor | None) -> Verdict:
-    return both(can_use_triton(q), _kernels_fit(q, k, v, accumulate))
-
-
-def _kernels_fit(q: Tensor, k: Tensor, v: Tensor, accumulate: Tensor | None) -> Verdict:
-    """Whether the GPU kernels' contract holds: dtype, head size, context length, rows at multiples of 16 bytes."""
-    if q.dtype == torch.float32:
-        return False, f"works in bfloat16 and float16, got {q.dtype}"
-    if q.shape[3] != HEAD_SIZE:
-        return False, f"needs a head size of {HEAD_SIZE}, got {q.shape[3]}"
-    if k.shape[1] > MAX_CONTEXT:
-        return False, f"takes at most {MAX_CONTEXT} context tokens, got {k.shape[1]}"
-    for name, x in (("q", q), ("k", k), ("v", v), ("accumulate", accumulate)):
-        if x is not None and (x.stride(3) != 1 or any(s % 8 for s in (*x.stride()[:3], x.storage_offset()))):
-            got = f"{name} with strides {tuple(x.stride())}, offset {x.storage_offset()}"
-            return False, f"needs contiguous heads at multiples of 16 bytes, got {got}"
-    return True, ""
+    return both(can_use_triton(q), kernels_fit(q, k, v, accumulate))
 
 
 OP = Op(

@@ -132,13 +132,13 @@ def test_strides_images_and_heads(kernel, order):
 
 @pytest.mark.parametrize("turns", [0, 1])
 @pytest.mark.parametrize("early", [False, True])
-@pytest.mark.parametrize("keys", [100, 128, 200])
+@pytest.mark.parametrize("keys", [100, 128, 150, 200])
 def test_neither_the_order_of_threads_nor_of_copies_matters(kernel, turns, early, keys):
     """150 queries in one block: three rounds, with idle warps in the last."""
     check(kernel, n=150, keys=keys, add=True, turns=turns, early=early)
 
 
-@pytest.mark.parametrize("keys", [128, 256])
+@pytest.mark.parametrize("keys", [128, 192, 256])
 @pytest.mark.parametrize("scale", [0.0, 30.0])
 def test_extreme_scores(kernel, keys, scale):
     """All equal, and one-hot rows whose scores differ by hundreds."""

@@ -15,6 +15,7 @@ from tests.tolerances import FLOAT32_SLACK, ROUNDING, assert_no_worse, assert_ro
 module = sys.modules["msdd_fast.ops.attention"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 HAS_EXTENSION = backends.extension_status()[0]
+CUDA_OK, CUDA_WHY = backends.cuda_status(0) if torch.cuda.is_available() else (False, "no CUDA device")
 needs_extension = pytest.mark.skipif(not HAS_EXTENSION, reason=f"msdd_fast._C {backends.extension_status()[1]}")
 CPU = pytest.param("cpu", marks=needs_extension)
 # (batch, queries, keys, heads, head size): one row, tails of every tile, the joint blocks, several blocks of keys and
@@ -27,6 +28,7 @@ SHAPES = [
     (1, 200, 300, 2, 64),
     (1, 25, 1000, 1, 48),
     (1, 500, 17, 2, 128),
+    (1, 1200, 20, 1, 16),
 ]
 
 
@@ -346,3 +348,29 @@ def test_the_model_attends_through_the_op():
     with backends.use_backend("attention=eager"):
         out = mmdit.attention(q, k, v)
     assert out.shape == (2, 5, 32) and torch.equal(out, ops.attention(q, k, v, backend="eager").flatten(2))
+
+
+def test_what_the_cuda_kernel_takes(monkeypatch):
+    """That of context_attention: what it refuses is read from metadata, so this runs anywhere."""
+    monkeypatch.setattr(module, "can_use_cuda", lambda x: (True, "CUDA 13.0, sm_90"))
+
+    def reason(tokens, size=64, dtype=torch.bfloat16):
+        return {n: why for n, _, why in module.OP.explain(*qkv((1, tokens, tokens, 2, size), dtype))}["cuda"]
+
+    assert reason(144) == reason(192) == reason(256) == "CUDA 13.0, sm_90"
+    assert reason(384) == "takes at most 256 keys, got 384"
+    assert reason(144, size=32) == "needs a head size of 64, got 32"
+    assert reason(144, dtype=torch.float32) == "works in bfloat16 and float16, got torch.float32"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA_OK, reason=f"backend 'cuda': {CUDA_WHY}")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("token_major", [False, True])
+@pytest.mark.parametrize("tokens", [1, 64, 129, 144, 191, 192, 193, 256])
+def test_joint_attention_by_the_cuda_kernel(tokens, token_major, dtype):
+    """Views of the packed buffer of a joint block; error at most twice that of SDPA."""
+    q, k, v = (x.cuda() for x in packed(3, tokens, 2, 64, dtype, token_major))
+    out = ops.attention(q, k, v, backend="cuda")
+    assert in_order_of(q, out)
+    assert_no_worse(out, ops.attention(q, k, v, backend="sdpa"), exact(q, k, v), dtype)

@@ -207,7 +207,7 @@ def test_reasons(monkeypatch):
         ((q, k, v, None), "CUDA 13.0, sm_90"),
         ((q.float(), k.float(), v.float(), None), "works in bfloat16 and float16, got torch.float32"),
         ((q[..., :32], k[..., :32], v[..., :32], None), "needs a head size of 64, got 32"),
-        ((q, *[torch.zeros(1, 257, 2, 64).bfloat16()] * 2, None), "takes at most 256 context tokens, got 257"),
+        ((q, *[torch.zeros(1, 257, 2, 64).bfloat16()] * 2, None), "takes at most 256 keys, got 257"),
         (
             (q, wide, v, None),
             "needs contiguous heads at multiples of 16 bytes, got k with strides (650, 130, 65, 1), offset 0",

@@ -35,6 +35,10 @@ constexpr int kTile = 16;                               // queries of a warp
 constexpr Word kSegment = 16, kRow = 2 * kHeadSize;     // bytes
 constexpr float kScale = 0.125f * 1.4426950408889634f;  // log2(e) / sqrt(64)
 
+// Chunks of the kernel that takes so many keys: 128 are the context's tokens, 144 and 192 those of a joint block with
+// 4 x 4 and 8 x 8 image tokens beside them.
+constexpr int chunks_for(std::int64_t keys) { return keys > 192 ? 4 : keys > 128 ? 3 : 2; }
+
 // Bytes of shared memory for `chunks` times 64 keys.
 constexpr int shared_bytes(int chunks) { return static_cast<int>(kRow) * (2 * chunks * kChunk + kWarps * kTile); }
 
