@@ -18,7 +18,9 @@ from msdd_fast.sampling import StageResult
 
 # Backends of what a user of plain PyTorch has. Its attention is SDPA, since the eager reference stores all scores; the
 # noise is ours, since the eager one is a slow reference of integer operations.
-PLAIN_PYTORCH = "eager,attention=sdpa,context_attention=sdpa,start_noise=auto,renoise_upsample=auto"
+PLAIN_PYTORCH = (
+    "eager,attention=sdpa,context_attention=sdpa,window_attention=sdpa,start_noise=auto,renoise_upsample=auto"
+)
 
 
 class ScaleTiming(NamedTuple):

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
-from msdd_fast import Tokenizer, checkpoint
+from msdd_fast import Tokenizer, checkpoint, ops
+from msdd_fast.backends import use_backend
 from msdd_fast.config import SSDD_PRESETS, ScheduleConfig, SSDDConfig, config_from_dict, get_preset
 from msdd_fast.errors import CheckpointError, ConfigError, InputError
-from msdd_fast.models.ssdd import window_attention
 from msdd_fast.noise import start_noise
 from msdd_fast.ops.window_attention import dense_bias
 from msdd_fast.schedule import StageSchedule
@@ -130,7 +130,7 @@ def test_parameter_counts():
 @pytest.mark.parametrize(("size", "gflop"), [("s", 174.0), ("m", 538.8)])
 def test_flops(size, gflop):
     """SPEC-SSDD 7: one evaluation at 256 px, dense attention."""
-    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.device("meta"), torch.no_grad(), use_backend("eager"), FlopCounterMode(display=False) as counter:
         decoder = Tokenizer(get_preset(f"ssdd-{size}-f8c4")).decoder
         decoder(torch.empty(1, 3, 256, 256), torch.empty(1), torch.empty(1, 4, 32, 32))
     assert counter.get_total_flops() / 1e9 == pytest.approx(gflop, rel=0.01)
@@ -351,8 +351,8 @@ def test_window_attention_by_hand():
     """One query at a time, keys of its window only."""
     height, width, w, heads, d = 5, 7, 3, 2, 4
     g = generator()
-    q, k, v = torch.randn(3, 1, height * width, heads, d, generator=g, dtype=torch.float64)
-    table = torch.randn(2 * w - 1, 2 * w - 1, heads, generator=g, dtype=torch.float64)
+    q, k, v = torch.randn(3, 1, height * width, heads, d, generator=g)
+    table = torch.randn(2 * w - 1, 2 * w - 1, heads, generator=g)
     expected = torch.zeros_like(q)
     for h in range(heads):
         for i in range(height * width):
@@ -364,7 +364,8 @@ def test_window_attention_by_hand():
             score = [q[0, i, h] @ k[0, j, h] / d**0.5 + table[y + w - 1, x + w - 1, h] for j, y, x in near]
             p = torch.stack(score).softmax(0)
             expected[0, i, h] = sum(a * v[0, j, h] for a, (j, _, _) in zip(p, near, strict=True))
-    torch.testing.assert_close(window_attention(q, k, v, table, height, width), expected)
+    for backend in ("eager", "sdpa"):
+        torch.testing.assert_close(ops.window_attention(q, k, v, table, height, width, backend=backend), expected)
 
 
 def test_relative_bias_outside_the_window_is_finite():

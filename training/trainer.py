@@ -22,7 +22,7 @@ from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NoReturn, Protocol
 
 import torch
 from PIL import Image
@@ -105,7 +105,7 @@ class LoopConfig:
 
 # Training is plain PyTorch where no gradient is needed, too: teacher and pictures do not depend on which kernels a
 # machine has.
-PLAIN = "eager,attention=sdpa"
+PLAIN = "eager,attention=sdpa,window_attention=sdpa"
 
 
 class Recipe(Protocol):
@@ -261,11 +261,13 @@ class Trainer:
         """
         if is_first():
             (self.out / "samples").mkdir(parents=True, exist_ok=True)
+        writer = nullcontext()
         if self.loop.tensorboard and is_first():
             self._tensorboard = tensorboard_writer(self.out / "tensorboard")
-        bar = tqdm(total=self.loop.steps, initial=self.step, unit="step", dynamic_ncols=True, disable=not is_first())
+            writer = closing(self._tensorboard)  # or the last figures would stay in its queue
+        bar = self._bar()
         start, clock, seen = time.perf_counter(), time.perf_counter(), self.step
-        with self.stop, bar, closing(self.batches()) as steps:
+        with self.stop, bar, writer, closing(self.batches()) as steps:
             for batches in steps:
                 figures = self.train_step(batches)
                 bar.update()
@@ -288,6 +290,19 @@ class Trainer:
             raise SystemExit(143)
         agree(self._export)
         return self.ema.model
+
+    def _bar(self) -> tqdm[NoReturn]:
+        """Progress; in a file, where each state of the bar is a line, a few a minute."""
+        interval = 0.1 if sys.stderr.isatty() else 20.0
+        return tqdm(
+            total=self.loop.steps,
+            initial=self.step,
+            unit="step",
+            dynamic_ncols=True,
+            disable=not is_first(),
+            mininterval=interval,
+            maxinterval=max(10.0, interval),
+        )
 
     def _due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.loop.steps

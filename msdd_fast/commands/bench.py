@@ -79,6 +79,7 @@ def run(args: argparse.Namespace) -> None:
             with_cold_start=not (args.no_cold_start or args.gate),
             waterfall_of=cases[0].model if args.html and cases[0].kind == "decode" else None,
             progress=_print_case,
+            note=_progress,
         )
     print("\n".join(results.facts_lines(document)))
     if args.json:

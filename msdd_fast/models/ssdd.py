@@ -18,24 +18,13 @@ from msdd_fast.config import SSDDConfig
 from msdd_fast.errors import InputError
 from msdd_fast.models.embeddings import sinusoids
 from msdd_fast.ops.group_norm_modulate_silu import group_norm_modulate_silu
-from msdd_fast.ops.window_attention import dense_bias
+from msdd_fast.ops.window_attention import window_attention
 
 NORM_EPS = 1e-5
 MID_NORM_EPS = 1e-6
 # The time that the network sees is 1000 times the noise level.
 TIME_SCALE = 1000.0
 DOWN_BLOCKS, UP_BLOCKS = 2, 3
-
-
-def window_attention(q: Tensor, k: Tensor, v: Tensor, table: Tensor, height: int, width: int) -> Tensor:
-    """softmax(q k^T / sqrt(d) + bias) v over a height x width map, row-major, with keys of a window only.
-
-    q, k, v (B, height * width, heads, d); table (2w - 1, 2w - 1, heads). Returns the shape of q. This form is dense:
-    heads * (height * width)^2 numbers of bias.
-    """
-    bias = dense_bias(table, height, width).to(q.dtype)
-    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=bias)
-    return out.transpose(1, 2)
 
 
 class TimeEmbedding(nn.Module):

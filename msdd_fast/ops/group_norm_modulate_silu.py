@@ -16,6 +16,7 @@ differentiable. Moves 3 B C H W elements of x's dtype, reading x twice, and, h w
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -118,7 +119,7 @@ def _cells(table: Tensor | None) -> Tensor | None:
     return table[:, :, None, None] if table is not None and table.ndim == 2 else table
 
 
-def _cpu(
+def _laid_out(
     x: Tensor,
     groups: int,
     eps: float,
@@ -127,41 +128,27 @@ def _cpu(
     scale: Tensor | None = None,
     shift: Tensor | None = None,
     silu: bool = True,
-) -> Tensor:
+) -> tuple[Any, ...]:
+    """The arguments as the kernels read them; copies only what is laid out otherwise."""
+    weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
+    return dense(x), groups, eps, weight, bias, _cells(scale), _cells(shift), silu
+
+
+def _cpu(*args: Any) -> Tensor:
     from msdd_fast import native
 
-    weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
-    return native.group_norm_modulate_silu(dense(x), groups, eps, weight, bias, _cells(scale), _cells(shift), silu)
+    return native.group_norm_modulate_silu(*_laid_out(*args))
 
 
-def _triton(
-    x: Tensor,
-    groups: int,
-    eps: float,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
-    silu: bool = True,
-) -> Tensor:
+def _triton(*args: Any) -> Tensor:
     from msdd_fast.kernels.group_norm_modulate_silu import group_norm_modulate_silu as launch
 
-    weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
-    return launch(dense(x), groups, eps, weight, bias, _cells(scale), _cells(shift), silu)
+    return launch(*_laid_out(*args))
 
 
-def _kernels_fit(
-    x: Tensor,
-    groups: int,
-    eps: float,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
-    silu: bool = True,
-) -> Verdict:
-    for t in (x, weight, bias, scale, shift):
-        if t is not None and t.dtype not in FLOAT_DTYPES:
+def _kernels_fit(x: Tensor, *others: Any) -> Verdict:
+    for t in (x, *others):
+        if isinstance(t, Tensor) and t.dtype not in FLOAT_DTYPES:
             return False, f"works in float32, bfloat16 and float16, got {t.dtype}"
     if x.shape[1] > MAX_CHANNELS:
         return False, f"takes at most {MAX_CHANNELS} channels, got {x.shape[1]}"

@@ -8,7 +8,9 @@ come, so views of one packed buffer cost no copy. table (2w - 1, 2w - 1, heads),
 (B, N, heads, d), dense in q's memory order (``attention``). Under autocast q, k and v are cast to its dtype.
 
 The eager reference is the paper's dense one: float32 softmax over all N keys with logits of -1e7 outside the window,
-which a query that sees itself turns into weights of exactly zero. It needs B heads N^2 floats and is differentiable.
+which a query that sees itself turns into weights of exactly zero. It needs B heads N^2 floats. sdpa is
+F.scaled_dot_product_attention with the bias as a mask, heads N^2 numbers, and rounds it to the dtype. Both are
+differentiable, and training takes sdpa.
 The kernels never form a logit outside the window (cpu) or the window of a tile of queries (triton) and need no memory
 but for their result. float32 inside, rounded once; triton rounds the weights to the dtype too, as every flash attention
 does.
@@ -20,12 +22,13 @@ Moves 4 B N heads d elements; 4 B N heads d s FLOP with s <= (2w - 1)^2 keys see
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from msdd_fast.backends import can_use_cpu, can_use_triton
 from msdd_fast.errors import InputError
 from msdd_fast.ops._checks import FLOAT_DTYPES, check_device, check_float, check_floating
-from msdd_fast.ops._heads import attention_result, is_token_major
+from msdd_fast.ops._heads import as_autocast_has_it, attention_result, in_order_of, without_autocast
 from msdd_fast.ops._op import Op, Verdict, both
 
 # What a key outside the window adds to its logit: finite, so that no row can become NaN.
@@ -47,9 +50,7 @@ def window_attention(
     Raises InputError for anything else.
     """
     check_float("q", q)
-    if torch.is_autocast_enabled(q.device.type):
-        dtype = torch.get_autocast_dtype(q.device.type)
-        q, k, v = (t.to(dtype) if isinstance(t, Tensor) and t.dtype in FLOAT_DTYPES else t for t in (q, k, v))
+    q, k, v = as_autocast_has_it(q, k, v)
     for name, size in (("height", height), ("width", width)):
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise InputError(f"{name} must be an int >= 1, got {size!r}")
@@ -73,11 +74,11 @@ def window_attention(
 def window_attention_eager(q: Tensor, k: Tensor, v: Tensor, table: Tensor, height: int, width: int) -> Tensor:
     """Reference: plain torch, dense, float32 throughout."""
     q32, k32, v32 = (x.transpose(1, 2).float() for x in (q, k, v))
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q):
         bias = dense_bias(table.float(), height, width)
         weights = (q32 @ k32.transpose(2, 3) * q.shape[3] ** -0.5 + bias).softmax(dim=-1)
         out = (weights @ v32).transpose(1, 2).to(q.dtype)
-    return out.transpose(0, 1).contiguous().transpose(0, 1) if is_token_major(q) else out.contiguous()
+    return in_order_of(q, out)
 
 
 def dense_bias(table: Tensor, height: int, width: int) -> Tensor:
@@ -94,6 +95,12 @@ def dense_bias(table: Tensor, height: int, width: int) -> Tensor:
     outside = max(OUTSIDE, torch.finfo(table.dtype).min)
     bias = table[dy, dx].where(seen[..., None], outside)  # (height, width, height, width, heads)
     return bias.flatten(2, 3).flatten(0, 1).permute(2, 0, 1)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, table: Tensor, height: int, width: int) -> Tensor:
+    bias = dense_bias(table, height, width).to(q.dtype)
+    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=bias)
+    return in_order_of(q, out.transpose(1, 2))
 
 
 def _cpu(q: Tensor, k: Tensor, v: Tensor, table: Tensor, height: int, width: int) -> Tensor:
@@ -132,3 +139,4 @@ OP = Op(
 )
 OP.register("cpu", _cpu, lambda *args: both(can_use_cpu(args[0]), _kernels_fit(*args)))
 OP.register("triton", _triton, lambda *args: both(can_use_triton(args[0]), _kernels_fit(*args)))
+OP.register("sdpa", _sdpa, lambda *args: (True, "F.scaled_dot_product_attention"), differentiable=True)

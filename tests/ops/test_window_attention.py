@@ -72,6 +72,15 @@ def test_eager(shape, dtype):
     check(case(shape, "cpu", dtype), "eager")
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_sdpa(shape, dtype):
+    """It rounds the bias, too: by half a unit in the last place of its largest entry at most, in every logit."""
+    args = case(shape, "cpu", dtype)
+    rounded = (*args[:3], args[3].to(dtype).float(), *args[4:])
+    check(rounded, "sdpa", slack=4 * FLOAT32_SLACK + 4 * ROUNDING[dtype])
+
+
 @pytest.mark.skipif(not extension_status()[0], reason=f"msdd_fast._C {extension_status()[1]}")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_large_grids_and_several_threads(dtype):
@@ -135,7 +144,7 @@ def test_extreme_scores(backend, device):
     check(case(shape, device, torch.bfloat16, scale=30.0), backend, slack=2e-4)
 
 
-@pytest.mark.parametrize("name", ["eager", "cpu", "triton"])
+@pytest.mark.parametrize("name", ["eager", "sdpa", "cpu", "triton"])
 def test_empty(name):
     q, k, v, *rest = case((2, 3, 2, 24, 2), "cpu", torch.bfloat16)
     assert ops.window_attention(q[:0], k[:0], v[:0], *rest, backend=name).shape == (0, 6, 2, 24)
@@ -147,10 +156,11 @@ def test_an_image_does_not_depend_on_its_batch(backend, device):
     assert torch.equal(ops.window_attention(q[1:2], k[1:2], v[1:2], *rest, backend=backend), whole[1:2])
 
 
-def test_gradients_against_finite_differences():
+@pytest.mark.parametrize("name", ["eager", "sdpa"])
+def test_gradients_against_finite_differences(name):
     q, k, v, table, *grid = case((2, 3, 1, 5, 2), "cpu", torch.float32, batch=1)
     arguments = [t.detach().clone().requires_grad_() for t in (q, k, v, table)]
-    gradients = torch.autograd.grad(ops.window_attention(*arguments, *grid).square().sum(), arguments)
+    gradients = torch.autograd.grad(ops.window_attention(*arguments, *grid, backend=name).square().sum(), arguments)
     for argument, gradient in zip(arguments, gradients, strict=True):
         direction = randn(*argument.shape, seed=3)
         with torch.no_grad():
@@ -184,7 +194,7 @@ def test_limits_of_the_kernels_have_a_reason():
                 ops.window_attention(*arguments, *grid, backend=name)
 
 
-@pytest.mark.parametrize("name", ["eager", "cpu", "triton"])
+@pytest.mark.parametrize("name", ["eager", "sdpa", "cpu", "triton"])
 def test_bad_input_has_one_text_on_every_backend(name):
     q, k, v, table, *_ = case((2, 3, 2, 24, 2), "cpu", torch.float32)
     good = dict(q=q, k=k, v=v, table=table, height=2, width=3)
