@@ -10,8 +10,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -23,7 +24,7 @@ from msdd_fast.bench import waterfall
 from msdd_fast.bench.ceilings import copy_bandwidth, gemm_rate
 from msdd_fast.bench.coldstart import cold_start
 from msdd_fast.bench.harness import MIN_ROUNDS, Measurement, Provider, close_to, compare
-from msdd_fast.bench.isolated import Isolated, IsolatedError, isolated
+from msdd_fast.bench.isolated import Isolated, IsolatedError, started
 from msdd_fast.bench.machine import machine_info
 from msdd_fast.bench.roofline import decode_work, encode_work, total
 from msdd_fast.bench.scales import PLAIN_PYTORCH, resolutions_of
@@ -43,8 +44,12 @@ ROUNDS = 200
 SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 # On a CPU a deeper decoder is compiled block by block: the C++ of a whole network for every scale takes minutes.
 WHOLE_DEPTH = 2
+# A compilation keeps about one core busy, and has a model of its own in memory.
+AT_ONCE = 6
 
 Mark = Callable[[], None]
+Compiled = tuple[Isolated | None, str | None]
+"""torch.compile of a case, or the reason why it is missing."""
 
 
 @dataclass(frozen=True)
@@ -74,10 +79,10 @@ class DecodeCase:
 
 def standard() -> list[DecodeCase]:
     """What two CPU cores do in under ten minutes: there bfloat16 takes twenty seconds for one decode of 12 layers."""
-    nano = [DecodeCase("msdd-nano", batch, seconds=5.0) for batch in (1, 8)]
-    encodes = [replace(case, kind="encode", seconds=3.0) for case in nano]
+    nano = [DecodeCase("msdd-nano", batch, seconds=4.0, compile_seconds=150.0) for batch in (1, 8)]
+    encodes = [replace(case, kind="encode", seconds=3.0, compile_seconds=0.0) for case in nano]
     names = ("msdd-d12-joint", "msdd-d12")
-    large = [DecodeCase(name, seconds=8.0, min_rounds=1, compile_seconds=40.0) for name in names]
+    large = [DecodeCase(name, seconds=6.0, min_rounds=1, compile_seconds=240.0) for name in names]
     return [*nano, *encodes, *large]
 
 
@@ -240,8 +245,10 @@ def _ignore() -> None:
     """A mark that nobody wants."""
 
 
-def measure_case(tokenizer: Tokenizer, case: DecodeCase, rounds: int = ROUNDS) -> dict[str, Any]:
-    """All providers of one case as plain data; samples are seconds of one call.
+def measure_case(
+    tokenizer: Tokenizer, case: DecodeCase, rounds: int = ROUNDS, other: Compiled | None = None
+) -> dict[str, Any]:
+    """All providers of one case as plain data; samples are seconds of one call. ``other``: what ``compile_all`` gave.
 
     ``tokenizer`` is ``load(case.model)``: torch.compile has another copy of it. On a CPU the marks between scales cost
     nothing, so that one run gives the whole and its scales. On a GPU each mark waits for the device: there the scales
@@ -253,8 +260,8 @@ def measure_case(tokenizer: Tokenizer, case: DecodeCase, rounds: int = ROUNDS) -
         name = f"compile-{SHORT[compute_dtype(torch.bfloat16, device)[0]]}"
         if _by_block(tokenizer, case):
             name += " by block"
-        other, reason = _compiling(stack, case, device)
-        found, missing = candidates(tokenizer, case, name, other)
+        call, reason = other or compile_all(stack, [case], device)[0]
+        found, missing = candidates(tokenizer, case, name, call)
         near = close_to(plain(tokenizer, case, torch.float32)(_ignore), TOLERANCE)
         timer = WallTimer()
         whole = [c.provider(marked=not cuda) for c in found]
@@ -270,18 +277,25 @@ def measure_case(tokenizer: Tokenizer, case: DecodeCase, rounds: int = ROUNDS) -
     }
 
 
-def _compiling(
-    stack: contextlib.ExitStack, case: DecodeCase, device: torch.device
-) -> tuple[Isolated | None, str | None]:
-    """torch.compile of the case in a process that lives as long as ``stack``, or the reason why there is none."""
-    if not case.compile_seconds:
-        return None, "left out"
+def compile_all(stack: contextlib.ExitStack, cases: Sequence[DecodeCase], device: torch.device) -> list[Compiled]:
+    """torch.compile of all cases at once, in processes that live as long as ``stack``; or reasons why there is none."""
     dtype = str(compute_dtype(torch.bfloat16, device)[0]).removeprefix("torch.")
-    arguments = {"case": asdict(case), "device": str(device), "dtype": dtype}
-    try:
-        return stack.enter_context(isolated("msdd_fast.bench.decode:compiled", arguments, case.compile_seconds)), None
-    except IsolatedError as error:
-        return None, f"torch.compile {error}"
+    arguments = [{"case": asdict(case), "device": str(device), "dtype": dtype} for case in cases]
+    calls = [
+        stack.enter_context(started("msdd_fast.bench.decode:compiled", a)) if case.compile_seconds else None
+        for case, a in zip(cases, arguments, strict=True)
+    ]
+
+    def past_its_first(call: Isolated | None, limit: float) -> Compiled:
+        if call is None:
+            return None, "left out"
+        try:
+            return call.wait(limit), None
+        except IsolatedError as error:
+            call.end()  # or it would take time from those that are measured
+            return None, f"torch.compile {error}"
+
+    return [past_its_first(call, case.compile_seconds) for case, call in zip(cases, calls, strict=True)]
 
 
 def work_of(tokenizer: Tokenizer, case: DecodeCase) -> dict[str, dict[str, int]]:
@@ -306,17 +320,27 @@ def run_suite(
     with_cold_start: bool = True,
     waterfall_of: str | None = None,
     progress: Callable[[dict[str, Any]], None] = lambda _: None,
+    note: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """The document of a run: machine, ceilings, cases, cold start. ``progress`` gets each case's result.
+    """The document of a run: machine, ceilings, cases, cold start. ``progress`` gets each case's result, ``note`` what
+    one waits for before that.
 
     ``waterfall_of``: a model of which the document gets the waterfall too, at batch 1.
     """
     results: list[dict[str, Any]] = []
-    for model, group in itertools.groupby(cases, key=lambda case: case.model):
-        tokenizer = load(model, device)
-        for case in group:
-            results.append(measure_case(tokenizer, case, rounds))
-            progress(results[-1])
+    cases, at_once = list(cases), min(os.cpu_count() or 1, AT_ONCE)
+    tokenizer, loaded = None, None
+    for begin in range(0, len(cases), at_once):
+        group = cases[begin : begin + at_once]
+        compiling = [case.name for case in group if case.compile_seconds]
+        if compiling:
+            note(f"torch.compile of {' and of '.join(compiling)} ...")
+        with contextlib.ExitStack() as stack:
+            for case, other in zip(group, compile_all(stack, group, device), strict=True):
+                if tokenizer is None or case.model != loaded:
+                    tokenizer, loaded = load(case.model, device), case.model
+                results.append(measure_case(tokenizer, case, rounds, other))
+                progress(results[-1])
     bars = None
     if waterfall_of:
         bars = {"model": waterfall_of, "results": [waterfall.measure(load(waterfall_of, device), 1, 7, False)]}

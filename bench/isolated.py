@@ -40,38 +40,68 @@ class IsolatedError(RuntimeError):
 
 
 class Isolated:
-    """A running process, past its first call."""
+    """A running process. ``first_s`` and ``result`` are there once ``wait`` has come back."""
 
-    def __init__(self, process: subprocess.Popen[str], first_s: float, result: Tensor) -> None:
-        self.process, self.first_s, self.result = process, first_s, result
+    def __init__(self, process: subprocess.Popen[str], folder: Path) -> None:
+        self.process, self.folder, self.started = process, folder, now()
+        self.first_s: float | None = None
+        self.result: Tensor = torch.empty(0)
+
+    def wait(self, limit: float) -> Isolated:
+        """Itself, past its first call.
+
+        Raises IsolatedError if that has not ended ``limit`` seconds after the start, or the process died.
+        """
+        try:
+            (first,) = self._answer(max(0.0, self.started + limit - now()))
+        except TimeoutError as error:
+            raise IsolatedError(f"did not end in {limit:g} s") from error
+        self.first_s, self.result = first, torch.load(self.folder / "result.pt", weights_only=True)
+        return self
 
     def laps(self, marked: bool = True) -> list[float]:
-        """Seconds of each part of one more call, by the clock of the process; of the whole call if not ``marked``."""
+        """Seconds of each part of one more call, by the clock of the process; of the whole call if not ``marked``.
+
+        Raises IsolatedError if the process died.
+        """
         assert self.process.stdin is not None
-        self.process.stdin.write("marked\n" if marked else "whole\n")
-        self.process.stdin.flush()
-        laps: list[float] = _answer(self.process, None)
-        return laps
+        with contextlib.suppress(BrokenPipeError):  # its answer says why
+            self.process.stdin.write("marked\n" if marked else "whole\n")
+            self.process.stdin.flush()
+        return self._answer(None)
+
+    def end(self) -> None:
+        """End the process and its children, a compiler's among them."""
+        if self.process.returncode is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.communicate()
+
+    def _answer(self, limit: float | None) -> list[float]:
+        assert self.process.stdout is not None
+        if not select.select([self.process.stdout], [], [], limit)[0]:
+            raise TimeoutError
+        line = self.process.stdout.readline()
+        if not line:
+            raise IsolatedError(f"died: {_message((self.folder / 'errors').read_text())}")
+        answer: list[float] = json.loads(line)
+        return answer
 
 
 @contextlib.contextmanager
-def isolated(factory: str, arguments: Mapping[str, Any], limit: float) -> Iterator[Isolated]:
-    """Start it and wait for its first call. The process and all of its children end with the block.
+def started(factory: str, arguments: Mapping[str, Any]) -> Iterator[Isolated]:
+    """Start it; ``wait`` for its first call. The process and all of its children end with the block.
 
     Inductor's cache is one of its own for every spec: a compiler that is killed leaves half a library there, on which
     everybody who shares the cache would fail. So that of a process which was not done is removed.
-
-    Raises IsolatedError if the first call has not ended ``limit`` seconds after the start, or the process dies.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        result = Path(folder) / "result.pt"
-        spec = {"factory": factory, "arguments": arguments, "threads": torch.get_num_threads(), "result": str(result)}
-        key = hashlib.sha256(json.dumps({**spec, "result": ""}, sort_keys=True).encode()).hexdigest()[:16]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        spec = {"factory": factory, "arguments": arguments, "threads": torch.get_num_threads()}
+        key = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:16]
         cache = Path(tempfile.gettempdir()) / f"msdd-fast-inductor-{os.getuid()}" / key
-        done = False
-        with (Path(folder) / "errors").open("w+") as errors:
+        with (folder / "errors").open("w") as errors:
             process = subprocess.Popen(
-                [sys.executable, "-m", "msdd_fast.bench.isolated", json.dumps(spec)],
+                [sys.executable, "-m", "msdd_fast.bench.isolated", json.dumps({**spec, "folder": name})],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
@@ -79,37 +109,26 @@ def isolated(factory: str, arguments: Mapping[str, Any], limit: float) -> Iterat
                 env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache)},
                 start_new_session=True,  # a compiler has children, which must not outlive it
             )
+            call = Isolated(process, folder)
             try:
-                (first,) = _answer(process, limit)
-                done = True
-                yield Isolated(process, first, torch.load(result, weights_only=True))
-            except EOFError as error:
-                errors.seek(0)
-                raise IsolatedError(f"died: {_message(errors.read())}") from error
-            except TimeoutError as error:
-                raise IsolatedError(f"did not end in {limit:g} s") from error
+                yield call
             finally:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.communicate()
-                if not done:
+                call.end()
+                if call.first_s is None:
                     shutil.rmtree(cache, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def isolated(factory: str, arguments: Mapping[str, Any], limit: float) -> Iterator[Isolated]:
+    """``started``, and past its first call. Raises IsolatedError if that takes more than ``limit`` seconds."""
+    with started(factory, arguments) as call:
+        yield call.wait(limit)
 
 
 def _message(errors: str) -> str:
     """The last line that names an exception, else the last one."""
     lines = [line.strip() for line in errors.splitlines() if line.strip()] or ["no message"]
     return next((line for line in reversed(lines) if re.match(r"[\w.]+(Error|Exception): ", line)), lines[-1])
-
-
-def _answer(process: subprocess.Popen[str], limit: float | None) -> list[float]:
-    assert process.stdout is not None
-    if not select.select([process.stdout], [], [], limit)[0]:
-        raise TimeoutError
-    line = process.stdout.readline()
-    if not line:
-        raise EOFError
-    answer: list[float] = json.loads(line)
-    return answer
 
 
 def main() -> None:
@@ -121,7 +140,7 @@ def main() -> None:
     module, _, name = spec["factory"].partition(":")
     run: Run = getattr(importlib.import_module(module), name)(**spec["arguments"])
     begin = now()
-    torch.save(run(lambda: None).float().cpu(), spec["result"])
+    torch.save(run(lambda: None).float().cpu(), Path(spec["folder"]) / "result.pt")
     print(json.dumps([now() - begin]), file=answers, flush=True)
     for line in sys.stdin:
         marks = [now()]

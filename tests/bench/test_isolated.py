@@ -1,5 +1,6 @@
 """A call in a process of its own: what it gives, its laps, and its end where it takes too long or dies."""
 
+import contextlib
 import os
 import tempfile
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from msdd_fast import Tokenizer
-from msdd_fast.bench.decode import DecodeCase, measure_case
+from msdd_fast.bench.decode import DecodeCase, compile_all, measure_case
 from msdd_fast.bench.isolated import IsolatedError, isolated
 
 HERE = "tests.bench.test_isolated:"
@@ -82,6 +83,15 @@ def test_a_compiler_that_is_too_slow_is_a_fact_of_the_table():
     result = measure_case(Tokenizer.from_config("tiny"), DecodeCase("tiny", seconds=0, compile_seconds=0.01))
     assert result["missing"]["compile-fp32"] == "torch.compile did not end in 0.01 s"
     assert "engine-exact" in [p["provider"] for p in result["providers"]]
+
+
+def test_several_compilers_at_once():
+    """Each with its own limit; the result of one does not wait for that of another."""
+    cases = [DecodeCase("tiny", compile_seconds=limit) for limit in (0.0, 0.01, 0.02)]
+    with contextlib.ExitStack() as stack:
+        compiled = compile_all(stack, cases, torch.device("cpu"))
+    endings = ("left out", "torch.compile did not end in 0.01 s", "torch.compile did not end in 0.02 s")
+    assert compiled == [(None, why) for why in endings]
 
 
 @pytest.mark.slow
