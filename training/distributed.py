@@ -53,6 +53,7 @@ def process_group(device: str, timeout_minutes: float = 30.0) -> Iterator[str]:
     dist.init_process_group(backend, timeout=datetime.timedelta(minutes=timeout_minutes))
     try:
         yield agree(_own_gpu) if gpu else device
+        barrier()  # nobody leaves while another still reads what it was sent
     finally:
         dist.destroy_process_group()
 

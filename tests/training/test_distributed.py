@@ -21,6 +21,17 @@ def in_two(images, folder):
     trainer("stage1", images, folder / name("stage1", "adamw", "two-by-one"), micro_batch=1).run()
 
 
+def perturbed(images, folder, seed):
+    """The adversarial run from weights that are moved by half a unit in the last place."""
+    run = trainer("adversarial", images, folder / f"moved-{seed}")
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in run.tokenizer.parameters():
+            p.mul_(1 + (torch.rand(p.shape, generator=generator) - 0.5) * 2.0**-23)
+    run.run()
+    return curve(folder / f"moved-{seed}")
+
+
 @pytest.fixture(scope="module")
 def folder(images, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")

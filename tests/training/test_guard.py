@@ -93,6 +93,17 @@ def test_held_out_figures_choose_the_best(images, tmp_path):
     assert again["psnr_db"] == pytest.approx(figures[3], abs=1e-4)
 
 
+def test_tensorboard_has_every_figure(images, tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    trainer("stage1", images, tmp_path, steps=3, tensorboard=True).run()
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    lines = curve(tmp_path)
+    assert set(lines[0]) - {"step"} <= set(events.Tags()["scalars"]) and "loss" in lines[0]
+    written = {e.step: e.value for e in events.Scalars("loss")}
+    assert written == {line["step"]: pytest.approx(line["loss"], abs=1e-5) for line in lines}
+
+
 def test_tensorboard_is_optional(images, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
     with pytest.raises(ConfigError, match="tensorboard is not installed"):
