@@ -52,14 +52,21 @@ def assert_same(a, b, rest=1e-3):
 @pytest.mark.parametrize(("kind", "optimizer"), RUNS)
 def test_two_processes_give_the_curve_of_one(folder, kind, optimizer):
     one, two = (curve(folder / name(kind, optimizer, variant)) for variant in ("one", "two"))
-    if kind == "adversarial":
-        # The adversarial weight is a ratio of gradients, one of which nearly cancels in the batch normalisation, so
-        # that rounding moves it by per cents in later steps. In the first step every figure agrees.
-        assert two[0] == pytest.approx(one[0], rel=1e-3, abs=1e-5)
-        assert [line["loss"] for line in two] == pytest.approx([line["loss"] for line in one], rel=1e-2)
-    else:
+    assert_same(one[:2], two[:2])
+    if kind != "adversarial":
         assert_same(one, two)
     assert [line["step"] for line in one] == [1, 2, 3, 4]
+
+
+def test_later_adversarial_steps_differ_by_rounding_alone(images, folder, tmp_path):
+    """One process whose weights begin half a unit in the last place away gives the curve of two, every figure of it.
+
+    The adversarial weight is a ratio of gradients, one of which nearly cancels in the batch normalisation, so rounding
+    may move it by per cents: which way, the first weights decide.
+    """
+    one, two = (curve(folder / name("adversarial", "adamw", variant)) for variant in ("one", "two"))
+    curves = [one, *(perturbed(images, tmp_path, seed) for seed in range(3))]
+    assert any(lines == [pytest.approx(line, rel=1e-3, abs=1e-4) for line in two] for lines in curves)
 
 
 def test_processes_and_micro_batches_together(folder):
