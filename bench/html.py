@@ -137,7 +137,7 @@ def _roofline(document: Mapping[str, Any]) -> str:
     chart = svg.scatter(points, roofs, ("FLOP per byte", "GFLOP/s"))
     note = (
         "FLOP and bytes by formula, as the engine runs the decode in two-byte elements; ceilings measured in this run. "
-        "A point over a roof had its data in a cache."
+        "A point over a roof had its data in a cache, or multiplied 8-bit numbers."
     )
     return f"{svg.legend(list(points))}<figure>{chart}<figcaption>{note}</figcaption></figure>"
 

@@ -75,7 +75,7 @@ def scatter(
         corners = [at(start, bandwidth * start), at(peak / bandwidth, peak), at(x1, peak)]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in corners)
         body.append(f'<polyline class="roof" points="{path}"/>')
-        body.append(_text(corners[2][0], corners[2][1] - 5, name, "end", "value"))
+        body.append(_text(corners[1][0] + 8, corners[1][1] - 5, name, "start", "value"))  # few points lie at the ridge
     for i, (name, ps) in enumerate(points.items()):
         for x, y, what in ps:
             cx, cy = at(x, y)
