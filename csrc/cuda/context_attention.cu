@@ -113,9 +113,10 @@ void context_attention(const ContextAttention& x, DType dtype, std::uintptr_t st
     const int splits = context_attention_splits(pairs, x.queries, x.keys, multiprocessors(device));
     expect(pairs * splits < (std::int64_t{1} << 31), "images * heads * queries is too large for one launch");
     const Arguments arguments{x, splits};
-    kernel_for(dtype,
-               x.keys)<<<static_cast<unsigned>(pairs * splits), kThreads, context::shared_bytes(context::chunks_for(x.keys)),
-                         reinterpret_cast<cudaStream_t>(stream)>>>(arguments);
+    kernel_for(
+        dtype,
+        x.keys)<<<static_cast<unsigned>(pairs * splits), kThreads, context::shared_bytes(context::chunks_for(x.keys)),
+                  reinterpret_cast<cudaStream_t>(stream)>>>(arguments);
     cuda_check(cudaGetLastError(), "context_attention");
 }
 
