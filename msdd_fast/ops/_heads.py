@@ -1,4 +1,4 @@
-"""What attention and context_attention share about tensors (B, N, heads, head size)."""
+"""What the attention ops share about tensors (B, N, heads, head size)."""
 
 from __future__ import annotations
 
