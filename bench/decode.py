@@ -184,7 +184,7 @@ def plain(
     if case.kind == "encode":
         encode = eager_encode(tokenizer, dtype, compiled)
         return lambda _: encode(inputs)
-    decode = eager(tokenizer, dtype, compiled, _by_block(tokenizer, case))
+    decode = eager(tokenizer, dtype, compiled, by_block(tokenizer))
     return lambda mark: decode(inputs, steps=case.steps, cfg_scale=case.cfg_scale, stage_callback=lambda _: mark())
 
 
@@ -194,9 +194,10 @@ def compiled(case: dict[str, Any], device: str, dtype: str) -> Callable[[Mark], 
     return plain(load(wanted.model, torch.device(device)), wanted, getattr(torch, dtype), compiled=True)
 
 
-def _by_block(tokenizer: Tokenizer, case: DecodeCase) -> bool:
+def by_block(tokenizer: Tokenizer) -> bool:
+    """Whether torch.compile takes the blocks of this decoder one by one: see WHOLE_DEPTH."""
     cpu, config = next(tokenizer.parameters()).device.type == "cpu", tokenizer.config
-    return cpu and case.kind == "decode" and isinstance(config, TokenizerConfig) and config.decoder.depth > WHOLE_DEPTH
+    return cpu and isinstance(config, TokenizerConfig) and config.decoder.depth > WHOLE_DEPTH
 
 
 def candidates(
@@ -258,7 +259,7 @@ def measure_case(
     cuda = device.type == "cuda"
     with contextlib.ExitStack() as stack:
         name = f"compile-{SHORT[compute_dtype(torch.bfloat16, device)[0]]}"
-        if _by_block(tokenizer, case):
+        if case.kind == "decode" and by_block(tokenizer):
             name += " by block"
         call, reason = other or compile_all(stack, [case], device)[0]
         found, missing = candidates(tokenizer, case, name, call)

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from msdd_fast.bench.ceilings import copy_bandwidth, gemm_rate
-from msdd_fast.bench.decode import WHOLE_DEPTH
+from msdd_fast.bench.decode import by_block
 from msdd_fast.bench.isolated import IsolatedError, isolated
 from msdd_fast.bench.machine import machine_info
 from msdd_fast.bench.results import aligned, number
@@ -230,7 +230,7 @@ def compiled(name: str, device: str, dtype: str, batch: int) -> Callable[[Callab
     where, kind = torch.device(device), getattr(torch, dtype)
     if name in OURS:
         tokenizer = load(name, where)
-        decode = eager(tokenizer, kind, compiled=True, by_block=by_block(tokenizer, where))
+        decode = eager(tokenizer, kind, compiled=True, by_block=by_block(tokenizer))
         latents = _latents(tokenizer, batch)
         return lambda _: decode(latents, steps=1)
     peer = next(p for p in PEERS if p.name == name)
@@ -243,12 +243,6 @@ def compiled(name: str, device: str, dtype: str, batch: int) -> Callable[[Callab
             return peer.decode(model, z)
 
     return run
-
-
-def by_block(tokenizer: Any, device: torch.device) -> bool:
-    """Deep networks of ours on a CPU are compiled as in bench/decode.py."""
-    deep = tokenizer.config.family == "msdd" and tokenizer.config.decoder.depth > WHOLE_DEPTH
-    return device.type == "cpu" and deep
 
 
 def build(peer: Peer, device: torch.device, dtype: torch.dtype, batch: int) -> tuple[nn.Module, Tensor]:
@@ -314,7 +308,7 @@ def _ours(name: str, options: Options) -> list[dict[str, Any]]:
     plain = eager(tokenizer, options.dtype)
     row["eager"] = time_it(lambda: plain(z, steps=1), options.rounds, options.seconds)
     row["compile"] = time_compiled(name, options, row["eager"]["median_s"])
-    if by_block(tokenizer, options.device):
+    if by_block(tokenizer):
         row["compile"]["note"] = "by block"
     engine = accelerate(tokenizer, dtype=options.dtype, batch_sizes=(options.batch,), steps=1)
     row["engine"] = time_it(lambda: engine.decode(z), options.rounds, options.seconds)

@@ -52,21 +52,26 @@ def assert_same(a, b, rest=1e-3):
 @pytest.mark.parametrize(("kind", "optimizer"), RUNS)
 def test_two_processes_give_the_curve_of_one(folder, kind, optimizer):
     one, two = (curve(folder / name(kind, optimizer, variant)) for variant in ("one", "two"))
-    assert_same(one[:2], two[:2])
-    if kind != "adversarial":
+    if kind == "adversarial":  # its later steps: the next test
+        assert two[0] == pytest.approx(one[0], rel=1e-3, abs=1e-5)
+        assert [line["loss"] for line in two] == pytest.approx([line["loss"] for line in one], rel=1e-2)
+    else:
         assert_same(one, two)
     assert [line["step"] for line in one] == [1, 2, 3, 4]
 
 
 def test_later_adversarial_steps_differ_by_rounding_alone(images, folder, tmp_path):
-    """One process whose weights begin half a unit in the last place away gives the curve of two, every figure of it.
+    """Two processes move a figure at most four times as far as weights that begin half a unit in the last place away.
 
     The adversarial weight is a ratio of gradients, one of which nearly cancels in the batch normalisation, so rounding
-    may move it by per cents: which way, the first weights decide.
+    may move it by per cents.
     """
     one, two = (curve(folder / name("adversarial", "adamw", variant)) for variant in ("one", "two"))
-    curves = [one, *(perturbed(images, tmp_path, seed) for seed in range(3))]
-    assert any(lines == [pytest.approx(line, rel=1e-3, abs=1e-4) for line in two] for lines in curves)
+    moved = [perturbed(images, tmp_path, seed) for seed in range(4)]
+    for step, (x, y) in enumerate(zip(one, two, strict=True)):
+        for figure, value in x.items():
+            drift = max(abs(lines[step][figure] - value) for lines in moved)
+            assert y[figure] == pytest.approx(value, rel=1e-3, abs=max(1e-4, 4 * drift)), (step, figure)
 
 
 def test_processes_and_micro_batches_together(folder):

@@ -75,9 +75,8 @@ def test_unreadable_pictures_are_counted_and_named(images, tmp_path, capsys):
     for workers in (0, 1):
         with pytest.raises(InputError, match=r"^1 images in a row cannot be read, the last: .*text.jpg"):
             trainer("stage1", folder, tmp_path / "none", steps=3, workers=workers).run()
-        assert (
-            not multiprocessing.active_children()
-        )  # they ignore SIGTERM: left over, they would keep Python from exiting
+        # The loader's workers ignore SIGTERM: left over, they would keep Python from exiting.
+        assert not multiprocessing.active_children()
 
 
 def test_held_out_figures_choose_the_best(images, tmp_path):
