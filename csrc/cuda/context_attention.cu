@@ -18,7 +18,7 @@ namespace {
 using context::Arguments;
 using context::kThreads;
 
-// Up to 128 keys: 128 registers and 40 KiB of shared memory, 4 blocks, 16 warps, on a multiprocessor. Above: 168
+// Up to 128 keys: 128 registers and 40 KiB of shared memory, 4 blocks, 16 warps, on a multiprocessor. Above: up to 168
 // registers and 56 or 72 KiB, 3 blocks (2 where a multiprocessor has less than 171 or 219 KiB).
 template <class T, int chunks, bool masked>
 __global__ void __launch_bounds__(kThreads, context::resident_blocks(chunks))
