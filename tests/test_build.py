@@ -235,18 +235,22 @@ def test_reasons_why_the_extension_is_missing(probe):
 
 
 def test_import_is_lean(tmp_path):
-    """No Triton, no extension, no CUDA context; less than 0.3 s beyond `import torch`, once Python has its bytecode.
+    """No Triton, no extension, no CUDA context; at most a fifth of what `import torch` takes (0.3 s of 1.5 s).
 
-    The best of three, in processor time: other work on the machine must not count.
+    A ratio, because machines differ; the best of three in processor time, because other work must not count; once
+    Python has its bytecode; and with torch's objects frozen, because the collector may look through all of them
+    during whatever import comes next.
     """
     script = """
-import json, sys, time
+import gc, json, sys, time
+start = time.process_time()
 import torch
-before, start = set(sys.modules), time.process_time()
+gc.freeze()
+before, middle = set(sys.modules), time.process_time()
 import msdd_fast
-seconds = time.process_time() - start
+ours = time.process_time() - middle
 new = sorted(set(sys.modules) - before)
-print(json.dumps({"seconds": seconds, "new": new, "cuda": torch.cuda.is_initialized()}))
+print(json.dumps({"ours": ours, "torch": middle - start, "new": new, "cuda": torch.cuda.is_initialized()}))
 """
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
     environment["PYTHONPYCACHEPREFIX"] = str(tmp_path)
@@ -261,4 +265,5 @@ print(json.dumps({"seconds": seconds, "new": new, "cuda": torch.cuda.is_initiali
     for run in runs:
         loaded = {name for name in run["new"] if name.split(".")[0] == "triton" or name == "msdd_fast._C"}
         assert not loaded and "msdd_fast.native" not in run["new"] and not run["cuda"]
-    assert min(run["seconds"] for run in runs) < 0.3
+    ours, torchs = (min(run[name] for run in runs) for name in ("ours", "torch"))
+    assert ours < 0.2 * torchs
