@@ -3,23 +3,23 @@
     python -m msdd_fast.bench.peers [--batch 1] [--dtype fp32] [--only NAME ...] [--json FILE]
 
 The others are built by diffusers (``pip install 'msdd-fast[peers]'``) at the configurations of SPEC section C with
-random weights: speed does not depend on them. Same dtype, batch and timer for all, one decoder after the other, since
-together they would not fit into a small memory; FLOP are counted by torch while one image is decoded.
+random weights: speed does not depend on them. Same dtype, batch and timer for all. The ways to run one decoder take
+turns, and each has at least one call after its first; the decoders come one after the other, since together they would
+not fit into a small memory. FLOP are counted by torch while one image is decoded.
 
-What would take too long is marked: a decoder whose first call takes longer than ``--seconds`` is not called again, so
-its number includes what a first call does once; a teacher of 30 steps is one step measured and multiplied;
-torch.compile runs in a process of its own, which is ended where its first call is not back after ``--compile-seconds``.
+What would take too long is marked: a teacher of 30 steps is one step measured and multiplied; torch.compile runs in a
+process of its own, which is ended where its first call is not back after ``--compile-seconds``.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import json
-import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,13 +29,14 @@ from torch import Tensor, nn
 
 from msdd_fast.bench.ceilings import copy_bandwidth, gemm_rate
 from msdd_fast.bench.decode import by_block
-from msdd_fast.bench.isolated import IsolatedError, isolated
+from msdd_fast.bench.harness import Check, Provider, WrongResultError, compare
+from msdd_fast.bench.isolated import Isolated, IsolatedError, isolated
 from msdd_fast.bench.machine import machine_info
 from msdd_fast.bench.results import aligned, number
 from msdd_fast.bench.roofline import decode_work, total
 from msdd_fast.bench.ssdd_roofline import ssdd_decode_work
 from msdd_fast.bench.suite import DTYPES
-from msdd_fast.bench.timing import now
+from msdd_fast.bench.timing import WallTimer
 from msdd_fast.bench.waterfall import eager, load
 from msdd_fast.config import SSDDConfig
 from msdd_fast.engine import accelerate
@@ -148,7 +149,7 @@ PEERS = (
         "consistency decoder",
         _consistency,
         (4, 32, 32),
-        _sample,
+        lambda m, z: m.decode(z, torch.Generator(z.device).manual_seed(0)).sample,
         lambda m: [m.decoder_unet],
         lambda m: m.decoder_unet(torch.empty(1, 7, SIZE, SIZE), torch.zeros(1, dtype=torch.int64)).sample,
     ),
@@ -178,19 +179,6 @@ def facts(peer: Peer) -> dict[str, Any]:
     return {"parameters": parameters, "flops": flops}
 
 
-def time_it(run: Callable[[], Any], rounds: int, seconds: float) -> dict[str, Any]:
-    """Median of the calls after the first one; of the first one where it took longer than ``seconds``."""
-    begin = now()
-    run()
-    first = now() - begin
-    samples: list[float] = []
-    while first <= seconds and len(samples) < rounds and (not samples or sum(samples) < seconds):
-        begin = now()
-        run()
-        samples.append(now() - begin)
-    return {"median_s": statistics.median(samples or [first]), "samples": samples, "first_s": first}
-
-
 @dataclass(frozen=True)
 class Options:
     """What all decoders of a run share; ``compile_seconds`` 0 leaves torch.compile out."""
@@ -203,12 +191,34 @@ class Options:
     compile_seconds: float = 60.0
 
 
-def time_compiled(name: str, options: Options, eager_s: float) -> dict[str, Any]:
-    """As ``time_it``, of ``compiled(name, ...)`` in a process of its own; else {"missing": the reason}."""
+def in_turns(name: str, ways: Mapping[str, Callable[[], Tensor]], options: Options) -> dict[str, dict[str, Any]]:
+    """Every way to run the decoder ``name``, and torch.compile of it in a process of its own: one call each, in turns.
+
+    {"median_s", "samples", "first_s", "max_error"} of each, the error being the difference from the first way;
+    {"missing": the reason} for "compile" if it could not be had.
+    """
+    providers = [Provider(way, run) for way, run in ways.items()]
+    with contextlib.ExitStack() as stack:
+        call, reason = _compile(stack, name, options)
+        if call is not None:
+            other = call
+            providers.append(Provider("compile", lambda: other.result, lambda: sum(other.laps())))
+        measured = compare(providers, _like_the_first(), WallTimer(), options.rounds, 0, options.seconds, min_rounds=1)
+    timed: dict[str, dict[str, Any]] = {
+        way: {"median_s": m.median, "samples": m.samples, "first_s": m.first_s, "max_error": m.max_error}
+        for way, m in measured.items()
+    }
+    if call is None:
+        timed["compile"] = {"missing": reason}
+    else:
+        timed["compile"]["first_s"] = call.first_s
+    return timed
+
+
+def _compile(stack: contextlib.ExitStack, name: str, options: Options) -> tuple[Isolated | None, str]:
+    """``compiled(name, ...)`` in a process that lives as long as ``stack``, or the reason why there is none."""
     if not options.compile_seconds:
-        return {"missing": "left out"}
-    if eager_s > options.compile_seconds:
-        return {"missing": f"left out: one eager call alone takes {eager_s:.0f} s"}
+        return None, "left out"
     arguments = {
         "name": name,
         "device": str(options.device),
@@ -216,13 +226,22 @@ def time_compiled(name: str, options: Options, eager_s: float) -> dict[str, Any]
         "batch": options.batch,
     }
     try:
-        with isolated("msdd_fast.bench.peers:compiled", arguments, options.compile_seconds) as call:
-            samples = [sum(call.laps())]
-            while len(samples) < options.rounds and sum(samples) < options.seconds:
-                samples.append(sum(call.laps()))
-            return {"median_s": statistics.median(samples), "samples": samples, "first_s": call.first_s}
+        return stack.enter_context(isolated("msdd_fast.bench.peers:compiled", arguments, options.compile_seconds)), ""
     except IsolatedError as error:
-        return {"missing": f"torch.compile {error}"}
+        return None, f"torch.compile {error}"
+
+
+def _like_the_first() -> Check:
+    """A check for ``compare``: the largest difference from the first result, of the same shape; all finite."""
+    seen: list[Tensor] = []
+
+    def check(name: str, result: Tensor) -> float:
+        seen.append(result.float().cpu())
+        if seen[-1].shape != seen[0].shape or not seen[-1].isfinite().all():
+            raise WrongResultError(f"{name} must give finite numbers of the shape {tuple(seen[0].shape)}")
+        return float((seen[-1] - seen[0]).abs().max())
+
+    return check
 
 
 def compiled(name: str, device: str, dtype: str, batch: int) -> Callable[[Callable[[], None]], Tensor]:
@@ -258,7 +277,7 @@ def build(peer: Peer, device: torch.device, dtype: torch.dtype, batch: int) -> t
 def measure(
     options: Options, only: Sequence[str] = (), progress: Callable[[str], None] = lambda _: None
 ) -> list[dict[str, Any]]:
-    """One row a decoder: name, parameters, flops, and for each way to run it what ``time_it`` gives."""
+    """One row a decoder: name, parameters, flops, and for each way to run it what ``in_turns`` gives."""
     rows: list[dict[str, Any]] = []
     for peer in PEERS:
         if not only or peer.name in only:
@@ -273,20 +292,10 @@ def measure(
     return rows
 
 
-def _theirs(peer: Peer, options: Options) -> dict[str, Any]:
-    timed = _eager(peer, options)  # its model is gone before another process makes its own
-    return {
-        "name": peer.name,
-        **facts(peer),
-        "eager": timed,
-        "compile": time_compiled(peer.name, options, timed["median_s"]),
-    }
-
-
 @torch.no_grad()
-def _eager(peer: Peer, options: Options) -> dict[str, Any]:
+def _theirs(peer: Peer, options: Options) -> dict[str, Any]:
     model, z = build(peer, options.device, options.dtype, options.batch)
-    return time_it(lambda: peer.decode(model, z), options.rounds, options.seconds)
+    return {"name": peer.name, **facts(peer), **in_turns(peer.name, {"eager": lambda: peer.decode(model, z)}, options)}
 
 
 def _latents(tokenizer: Any, batch: int) -> Tensor:
@@ -306,12 +315,10 @@ def _ours(name: str, options: Options) -> list[dict[str, Any]]:
         "flops": total(ssdd_decode_work(cfg, hoisted=False) if isinstance(cfg, SSDDConfig) else decode_work(cfg)).flops,
     }
     plain = eager(tokenizer, options.dtype)
-    row["eager"] = time_it(lambda: plain(z, steps=1), options.rounds, options.seconds)
-    row["compile"] = time_compiled(name, options, row["eager"]["median_s"])
+    engine = accelerate(tokenizer, dtype=options.dtype, batch_sizes=(options.batch,), steps=1)
+    row |= in_turns(name, {"eager": lambda: plain(z, steps=1), "engine": lambda: engine.decode(z)}, options)
     if by_block(tokenizer):
         row["compile"]["note"] = "by block"
-    engine = accelerate(tokenizer, dtype=options.dtype, batch_sizes=(options.batch,), steps=1)
-    row["engine"] = time_it(lambda: engine.decode(z), options.rounds, options.seconds)
     if name != TEACHER or isinstance(cfg, SSDDConfig):
         return [row]
     teacher = {"name": f"{name}, {TEACHER_STEPS} steps a scale", "parameters": row["parameters"]}
@@ -342,7 +349,7 @@ def table(rows: Sequence[dict[str, Any]], batch: int) -> list[str]:
 def _note(timed: dict[str, Any]) -> str | None:
     if "missing" in timed or "note" in timed:
         return str(timed.get("missing") or timed["note"])
-    return "its first call" if timed and not timed.get("samples", True) else None
+    return None
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -2,9 +2,9 @@
 
 A case is slower when its median is more than 10 % larger on a CPU (5 % on a GPU), and by more than 20 us. Against a
 revision, two processes of the same worker take turns, one call each, so that whatever slows the machine slows both, and
-the ratio is the median of the ratios of neighbours. What looks slower by half of that is a suspect: two fresh processes
-measure it for half as long again, and the verdict is that of all samples. So chance must strike twice for a false
-alarm, in the same direction, and a true slowdown that the first samples only hinted at is found.
+the ratio is the median of the ratios of neighbours. What looks slower by a third of that is a suspect: two fresh
+processes measure it for half as long again, and the verdict is that of all samples. So chance must strike twice for a
+false alarm, in the same direction, and a true slowdown that the first samples only hinted at is found.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from msdd_fast.errors import InputError
 
 RATIO = {"cpu": 1.10, "cuda": 1.05}
 SECONDS = 20e-6
+SUSPECT = 1 / 3
 CACHE = ROOT / "build" / "revisions"
 # "model kind batch [provider]" to seconds of measuring. The gate takes a minute at most: one and a half times these, if
 # every case is a suspect, and twice the start of the workers. Few and short calls, since verdicts need many rounds.
@@ -135,7 +136,7 @@ def between(
             progress(f"measuring {spec}")
             names = [n for n in start(old, spec) if n in set(start(new, spec))]
             samples[spec] = take(old, new, names, seconds)
-            found = [n for n in names if paired(n, *samples[spec][n], device, share=0.5).slower]
+            found = [n for n in names if paired(n, *samples[spec][n], device, SUSPECT).slower]
             if found:
                 suspects[spec] = found
     if not any(samples.values()):

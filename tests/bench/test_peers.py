@@ -1,9 +1,14 @@
 """The other decoders: their sizes and FLOP are those of SPEC section C; the table."""
 
+import contextlib
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from msdd_fast.bench import peers
+from msdd_fast.bench.harness import WrongResultError
+from msdd_fast.bench.isolated import IsolatedError
 from msdd_fast.errors import InputError
 
 CPU = torch.device("cpu")
@@ -23,12 +28,44 @@ def test_large_sizes_of_spec_c(name):
     _check(name, *SLOW_SPEC_C[name])
 
 
-def test_one_first_call_is_enough_for_a_slow_decoder():
-    calls = []
-    slow = peers.time_it(lambda: calls.append(0), rounds=5, seconds=-1.0)
-    assert len(calls) == 1 and slow["samples"] == [] and slow["median_s"] == slow["first_s"]
-    quick = peers.time_it(lambda: calls.append(0), rounds=5, seconds=100.0)
-    assert len(calls) == 7 and len(quick["samples"]) == 5
+def ways(order, **results):
+    def run(name):
+        order.append(name)
+        return results[name]
+
+    return {name: lambda name=name: run(name) for name in results}
+
+
+def test_the_ways_take_turns():
+    """After a first call of each; a slow decoder has one more."""
+    order = []
+    calls = ways(order, eager=torch.ones(2), engine=torch.tensor([1.0, 1.25]))
+    timed = peers.in_turns("a", calls, peers.Options(CPU, torch.float32, rounds=3, compile_seconds=0))
+    assert " ".join(order) == "eager engine" + " eager engine" + " engine eager" + " eager engine"
+    assert timed["compile"] == {"missing": "left out"}
+    assert timed["eager"]["max_error"] == 0 and timed["engine"]["max_error"] == 0.25
+    assert len(timed["engine"]["samples"]) == 3 and timed["engine"]["median_s"] < 1
+    order.clear()
+    peers.in_turns("a", calls, peers.Options(CPU, torch.float32, seconds=0, compile_seconds=0))
+    assert len(order) == 4
+
+
+def test_the_compiled_one_takes_turns_too(monkeypatch):
+    compiled = SimpleNamespace(first_s=60.0, result=torch.ones(2), laps=lambda: [1.0, 2.0])
+    monkeypatch.setattr(peers, "isolated", lambda *_: contextlib.nullcontext(compiled))
+    options = peers.Options(CPU, torch.float32, rounds=2)
+    timed = peers.in_turns("a", ways([], eager=torch.ones(2)), options)
+    assert timed["compile"] == {"median_s": 3.0, "samples": (3.0, 3.0), "first_s": 60.0, "max_error": 0}
+    compiled.result = torch.ones(3)
+    with pytest.raises(WrongResultError, match=r"compile must give finite numbers of the shape \(2,\)"):
+        peers.in_turns("a", ways([], eager=torch.ones(2)), options)
+
+    def too_slow(*_):
+        raise IsolatedError("did not end in 60 s")
+
+    monkeypatch.setattr(peers, "isolated", too_slow)
+    timed = peers.in_turns("a", ways([], eager=torch.ones(2)), options)
+    assert timed["compile"] == {"missing": "torch.compile did not end in 60 s"}
 
 
 @pytest.mark.slow
@@ -54,11 +91,11 @@ def test_the_table():
         {"name": "b", "parameters": 10**6, "flops": 10**9, "eager": {"median_s": 0.1}, "engine": {"median_s": 0.05}},
     ]
     rows[0]["compile"] = {"missing": "torch.compile did not end in 1 s"}
-    rows[1]["eager"]["samples"] = []
+    rows[1]["engine"]["note"] = "by block"
     lines = [line.split() for line in peers.table(rows, batch=2)]
     assert lines[1] == ["a", "2.0", "3", "4.00", "-", "[1]", "-"]
-    assert lines[2] == ["b", "1.0", "1", "20.0", "[2]", "-", "40.0"]
-    assert " ".join(lines[3]) == "[1] torch.compile did not end in 1 s" and " ".join(lines[4]) == "[2] its first call"
+    assert lines[2] == ["b", "1.0", "1", "20.0", "-", "40.0", "[2]"]
+    assert " ".join(lines[3]) == "[1] torch.compile did not end in 1 s" and " ".join(lines[4]) == "[2] by block"
     assert set(SPEC_C) | set(SLOW_SPEC_C) == {p.name for p in peers.PEERS}
     with pytest.raises(InputError, match="--only must name some of SD-VAE"):
         peers.main(["--only", "nothing"])

@@ -143,6 +143,9 @@ def test_sides_take_turns_and_a_suspect_is_measured_again(monkeypatch):
         regressions.against_revision("main", "cpu", {"tiny decode 1 engine": 10})  # the base has none
     fake = FakeWorkers(monkeypatch, factor=1.04)
     (verdict,) = regressions.against_revision("main", "cpu", case)
+    assert not verdict.slower and fake.started == 4  # a suspect, but no more
+    fake = FakeWorkers(monkeypatch, factor=1.03)
+    (verdict,) = regressions.against_revision("main", "cpu", case)
     assert not verdict.slower and fake.started == 2 and len(fake.order) == 2 * rounds  # no suspect
 
 
