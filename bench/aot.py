@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import re
 import subprocess
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -492,6 +494,11 @@ def markdown(facts: list[Facts]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _compile(index: int, dtype: str, target: str) -> Facts:
+    """``compile_case`` in another process: a case holds functions, which cannot be sent there."""
+    return compile_case(cases()[index], dtype, target)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16"])
@@ -499,8 +506,15 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--markdown", metavar="FILE")
     args = parser.parse_args()
-    wanted = [(c, d, t) for c in cases() for d in args.dtypes for t in args.targets]
-    facts = [compile_case(c, d, t) for c, d, t in wanted if d in c.dtypes and t in c.targets]
+    wanted = [
+        (i, d, t)
+        for i, c in enumerate(cases())
+        for d in args.dtypes
+        for t in args.targets
+        if d in c.dtypes and t in c.targets
+    ]
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+        facts = list(pool.map(_compile, *zip(*wanted, strict=True)))
     table = markdown(facts)
     print(table, end="")
     if args.json:

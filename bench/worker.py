@@ -17,6 +17,9 @@ import torch
 
 import msdd_fast
 
+# OpenMP's threads spin for some milliseconds after their work, which would disturb the other side's next call.
+REST_S = 0.01
+
 
 def providers(model: str, kind: str, batch: int, device: torch.device) -> dict:
     try:
@@ -63,6 +66,7 @@ def main() -> None:
             answer = list(found)
         else:
             answer = seconds(found[words[0]], device, slowdown)
+            time.sleep(REST_S)
         print(json.dumps(answer), flush=True)
 
 
