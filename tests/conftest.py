@@ -12,14 +12,27 @@ import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
+HAS_GPU = torch.cuda.is_available()
 
 # Without a GPU, Triton kernels run in its interpreter. Triton reads this when it is first imported, by whatever test.
-if not torch.cuda.is_available():
+if not HAS_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # torch.device(...) contexts look up once which functions they apply to: before poison_empty replaces some of them.
 with torch.device("cpu"):
     torch.empty(0)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    mark_gpu(items, HAS_GPU)
+
+
+def mark_gpu(items: list[Any], has_gpu: bool) -> None:
+    """Mark the tests of the backend "triton" where there is a GPU; elsewhere the interpreter runs them."""
+    for item in items:
+        if has_gpu and hasattr(item, "callspec") and item.callspec.params.get("backend") == "triton":
+            item.add_marker(pytest.mark.gpu)
 
 
 @pytest.fixture(scope="session")

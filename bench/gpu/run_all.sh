@@ -1,19 +1,22 @@
 #!/usr/bin/env bash
 # Build, test, sanitize, benchmark and profile on this machine; what needs a GPU is skipped where there is none.
 #
-#   bench/gpu/run_all.sh OUT [build] [tests] [sanitize] [bench] [training] [ncu]      (default: all, in this order)
+#   bench/gpu/run_all.sh OUT [build] [tests] [sanitize] [bench] [training] [ncu] [suite]     (default: all, in this order)
+#
+# "tests" are those that need the GPU; "suite" is all that do not, on this machine's Python, PyTorch and Triton.
 #
 # Leaves logs, bench.json, ncu.txt and summary.md in OUT. A part that fails does not stop the next; the exit status is 1
 # if any failed. Every part ends within LIMIT seconds (540), so that each fits a machine lent for ten minutes a command.
 #
 #   PYTHON  interpreter (default .venv/bin/python, else python3)
-#   TESTS   what the test part runs (default "tests")
+#   TESTS   what the parts "tests" and "suite" choose from (default "tests")
 #   BENCH   what the benchmark part runs (default "bench"), e.g. "bench/test_cfg_euler.py --no-compile"
 #
-# Wheels in .whl/ (pytest-benchmark and the like, for a machine without a network) are used without being installed.
+# Wheels in .whl/ (pytest-benchmark, pytest-xdist, execnet: for a machine without a network) are used without being
+# installed.
 set -u -o pipefail
 
-PARTS=(build tests sanitize bench training ncu)
+PARTS=(build tests sanitize bench training ncu suite)
 usage="usage: run_all.sh OUT [${PARTS[*]}]"
 [ $# -ge 1 ] || { echo "$usage" >&2; exit 2; }
 out=$(mkdir -p "$1" && cd "$1" && pwd) || exit 2
@@ -85,8 +88,26 @@ build() {
     run build "$python" -m pip install -v --disable-pip-version-check --no-build-isolation --no-deps -e .
 }
 
+# marked LABEL MARKS: the tests with these marks; with xdist in one process for every two cores.
+marked() {
+  local workers=$(($(nproc) / 2)) parallel=()
+  if [ "$workers" -gt 1 ] && "$python" -c "import xdist" 2>/dev/null; then
+    parallel=(-n "$workers" --dist worksteal)
+    local -x OMP_NUM_THREADS=2
+  fi
+  run "$1" "$python" -m pytest -q -rs "${parallel[@]}" -m "$2" ${TESTS:-tests}
+}
+
 tests() {
-  run tests "$python" -m pytest -q -rs -m "gpu or not slow" ${TESTS:-tests}
+  if [ -n "$arch" ]; then
+    marked tests gpu
+  else
+    skip tests "no GPU"
+  fi
+}
+
+suite() {
+  marked suite "not gpu and not slow"
 }
 
 # The comparisons of tests/ops are the small shapes: odd sizes, tails, strides. Without PyTorch's caching allocator,

@@ -16,10 +16,11 @@ def run_all(out, *parts, **environment):
 
 
 def test_benchmarks_and_skipped_parts(tmp_path):
-    done = run_all(tmp_path, "sanitize", "bench", "training", "ncu", BENCH="bench/test_euler_step.py --quick")
+    done = run_all(tmp_path, "tests", "sanitize", "bench", "training", "ncu", BENCH="bench/test_euler_step.py --quick")
     assert done.returncode == 0, done.stdout + done.stderr
     summary = (tmp_path / "summary.md").read_text()
     for line in (
+        "| tests | skipped: no GPU | 0 |",
         "| memcheck | skipped: no GPU | 0 |",
         "| ncu | skipped: no GPU | 0 |",
         "| training-msdd-d12 | skipped: no GPU | 0 |",
@@ -32,10 +33,10 @@ def test_benchmarks_and_skipped_parts(tmp_path):
 
 
 def test_a_failure_is_recorded_and_the_next_part_runs(tmp_path):
-    done = run_all(tmp_path, "tests", "bench", TESTS="tests/missing.py", BENCH="bench --version")
+    done = run_all(tmp_path, "suite", "bench", TESTS="tests/missing.py", BENCH="bench --version")
     assert done.returncode == 1
     summary = (tmp_path / "summary.md").read_text()
-    assert "| tests | failed (exit 4) |" in summary and "| bench | passed |" in summary
+    assert "| suite | failed (exit 4) |" in summary and "| bench | passed |" in summary
     stopped = run_all(tmp_path, "bench", LIMIT="0.01")
     assert stopped.returncode == 1 and "| bench | stopped after 0.01 s |" in (tmp_path / "summary.md").read_text()
 

@@ -8,6 +8,7 @@ import torch
 from msdd_fast import Tokenizer, accelerate
 from msdd_fast.backends import extension_status, use_backend
 from msdd_fast.config import ScheduleConfig, get_preset
+from tests.conftest import HAS_GPU
 from tests.perturbed import perturbed
 
 # float32: eager and engine differ in the order of sums only. Decoded values reach 4; the largest difference seen is
@@ -28,14 +29,14 @@ def reference(tok, *args, **kwargs):
 
 @pytest.mark.parametrize("cfg_scale", [1.0, 2.0])
 @pytest.mark.parametrize("steps", [1, 4])
-def test_float32(tok, steps, cfg_scale):
-    z = latents(tok, 5)
+def test_float32(tok, on_device, steps, cfg_scale):
+    tok, z = on_device(tok), on_device(latents(tok, 5))
     engine = accelerate(tok, dtype=torch.float32, steps=steps, cfg_scale=cfg_scale, batch_sizes=(2,))
     expected = reference(tok, z, 7, steps, cfg_scale)
     assert (engine.decode(z, 7) - expected).abs().max() < FLOAT32
     assert (engine.decode(z[3:4], 10) - expected[3:4]).abs().max() < FLOAT32
     sizes = [tok.config.stage_resolution(s) for s in range(tok.config.schedule.num_stages)]
-    noise = [torch.randn(5, 3, r, r, generator=torch.Generator().manual_seed(r)) for r in sizes]
+    noise = [on_device(torch.randn(5, 3, r, r, generator=torch.Generator().manual_seed(r))) for r in sizes]
     given = engine.decode(z, noise=noise)
     assert (given - reference(tok, z, noise=noise, steps=steps, cfg_scale=cfg_scale)).abs().max() < FLOAT32
     assert (given - expected).abs().max() > 0.1  # the noise matters
@@ -44,7 +45,7 @@ def test_float32(tok, steps, cfg_scale):
 @pytest.mark.parametrize("backend", ["eager", "cpu", "triton"])
 @pytest.mark.parametrize("conditioning", ["cross", "joint"])
 def test_every_backend(conditioning, backend):
-    """Two small scales: Triton's interpreter takes milliseconds for every program of a grid."""
+    """Two small scales: Triton's interpreter, where there is no GPU, takes milliseconds for every program of a grid."""
     if backend == "cpu" and not extension_status()[0]:
         pytest.skip(extension_status()[1])
     tiny = get_preset("tiny")
@@ -54,8 +55,9 @@ def test_every_backend(conditioning, backend):
         schedule=ScheduleConfig(num_stages=2),
         decoder=replace(tiny.decoder, conditioning=conditioning, head_dim=64, depth=2),
     )
-    tok = perturbed(config)
-    z = latents(tok, 1)
+    device = "cuda" if backend == "triton" and HAS_GPU else "cpu"
+    tok = perturbed(config).to(device)
+    z = latents(tok, 1).to(device)
     choice = f"{backend},context_attention=auto"  # Triton has that one in 16 bits only
     engine = accelerate(tok, dtype=torch.float32, backend=choice, cfg_scale=1.5)
     assert (engine.decode(z, 3) - reference(tok, z, 3, cfg_scale=1.5)).abs().max() < FLOAT32
@@ -65,11 +67,11 @@ def test_every_backend(conditioning, backend):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16])
 @pytest.mark.parametrize("cfg_scale", [1.0, 2.0])
-def test_bfloat16_errs_no_more_than_eager(tok, dtype, cfg_scale, monkeypatch):
+def test_bfloat16_errs_no_more_than_eager(tok, on_device, dtype, cfg_scale, monkeypatch):
     monkeypatch.setenv("MSDD_FAST_CPU_BF16", "1")
-    z = latents(tok, 4)
+    tok, z = on_device(tok), on_device(latents(tok, 4))
     exact = reference(tok, z, 7, 2, cfg_scale)
-    low = Tokenizer.from_config(tok.config).to(dtype)
+    low = on_device(Tokenizer.from_config(tok.config)).to(dtype)
     low.load_state_dict(tok.state_dict())
     eager = reference(low, z.to(dtype), 7, 2, cfg_scale).float()
     engine = accelerate(low, dtype=dtype, steps=2, cfg_scale=cfg_scale)
@@ -80,9 +82,9 @@ def test_bfloat16_errs_no_more_than_eager(tok, dtype, cfg_scale, monkeypatch):
 
 
 @pytest.mark.parametrize("batch", [1, 9, 65])
-def test_nano(batch):
-    tok = Tokenizer.from_pretrained("msdd-nano")
-    z = latents(tok, batch)
+def test_nano(batch, on_device):
+    tok = on_device(Tokenizer.from_pretrained("msdd-nano"))
+    z = on_device(latents(tok, batch))
     engine = accelerate(tok, dtype=torch.float32)
     assert (engine.decode(z, 1) - reference(tok, z, 1)).abs().max() < FLOAT32
     as_bytes = engine.decode(z, 1, out_dtype=torch.uint8)

@@ -4,21 +4,8 @@ import pytest
 import torch
 
 from msdd_fast.backends import extension_status
+from tests.conftest import HAS_GPU
 from tests.tolerances import assert_no_worse, assert_rounded_once
-
-HAS_GPU = torch.cuda.is_available()
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    mark_gpu(items, HAS_GPU)
-
-
-def mark_gpu(items, has_gpu):
-    """Mark the tests of the backend "triton" where there is a GPU; elsewhere the interpreter runs them."""
-    for item in items:
-        if has_gpu and hasattr(item, "callspec") and item.callspec.params.get("backend") == "triton":
-            item.add_marker(pytest.mark.gpu)
 
 
 @pytest.fixture(params=["cpu", "triton"])

@@ -13,7 +13,7 @@ from msdd_fast import backends, native_cuda, ops
 from msdd_fast.backends import extension_status
 from msdd_fast.errors import BackendUnavailableError, InputError
 from msdd_fast.ops._heads import is_token_major
-from tests.ops.conftest import HAS_GPU
+from tests.conftest import HAS_GPU
 from tests.tolerances import FLOAT32_SLACK, INTERPRETER_ROUNDING, ROUNDING
 
 module = sys.modules["msdd_fast.ops.context_attention"]

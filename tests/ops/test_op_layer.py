@@ -12,7 +12,7 @@ from msdd_fast import backends, ops
 from msdd_fast.backends import BACKENDS, parse_choice, use_backend
 from msdd_fast.errors import BackendUnavailableError, InputError
 from msdd_fast.ops import _op
-from tests.ops.conftest import HAS_GPU
+from tests.conftest import HAS_GPU
 
 SEEDS = torch.tensor([3, 4])
 X = torch.randn(2, 3, 4, 6, generator=torch.Generator().manual_seed(0))

@@ -11,7 +11,7 @@ import torch
 
 from msdd_fast import ops
 from msdd_fast.errors import BackendUnavailableError, InputError
-from tests.ops.conftest import HAS_GPU
+from tests.conftest import HAS_GPU
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1, 1), (3, 5), (5, 33), (2, 768), (2, 1536)]

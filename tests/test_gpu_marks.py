@@ -2,7 +2,7 @@
 
 from types import SimpleNamespace
 
-from tests.ops.conftest import mark_gpu
+from tests.conftest import mark_gpu
 
 
 def marked(has_gpu, **params):
