@@ -347,9 +347,7 @@ def table(rows: Sequence[dict[str, Any]], batch: int) -> list[str]:
 
 
 def _note(timed: dict[str, Any]) -> str | None:
-    if "missing" in timed or "note" in timed:
-        return str(timed.get("missing") or timed["note"])
-    return None
+    return timed.get("missing") or timed.get("note")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

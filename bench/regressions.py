@@ -3,7 +3,7 @@
 A case is slower when it takes more than 10 % longer on a CPU (5 % on a GPU), and more than 20 us longer.
 
 Against a revision, two processes of the same worker take turns, one call each, so that whatever slows the machine slows
-both, and the ratio is the mean of the middle half of the ratios of neighbours (on one noisy machine its deviation was 5
+both, and the ratio is the mean of the middle half of the ratios of neighbours (on one noisy machine its deviation was 4
 to 15 % less than that of their median). Less is due to chance then, so that 8 % are too much on a CPU. What looks
 slower by a third of the threshold is a suspect: two fresh processes measure it for as long again, and the verdict is
 that of all samples. So chance must strike twice for a false alarm, in the same direction, and a true slowdown that the
