@@ -77,6 +77,7 @@ def run(args: argparse.Namespace) -> None:
 
             found, profiler = profile.rows(call, device)
         else:
+            tokenizer = waterfall.in_dtype(tokenizer, dtype)  # here, so that the layers named below are those that run
             decode = waterfall.eager(tokenizer, dtype)
             options = {name: value for name, value in sampling.items() if value is not None}
 

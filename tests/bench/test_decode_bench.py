@@ -150,11 +150,12 @@ def test_profile_attributes_time_bytes_and_flop_to_scales(tiny, monkeypatch):
     assert "all" in "\n".join(profile.table(rows, CPU, torch.float32, top=3))
 
 
-def test_the_profile_command_writes_a_trace(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_profile_command_writes_a_trace(dtype, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("msdd_fast.bench.ceilings.last_level_cache", lambda _: 2**20)
     trace = tmp_path / "trace.json"
     command = ["profile", "--model", "tiny", "--provider", "eager", "--trace", str(trace), "--memory", "--top", "5"]
-    assert cli.main(command) == 0
+    assert cli.main([*command, "--dtype", dtype]) == 0
     names = {e.get("name") for e in json.loads(trace.read_text())["traceEvents"]}
     assert {"scale 8", "scale 64", "layer 0", "layer 1"} <= names
     printed = capsys.readouterr().out

@@ -3,11 +3,13 @@
 import gc
 import threading
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
 
 from msdd_fast import Tokenizer, accelerate, explain
+from msdd_fast.engine.compute import compute_dtype
 from msdd_fast.errors import BackendUnavailableError, InputError
 from msdd_fast.images import to_uint8
 from tests.engine.test_parity import FLOAT32, latents
@@ -223,6 +225,16 @@ def test_float32_instead_of_bfloat16_is_said(cross, monkeypatch):
     monkeypatch.setenv("MSDD_FAST_CPU_BF16", "maybe")
     with pytest.raises(InputError, match="MSDD_FAST_CPU_BF16 must be auto, 0 or 1, got 'maybe'"):
         accelerate(cross)
+
+
+@pytest.mark.parametrize(
+    ("flags", "dtype"),
+    [("avx512f avx512_bf16", torch.bfloat16), ("amx_bf16", torch.bfloat16), ("avx2 avx512f", torch.float32)],
+)
+def test_the_processor_says_whether_bfloat16_is_fast(flags, dtype, monkeypatch):
+    monkeypatch.setenv("MSDD_FAST_CPU_BF16", "auto")
+    monkeypatch.setattr(Path, "read_text", lambda self: f"flags : {flags} \n")
+    assert compute_dtype(torch.bfloat16, torch.device("cpu"))[0] == dtype
 
 
 def test_explain_agrees_with_the_engine(tok):
