@@ -105,8 +105,8 @@ def _in_group(rank, world, port, function, args):
     torch.set_num_threads(1)
     with process_group("cpu"):
         function(*args)
-    # Not through the interpreter's end: a thread of PyTorch's gloo group was once still there (1 of 30 runs of one test)
-    # and std::terminate took the process down after all was done. The tests of whole commands end as users' runs do.
+    # Not through the interpreter's end, where a process once died of std::terminate after all was done (1 of 30 runs of
+    # one test; probably a thread of PyTorch's group). The tests of whole commands end as users' runs do.
     sys.stderr.flush()
     os._exit(0)
 
