@@ -40,8 +40,8 @@ MSDD_SIMD inline Vec to_pairs(Vec a, Vec) { return a; }
 template <class T>
 constexpr bool PAIRS = HAS_PAIRS && std::is_same_v<T, BFloat16>;
 
-// c[ROWS][COLUMNS] = a[ROWS][depth] b[depth][COLUMNS of PANEL], or c += that; COLUMNS are one vector or two, depth is in
-// numbers or pairs.
+// c[ROWS][COLUMNS] = a[ROWS][depth] b[depth][COLUMNS of PANEL], or c += that; COLUMNS are one vector or two, depth is
+// in numbers or pairs.
 template <bool IN_PAIRS, std::int64_t COLUMNS = PANEL>
 MSDD_SIMD inline void multiply(const float* a, std::int64_t a_stride, const float* b, std::int64_t depth, float* c,
                                std::int64_t c_stride, bool accumulate) {
@@ -71,8 +71,8 @@ MSDD_SIMD inline void multiply(const float* a, std::int64_t a_stride, const floa
 }
 
 // 2^y for y <= 0: 2^n by the exponent's bits times 2^r, |r| <= 1/2, by a polynomial (minimax, 1 at 0). Relative error
-// 1.1e-7, or ROUGHLY 1.1e-4 where the result is rounded to bfloat16, by up to 2e-3. Below 2^-100 it stays there: next to
-// the largest weight, 1, that is nothing, and subnormals are slow.
+// 1.1e-7, or ROUGHLY 1.1e-4 where the result is rounded to bfloat16, by up to 2e-3. Below 2^-100 it stays there: next
+// to the largest weight, 1, that is nothing, and subnormals are slow.
 template <bool ROUGHLY>
 MSDD_SIMD inline Vec exp2_negative(Vec y) {
     y = max(set(-100.0f), y);            // a NaN goes through
@@ -106,9 +106,8 @@ MSDD_SIMD inline float softmax_row(float* row, std::int64_t width, float scale, 
     if (!first) maximum = std::max(before, maximum);
     // The difference first, which is exact at the maximum: scores of any size leave the weights accurate.
     const Vec shift = set(maximum), factor = set(scale);
-    const auto weights_at = [&](std::int64_t i) MSDD_SIMD {
-        return exp2_negative<IN_PAIRS>(mul(sub(load(row + i), shift), factor));
-    };
+    const auto weights_at = [&](std::int64_t i)
+                                MSDD_SIMD { return exp2_negative<IN_PAIRS>(mul(sub(load(row + i), shift), factor)); };
     Vec sums[2] = {set(0.0f), set(0.0f)};
     for (std::int64_t i = 0; i < whole; i += PANEL) {
         const Vec left = weights_at(i), right = weights_at(i + LANES);
