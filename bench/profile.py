@@ -29,7 +29,7 @@ from msdd_fast.bench import suite
 from msdd_fast.bench.ceilings import copy_bandwidth, floor_seconds, gemm_rate
 from msdd_fast.bench.report import ceilings_line
 from msdd_fast.bench.results import aligned, number
-from msdd_fast.bench.trace import NO_KERNEL, touched_bytes
+from msdd_fast.bench.trace import NO_KERNEL, PACKED_LINEAR, touched_bytes
 from msdd_fast.errors import InputError
 
 ROUNDS = 5
@@ -67,7 +67,7 @@ class Counter(TorchDispatchMode):
         if func.namespace == "msdd_fast":
             name = f"{packet} [{func._overloadname.replace('_', '-')}]"
         else:
-            name = _kernel(f"aten::{packet}", [list(a.shape) for a in args if isinstance(a, Tensor)])
+            name = _kernel(f"{func.namespace}::{packet}", [list(a.shape) for a in args if isinstance(a, Tensor)])
         key = (_scale(ranges.current()), name)
         self.bytes[key] += touched_bytes(args, kwargs, out)
         self.flops[key] += _flops(func, args, kwargs, out)
@@ -228,6 +228,9 @@ def _kernel(name: str, shapes: Sequence[Sequence[int]]) -> str:
     if name in PRODUCTS:
         a, b = [s for s in shapes if len(s) == 2][:2]
         return f"{name.removeprefix('aten::')} {a[0]}x{a[1]}x{b[1]}"
+    if name == PACKED_LINEAR:
+        (rows, inputs), weight = shapes[:2]
+        return f"packed linear {rows}x{inputs}x{weight[0]}"
     return name
 
 

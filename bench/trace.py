@@ -14,9 +14,18 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import register_flop_formula
 
 # Allocation and metadata only.
 NO_KERNEL = {"empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "resolve_conj", "resolve_neg"}
+
+PACKED_LINEAR = "mkldnn::_linear_pointwise"  # of weights that oneDNN packed: msdd_fast/engine/linear.py
+
+
+@register_flop_formula(torch.ops.mkldnn._linear_pointwise)
+def _packed_linear_flops(x: Any, weight: Any, *_: Any, **__: Any) -> int:
+    """FLOP of rows x (..., in) and a weight (out, in), by their shapes: torch's counter does not know the operator."""
+    return 2 * math.prod(x) * int(weight[0])
 
 
 class LaunchCounter(TorchDispatchMode):
