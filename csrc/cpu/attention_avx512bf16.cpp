@@ -1,5 +1,5 @@
-// Attention by AVX-512 with products of pairs of bfloat16: twice the multiplications of an instruction. Compiled, but
-// not run yet, for want of such a machine; the level plain_bf16 runs the same layout.
+// Attention by AVX-512 with products of pairs of bfloat16: twice the multiplications of an instruction. The level
+// plain_bf16 runs the same layout on machines without it.
 #include "attention_job.h"
 
 #ifdef MSDD_X86_LEVELS
