@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 # Allocation and metadata only.
 NO_KERNEL = {"empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "resolve_conj", "resolve_neg"}
@@ -22,10 +22,14 @@ NO_KERNEL = {"empty", "empty_strided", "empty_like", "new_empty", "new_empty_str
 PACKED_LINEAR = "mkldnn::_linear_pointwise"  # of weights that oneDNN packed: msdd_fast/engine/linear.py
 
 
-@register_flop_formula(torch.ops.mkldnn._linear_pointwise)
 def _packed_linear_flops(x: Any, weight: Any, *_: Any, **__: Any) -> int:
-    """FLOP of rows x (..., in) and a weight (out, in), by their shapes: torch's counter does not know the operator."""
+    """FLOP of rows x (..., in) and a weight (out, in), by their shapes."""
     return 2 * math.prod(x) * int(weight[0])
+
+
+# torch's counter does not know the operator, nor has every build of torch got it.
+if hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch.ops.mkldnn._linear_pointwise not in flop_registry:
+    register_flop_formula(torch.ops.mkldnn._linear_pointwise)(_packed_linear_flops)
 
 
 class LaunchCounter(TorchDispatchMode):

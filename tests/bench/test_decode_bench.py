@@ -14,6 +14,7 @@ from msdd_fast.bench.html import page
 from msdd_fast.bench.results import case_lines, facts_lines, history, percentile, read, save, slug
 from msdd_fast.bench.roofline import decode_work, total
 from msdd_fast.engine import accelerate
+from msdd_fast.engine.linear import DenseLinear
 from msdd_fast.errors import InputError
 from tests.bench.documents import document
 
@@ -148,6 +149,14 @@ def test_profile_attributes_time_bytes_and_flop_to_scales(tiny, monkeypatch):
     names = {e.name for e in profiler.events()}
     assert {"scale 64", "layer 1", swiglu.kernel} <= names
     assert "all" in "\n".join(profile.table(rows, CPU, torch.float32, top=3))
+
+
+def test_packed_weights_are_counted_as_plain_ones():
+    """Linears in oneDNN's own layout, of which torch's counter knows nothing by itself."""
+    linear, x = DenseLinear(torch.zeros(48, 32).bfloat16(), None), torch.zeros(5, 32).bfloat16()
+    rows, _ = profile.rows(lambda: linear(x), CPU)
+    name = "packed linear" if linear.packed else "mm"
+    assert [(r.kernel, r.calls, r.flops) for r in rows if r.flops] == [(f"{name} 5x32x48", 1, 2 * 5 * 32 * 48)]
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
