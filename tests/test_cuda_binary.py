@@ -6,6 +6,7 @@ Read from msdd_fast._C itself with the cuobjdump and nvdisasm of Triton's wheel.
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from msdd_fast import backends
+from tests.conftest import ROOT
 
 HAS_EXTENSION, WHY = backends.extension_status()
 INFO = backends.build_info()
@@ -92,6 +94,16 @@ def test_registers_and_occupancy(resources):
         memory = {"80": 164, "90": 228}.get(arch)
         if memory and (chunks == 2 or arch == "90"):
             assert shared * blocks <= memory * 1024, (arch, shared)
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc on the PATH")
+@pytest.mark.parametrize("arch", ["86", "89", "100", "120"])
+def test_nothing_spills_on_architectures_that_are_not_built_by_default(arch, tmp_path):
+    source, include = ROOT / "csrc/cuda/context_attention.cu", ROOT / "csrc/include"
+    command = ["nvcc", "-std=c++17", f"-I{include}", f"-arch=sm_{arch}", "-cubin", "-Xptxas=-v", source]
+    printed = subprocess.run([*command, "-o", tmp_path / "x.cubin"], capture_output=True, text=True, check=True).stderr
+    spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", printed)
+    assert len(spills) == len(VARIANTS) and set(spills) == {("0", "0", "0")}, printed
 
 
 def test_instructions(sass):

@@ -18,10 +18,19 @@ namespace {
 using context::Arguments;
 using context::kThreads;
 
+// Blocks that the compiler leaves registers for. From sm_100 on it would spill 4 bytes of the masked kernel at 128.
+template <int chunks, bool masked>
+constexpr int bound_blocks() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+    if (masked) return 3;
+#endif
+    return context::resident_blocks(chunks);
+}
+
 // Up to 128 keys: 128 registers and 40 KiB of shared memory, 4 blocks, 16 warps, on a multiprocessor. Above: up to 168
 // registers and 56 or 72 KiB, 3 blocks (2 where a multiprocessor has less than 171 or 219 KiB).
 template <class T, int chunks, bool masked>
-__global__ void __launch_bounds__(kThreads, context::resident_blocks(chunks))
+__global__ void __launch_bounds__(kThreads, bound_blocks<chunks, masked>())
     context_attention_kernel(const __grid_constant__ Arguments arguments) {
     extern __shared__ __align__(128) unsigned char memory[];
     context::attend<T, chunks, masked>(arguments, blockIdx.x, threadIdx.x, shared_address(memory));
