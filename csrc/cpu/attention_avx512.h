@@ -1,4 +1,4 @@
-// Vectors of AVX-512: 12 x 32 sums in 24 of the 32 registers. MSDD_SIMD is the level's attribute.
+// Vectors of AVX-512: 8 x 32 sums in 16 of the 32 registers. MSDD_SIMD is the level's attribute.
 // gcc 12 takes the deliberately undefined registers inside its own intrinsics for mistakes (GCC bug 105593).
 #if !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
@@ -10,7 +10,7 @@ namespace msdd_fast {
 namespace {
 
 using Vec = __m512;
-constexpr int LANES = 16, ROWS = 12;
+constexpr int LANES = 16, ROWS = 8;
 
 MSDD_SIMD inline Vec load(const float* from) { return _mm512_loadu_ps(from); }
 MSDD_SIMD inline void store(float* to, Vec a) { _mm512_storeu_ps(to, a); }

@@ -40,98 +40,71 @@ MSDD_SIMD inline Vec to_pairs(Vec a, Vec) { return a; }
 template <class T>
 constexpr bool PAIRS = HAS_PAIRS && std::is_same_v<T, BFloat16>;
 
-// c[ROWS][COLUMNS] = a[ROWS][depth] b[depth][COLUMNS of PANEL], or c += that; COLUMNS are one vector or two, depth is
-// in numbers or pairs.
-template <bool IN_PAIRS, std::int64_t COLUMNS = PANEL>
+// c[ROWS][VECTORS vectors] = a[ROWS][depth] b[depth][PANEL], or c += that; depth in numbers or pairs.
+template <bool IN_PAIRS, int VECTORS = 2>
 MSDD_SIMD inline void multiply(const float* a, std::int64_t a_stride, const float* b, std::int64_t depth, float* c,
                                std::int64_t c_stride, bool accumulate) {
-    constexpr int VECTORS = COLUMNS / LANES;
     Vec sums[ROWS][VECTORS];
 #pragma GCC unroll 16
     for (int row = 0; row < ROWS; ++row)
-#pragma GCC unroll 2
-        for (int i = 0; i < VECTORS; ++i) sums[row][i] = accumulate ? load(c + row * c_stride + i * LANES) : set(0.0f);
+        for (int j = 0; j < VECTORS; ++j) sums[row][j] = accumulate ? load(c + row * c_stride + j * LANES) : set(0.0f);
 #pragma GCC unroll 4
     for (std::int64_t i = 0; i < depth; ++i) {
-        Vec right[VECTORS];
-#pragma GCC unroll 2
-        for (int j = 0; j < VECTORS; ++j) right[j] = load(b + i * PANEL + j * LANES);
+        Vec columns[VECTORS];
+        for (int j = 0; j < VECTORS; ++j) columns[j] = load(b + i * PANEL + j * LANES);
 #pragma GCC unroll 16
         for (int row = 0; row < ROWS; ++row) {
-            const Vec left = set(a[row * a_stride + i]);
-#pragma GCC unroll 2
+            const Vec factor = set(a[row * a_stride + i]);
             for (int j = 0; j < VECTORS; ++j)
-                sums[row][j] = IN_PAIRS ? dot(left, right[j], sums[row][j]) : fma(left, right[j], sums[row][j]);
+                sums[row][j] = IN_PAIRS ? dot(factor, columns[j], sums[row][j]) : fma(factor, columns[j], sums[row][j]);
         }
     }
 #pragma GCC unroll 16
     for (int row = 0; row < ROWS; ++row)
-#pragma GCC unroll 2
-        for (int i = 0; i < VECTORS; ++i) store(c + row * c_stride + i * LANES, sums[row][i]);
+        for (int j = 0; j < VECTORS; ++j) store(c + row * c_stride + j * LANES, sums[row][j]);
 }
 
-// 2^y for y <= 0: 2^n by the exponent's bits times 2^r, |r| <= 1/2, by a polynomial (minimax, 1 at 0). Relative error
-// 1.1e-7, or ROUGHLY 1.1e-4 where the result is rounded to bfloat16, by up to 2e-3. Below 2^-100 it stays there: next
-// to the largest weight, 1, that is nothing, and subnormals are slow.
-template <bool ROUGHLY>
+// 2^y for y <= 0, relative error 1.1e-7: 2^n by the exponent's bits times 2^r, |r| <= 1/2, by a polynomial (minimax,
+// 1 at 0, evaluated by pairs of terms since the chain of operations is what takes the time). Below 2^-100 it stays
+// there: next to the largest weight, 1, that is nothing, and subnormals are slow.
 MSDD_SIMD inline Vec exp2_negative(Vec y) {
     y = max(set(-100.0f), y);            // a NaN goes through
     const Vec magic = set(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, in the lowest bits
     const Vec rounded = add(y, magic);
-    const Vec r = sub(y, sub(rounded, magic));
-    if constexpr (ROUGHLY) {
-        const Vec p = fma(fma(set(0.055008922f), r, set(0.24221096f)), r, set(0.69328293f));
-        return scale_by_power(fma(p, r, set(1.0f)), rounded);
-    }
-    const Vec r2 = mul(r, r);  // terms by pairs: a shorter chain of operations that wait for each other
+    const Vec r = sub(y, sub(rounded, magic)), r2 = mul(r, r);
     const Vec p01 = fma(set(0.6931470036506653f), r, set(1.0f));
     const Vec p23 = fma(set(0.05550733581185341f), r, set(0.24022242426872253f));
     const Vec p45 = fma(set(0.001326472731307149f), r, set(0.009671512991189957f));
     return scale_by_power(fma(fma(p45, r2, p23), r2, p01), rounded);
 }
 
-// One row of scores to weights exp(scale * (score - maximum)), in pairs from the row's beginning on if so multiplied;
-// the width is a whole number of vectors. `maximum` and `total` go on from the earlier blocks' keys, whose sums must be
-// multiplied by the value returned.
-template <bool IN_PAIRS>
+// One row of scores to weights exp(scale * (score - maximum)); the width is a whole number of panels. `maximum` and
+// `total` go on from the earlier blocks' keys, whose sums must be multiplied by the value returned.
 MSDD_SIMD inline float softmax_row(float* row, std::int64_t width, float scale, bool first, float& maximum,
                                    float& total) {
-    const bool odd = width % PANEL != 0;
-    const std::int64_t whole = width - (odd ? LANES : 0);
-    Vec highest[2] = {load(row + width - LANES), load(row)};
-    for (std::int64_t i = 0; i < whole; i += PANEL)
+    Vec highest[2] = {load(row), load(row + LANES)};
+    for (std::int64_t i = PANEL; i < width; i += PANEL)
         for (int half = 0; half < 2; ++half) highest[half] = max(highest[half], load(row + i + half * LANES));
     const float before = maximum;
     maximum = reduce_max(max(highest[0], highest[1]));
     if (!first) maximum = std::max(before, maximum);
     // The difference first, which is exact at the maximum: scores of any size leave the weights accurate.
     const Vec shift = set(maximum), factor = set(scale);
-    const auto weights_at = [&](std::int64_t i)
-                                MSDD_SIMD { return exp2_negative<IN_PAIRS>(mul(sub(load(row + i), shift), factor)); };
     Vec sums[2] = {set(0.0f), set(0.0f)};
-    for (std::int64_t i = 0; i < whole; i += PANEL) {
-        const Vec left = weights_at(i), right = weights_at(i + LANES);
-        sums[0] = add(sums[0], left);
-        sums[1] = add(sums[1], right);
-        if constexpr (IN_PAIRS) {
-            store(row + i / 2, to_pairs(left, right));
-        } else {
-            store(row + i, left);
-            store(row + i + LANES, right);
+    for (std::int64_t i = 0; i < width; i += PANEL)
+        for (int half = 0; half < 2; ++half) {
+            float* const these = row + i + half * LANES;
+            const Vec weights = exp2_negative(mul(sub(load(these), shift), factor));
+            store(these, weights);
+            sums[half] = add(sums[half], weights);
         }
-    }
-    if (odd) {
-        const Vec last = weights_at(whole);
-        sums[0] = add(sums[0], last);
-        store(row + (IN_PAIRS ? whole / 2 : whole), IN_PAIRS ? to_pairs(last, set(0.0f)) : last);
-    }
     const float sum = reduce_add(add(sums[0], sums[1]));
     if (first) {
         total = sum;
         return 1.0f;
     }
     float correction[LANES];
-    store(correction, exp2_negative<false>(set((before - maximum) * scale)));
+    store(correction, exp2_negative(set((before - maximum) * scale)));
     total = total * correction[0] + sum;
     return correction[0];
 }
@@ -150,8 +123,7 @@ MSDD_SIMD inline void pack_rows(const T* from, std::int64_t stride, std::int64_t
     const std::int64_t depth = PAIRS<T> ? width / 2 : width;
     for (std::int64_t i = 0; i < count; ++i) {
         if constexpr (PAIRS<T>)
-            for (std::int64_t j = 0; j < width; j += 16)
-                std::memcpy(to + i * depth + j / 2, from + i * stride + j, 16 * sizeof(T));
+            std::memcpy(to + i * depth, from + i * stride, static_cast<std::size_t>(width) * sizeof(T));
         else
             widen_row(from + i * stride, width, to + i * depth);
     }
@@ -186,6 +158,11 @@ MSDD_SIMD inline void pack_value_pairs(const BFloat16* from, std::int64_t stride
             std::memcpy(to, pairs, sizeof pairs);
         }
     }
+}
+
+// A row of weights to pairs, in place from its beginning on; the width is a whole number of panels.
+MSDD_SIMD inline void pair_row(float* row, std::int64_t width) {
+    for (std::int64_t i = 0; i < width; i += PANEL) store(row + i / 2, to_pairs(load(row + i), load(row + i + LANES)));
 }
 
 // Values in panels [count][PANEL] of the width, zeros in the last one's rest.
@@ -237,7 +214,7 @@ MSDD_SIMD void attend(const AttentionJob& job, std::int64_t image, std::int64_t 
     for (std::int64_t begin = 0; begin < job.shape.keys; begin += BLOCK_KEYS) {
         const bool is_first = begin == 0;
         const std::int64_t block = std::min(BLOCK_KEYS, job.shape.keys - begin);
-        const std::int64_t columns = (block + LANES - 1) / LANES * LANES;
+        const std::int64_t columns = (block + PANEL - 1) / PANEL * PANEL;
         pack_keys<T>(row_of<T>(job.k, image, begin, head), job.k.token, block, d, keys);
         if constexpr (IN_PAIRS)
             pack_value_pairs(row_of<T>(job.v, image, begin, head), job.v.token, block, d, values);
@@ -246,17 +223,21 @@ MSDD_SIMD void attend(const AttentionJob& job, std::int64_t image, std::int64_t 
         const std::int64_t value_rows = IN_PAIRS ? (block + 1) / 2 : block;
         for (std::int64_t tile = 0; tile < padded; tile += TILE_QUERIES) {
             const std::int64_t rows = std::min(TILE_QUERIES, padded - tile);
-            for (std::int64_t column = 0; column < columns; column += PANEL) {
-                const auto product = columns - column < PANEL ? multiply<IN_PAIRS, LANES> : multiply<IN_PAIRS, PANEL>;
-                for (std::int64_t row = 0; row < rows; row += ROWS)
-                    product(queries + (tile + row) * depth, depth, keys + column * depth, depth,
-                            scores + row * columns + column, columns, false);
-            }
+            for (std::int64_t column = 0; column < columns; column += PANEL)
+                for (std::int64_t row = 0; row < rows; row += ROWS) {
+                    const float *a = queries + (tile + row) * depth, *b = keys + column * depth;
+                    float* const c = scores + row * columns + column;
+                    if (block - column <= LANES)  // the panel's other half holds no keys; it is filled below
+                        multiply<IN_PAIRS, 1>(a, depth, b, depth, c, columns, false);
+                    else
+                        multiply<IN_PAIRS>(a, depth, b, depth, c, columns, false);
+                }
             for (std::int64_t row = 0; row < rows; ++row) {
                 float* const these = scores + row * columns;
                 std::fill(these + block, these + columns, -INFINITY);
                 const std::int64_t at = tile + row;
-                const float correction = softmax_row<IN_PAIRS>(these, columns, scale, is_first, maxima[at], totals[at]);
+                const float correction = softmax_row(these, columns, scale, is_first, maxima[at], totals[at]);
+                if constexpr (IN_PAIRS) pair_row(these, columns);
                 if (is_first || correction == 1.0f) continue;
                 const Vec factor = set(correction);
                 for (std::int64_t i = 0; i < width; i += LANES)

@@ -8,7 +8,7 @@
 namespace msdd_fast {
 namespace {
 
-constexpr int LANES = 16, ROWS = 12;
+constexpr int LANES = 16, ROWS = 8;
 
 struct Vec {
     float lane[LANES];
