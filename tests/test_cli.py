@@ -289,8 +289,9 @@ def test_decode_a_folder_of_files(succeeds, latents, tmp_path, tiny):
     save_latents(Latents(latents.z[2:], ["v", "y", "z"]), tmp_path / "in" / "two.safetensors")
     succeeds("decode", tmp_path / "in", "-o", tmp_path / "out")
     assert tree(tmp_path / "out") == ["one/v.png", "one/w.png", "two/v.png", "two/y.png", "two/z.png"]
-    expected = to_uint8(tiny.decode(latents.z))[2].int()  # seed 2: the third of all; the engine rounds in its own way
-    assert (pixels(tmp_path / "out" / "two" / "v.png").int() - expected).abs().max() <= 1
+    third = pixels(tmp_path / "out" / "two" / "v.png")  # of all, so seed 2
+    assert torch.equal(third, to_uint8(msdd_fast.accelerate(tiny, batch_sizes=(8,)).decode(latents.z))[2])
+    assert (third.int() - to_uint8(tiny.decode(latents.z))[2].int()).abs().max() <= 1  # eager rounds in its own way
 
 
 def test_decode_nothing(succeeds, tmp_path):

@@ -18,7 +18,7 @@ namespace {
 using context::Arguments;
 using context::kThreads;
 
-// Blocks that the compiler leaves registers for. From sm_100 on it would spill 4 bytes of the masked kernel at 128.
+// Blocks that the compiler leaves registers for. For sm_100 it would spill 4 bytes of the masked kernel at 4 blocks.
 template <int chunks, bool masked>
 constexpr int bound_blocks() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
