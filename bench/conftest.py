@@ -15,10 +15,12 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from msdd_fast.bench import machine, suite, timing
-from msdd_fast.bench.ceilings import copy_bandwidth, gemm_rate
-from msdd_fast.bench.harness import Check, Measurement, close_to, compare
-from msdd_fast.bench.report import ceilings_line, text_table
+from msdd_fast.bench.ops import suite
+from msdd_fast.bench.report.text import ceilings_line, text_table
+from msdd_fast.bench.timing import clock as timing
+from msdd_fast.bench.timing import machine
+from msdd_fast.bench.timing.ceilings import copy_bandwidth, gemm_rate
+from msdd_fast.bench.timing.harness import Check, Measurement, close_to, compare
 
 BATCH = {"cpu": 8, "cuda": 512}
 QUICK = {"scales": "32", "batch": 2, "rounds": 3}

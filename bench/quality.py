@@ -21,14 +21,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from msdd_fast.bench.timing import WallTimer
+from msdd_fast.bench.timing.clock import WallTimer
 from msdd_fast.commands.common import chunks, load_batch
+from msdd_fast.diffusion.schedule import StageSchedule
 from msdd_fast.engine import accelerate
-from msdd_fast.images import CROP_DESCRIPTION, find_image_files
-from msdd_fast.metrics import Vgg19Distance, figures
-from msdd_fast.models.tokenizer import Tokenizer
+from msdd_fast.io.images import CROP_DESCRIPTION, find_image_files
+from msdd_fast.metrics.image import figures
+from msdd_fast.metrics.vgg19 import Vgg19Distance
 from msdd_fast.sampling import sample
-from msdd_fast.schedule import StageSchedule
+from msdd_fast.tokenizer import Tokenizer
 
 COLUMNS = {
     "psnr_db": ("PSNR (dB)", ".2f"),

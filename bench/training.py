@@ -3,7 +3,7 @@
     python -m msdd_fast.bench.training measure --preset msdd-d12 --batch 32 64 128 256 --out d12.json
     python -m msdd_fast.bench.training estimate stage1-cross-4scale --measured d12.json --gpus 8
 
-FLOP are those of the products and of attention (bench/roofline.py), a backward pass counted as two forward passes; of
+FLOP are those of the products and of attention (work/roofline.py), a backward pass counted as two forward passes; of
 perceptual networks and discriminators none are counted.
 """
 
@@ -19,19 +19,21 @@ from typing import Any, NamedTuple
 
 import torch
 
-from msdd_fast.bench.ceilings import gemm_rate
-from msdd_fast.bench.roofline import decode_work, encode_work, total
-from msdd_fast.config import PRESETS, TokenizerConfig, get_preset
+from msdd_fast.bench.timing.ceilings import gemm_rate
+from msdd_fast.bench.work.roofline import decode_work, encode_work, total
+from msdd_fast.diffusion.schedule import NUM_TIMESTEPS, StageSchedule
 from msdd_fast.errors import InputError, MsddFastError
-from msdd_fast.models.tokenizer import Tokenizer
-from msdd_fast.schedule import NUM_TIMESTEPS, StageSchedule
-from msdd_fast.training.data import Batch, ImageDataset
-from msdd_fast.training.run_stage1 import TrainConfig
-from msdd_fast.training.run_stage2 import DistillConfig
-from msdd_fast.training.runs import read_config
-from msdd_fast.training.stage1 import Stage1Config, Stage1Recipe
-from msdd_fast.training.stage2 import Stage2Config
-from msdd_fast.training.trainer import LoopConfig, OptimConfig, Trainer, memory_gib
+from msdd_fast.families.msdd.config import TokenizerConfig
+from msdd_fast.families.msdd.presets import PRESETS
+from msdd_fast.families.presets import get_preset
+from msdd_fast.tokenizer import Tokenizer
+from msdd_fast.training.data.dataset import Batch, ImageDataset
+from msdd_fast.training.loop.trainer import LoopConfig, OptimConfig, Trainer, memory_gib
+from msdd_fast.training.recipes.run_stage1 import TrainConfig
+from msdd_fast.training.recipes.run_stage2 import DistillConfig
+from msdd_fast.training.recipes.stage1 import Stage1Config, Stage1Recipe
+from msdd_fast.training.recipes.stage2 import Stage2Config
+from msdd_fast.training.run import read_config
 
 WARM_UP = 3
 GIB = 2**30

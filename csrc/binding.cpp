@@ -1,5 +1,5 @@
 // The only pybind11 file. Tensors come as integer addresses and sizes: no torch headers, so one build serves every
-// torch version. The Python wrappers (msdd_fast/native.py) check dtype, device and layout before they call.
+// torch version. The Python wrappers (msdd_fast/native/_call.py) check dtype, device and layout before they call.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -193,7 +193,7 @@ std::tuple<int, int> cuda_versions() {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-    m.doc() = "Compiled kernels of msdd-fast. Call them through msdd_fast.native or the ops, not directly.";
+    m.doc() = "Compiled kernels of msdd-fast. Call them through msdd_fast.native._call or the ops, not directly.";
     // pybind11 turns std::invalid_argument into ValueError, after the GIL is taken back.
     const py::call_guard<py::gil_scoped_release> no_gil;
 

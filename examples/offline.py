@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 import msdd_fast
-from msdd_fast.latents import load_latents
+from msdd_fast.io.latents import load_latents
 
 
 def write(image: Tensor, path: Path) -> None:

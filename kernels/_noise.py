@@ -1,4 +1,4 @@
-"""Philox blocks, Box-Muller and block correlation inside a Triton kernel: the GPU twin of msdd_fast/noise.py.
+"""Philox blocks, Box-Muller and block correlation inside a Triton kernel: the GPU twin of msdd_fast/diffusion/noise.py.
 
 The same integers bit for bit, the same polynomials. No tl.log, tl.sin or tl.cos: their range reduction costs several
 times the instructions. Every function works on tensors of any shape, one 2x2 block of pixels per lane.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from msdd_fast import noise
+from msdd_fast.diffusion import noise
 
 # Globals that kernels read must be constexpr.
 _SQRT_HALF_BITS = tl.constexpr(noise.SQRT_HALF_BITS)

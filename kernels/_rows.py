@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from msdd_fast.ops._rows import RowLayout, row_layout
+from msdd_fast.layout import RowLayout, row_layout
 
 BLOCK = 1024
 NUM_WARPS = 4

@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from msdd_fast.diffusion.noise import correlation_factors
 from msdd_fast.kernels._noise import PURPOSE_RENOISE, block_normals, correlate, interleave2, interleave4
-from msdd_fast.noise import correlation_factors
 
 BLOCK = 128
 NUM_WARPS = 4

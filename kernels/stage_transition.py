@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from msdd_fast.diffusion.noise import correlation_factors
 from msdd_fast.kernels._patches import end_of_stage, widest_run
 from msdd_fast.kernels.renoise_upsample import blocks_per_lane, renoised_blocks
-from msdd_fast.noise import correlation_factors
 
 BLOCK = 128
 NUM_WARPS = 4

@@ -3,10 +3,10 @@
 Importing the package loads neither Triton nor the compiled extension and starts no CUDA context.
 """
 
-from msdd_fast import config, errors, sampling
-from msdd_fast.config import TokenizerConfig
+from msdd_fast import errors, sampling
 from msdd_fast.engine import FastDecoder, accelerate, explain
-from msdd_fast.models.tokenizer import Tokenizer
+from msdd_fast.families.msdd.config import TokenizerConfig
+from msdd_fast.tokenizer import Tokenizer
 
 __version__ = "0.1.0"
 
@@ -16,7 +16,6 @@ __all__ = [
     "TokenizerConfig",
     "__version__",
     "accelerate",
-    "config",
     "errors",
     "explain",
     "sampling",

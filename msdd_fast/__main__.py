@@ -2,6 +2,6 @@
 
 import sys
 
-from msdd_fast.cli import main
+from msdd_fast.commands.main import main
 
 sys.exit(main())

@@ -13,19 +13,17 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from msdd_fast.authors import read_authors_file, translate_authors
-from msdd_fast.config import AnyConfig, config_from_dict
-from msdd_fast.errors import CheckpointError, ConfigError, InputError, MsddFastError
-from msdd_fast.files import atomic_write, read_torch_file, temporary_sibling
-from msdd_fast.models.tokenizer import Tokenizer
-from msdd_fast.ssdd_weights import release_ssdd, translate_ssdd
+from msdd_fast.errors import CheckpointError, ConfigError, InputError
+from msdd_fast.families.presets import AnyConfig, config_from_dict
+from msdd_fast.io.files import temporary_sibling
+from msdd_fast.io.safetensors import read_safetensors
+from msdd_fast.tokenizer import Tokenizer
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -121,17 +119,6 @@ def read_weights(directory: Path) -> dict[str, Tensor]:
             raise CheckpointError(f"{index}: shard names must be plain file names, got {file!r}")
         tensors.update(read_safetensors(directory / file))
     return tensors
-
-
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of one safetensors file. Raises CheckpointError if it is missing or damaged."""
-    try:
-        with safe_open(path, framework="pt") as f:
-            return {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 (not a dict)
-    except FileNotFoundError as e:
-        raise CheckpointError(f"{path} is missing") from e
-    except (SafetensorError, OSError, ValueError) as e:
-        raise CheckpointError(f"{path} is damaged or not a safetensors file: {e}") from e
 
 
 def load_state(tokenizer: Tokenizer, tensors: dict[str, Tensor], source: str) -> None:
@@ -241,89 +228,3 @@ def _swap_directory(staging: Path, target: Path) -> None:
         os.rename(old, target)
         raise
     shutil.rmtree(old, ignore_errors=True)
-
-
-def import_authors(
-    source: str | os.PathLike[str] | dict[str, Any], weights: str = "ema", image_size: int = 256, num_stages: int = 4
-) -> Tokenizer:
-    """Build a tokenizer from a checkpoint of the authors' code (SPEC A8).
-
-    Args:
-        source: a .pt file (loaded with ``weights_only=True``; nothing in it can run), its dict, or a bare
-            state dict. ``module.`` and ``_orig_mod.`` prefixes are tolerated.
-        weights: "ema" or "model": which of the two sets of a full checkpoint.
-        image_size, num_stages: not stored in the weights; every other size is read off the tensors.
-
-    Returns the tokenizer in eval mode, float32, with the authors' choices (``config.authors_choices``).
-    Raises CheckpointError for a foreign, damaged or contradictory file.
-    """
-    return import_authors_verbose(source, weights, image_size, num_stages)[0]
-
-
-def import_authors_verbose(
-    source: str | os.PathLike[str] | dict[str, Any], weights: str, image_size: int, num_stages: int
-) -> tuple[Tokenizer, list[str]]:
-    """``import_authors``, and the authors' names of the tensors that were not used."""
-    if isinstance(source, dict):
-        name, state = "state dict", source
-    else:
-        name, state = str(source), read_authors_file(Path(source))
-    try:
-        config, tensors, unused = translate_authors(state, weights, image_size, num_stages)
-    except InputError:
-        raise
-    except MsddFastError as e:
-        raise CheckpointError(f"{name}: {e}") from e
-    if isinstance(source, dict):  # the model must not share memory with the caller's tensors
-        tensors = {n: t.detach().clone() for n, t in tensors.items()}
-    with torch.device("meta"):
-        tokenizer = Tokenizer(config)
-    load_state(tokenizer, tensors, name)
-    return tokenizer.eval(), unused
-
-
-def import_ssdd(
-    source: str | os.PathLike[str] | dict[str, Any], image_size: int = 256, steps: int = 8, groups: int = 32
-) -> Tokenizer:
-    """Build a tokenizer from SSDD's released weights (SPEC-SSDD 1.6, 2).
-
-    Args:
-        source: a .safetensors file, a .pt file (loaded with ``weights_only=True``), or a state dict with the names
-            ``encoder.*`` and ``decoder.*``. ``module.`` and ``_orig_mod.`` prefixes are tolerated.
-        image_size: side of the crops that the command line takes; the network takes any multiple of 8.
-        steps: that ``decode`` takes by default: 1 for distilled weights.
-        groups: of the decoder's GroupNorms, the only size that no shape shows; 32 in all released weights.
-
-    Returns the tokenizer in eval mode, float32. Raises CheckpointError for a foreign or damaged file and for one with a
-    missing, unexpected or misshapen tensor.
-    """
-    if isinstance(source, dict):
-        # The model must not share memory with the caller's tensors.
-        name, state = "state dict", {n: t.clone() if isinstance(t, Tensor) else t for n, t in source.items()}
-    else:
-        path = Path(source)
-        name = str(path)
-        state = read_safetensors(path) if path.suffix == ".safetensors" else read_torch_file(path)
-    try:
-        config, tensors = translate_ssdd(state, image_size, steps, groups)
-    except MsddFastError as e:
-        raise CheckpointError(f"{name}: {e}") from e
-    with torch.device("meta"):
-        tokenizer = Tokenizer(config)
-    load_state(tokenizer, tensors, name)
-    return tokenizer.eval()
-
-
-def export_ssdd(tokenizer: Tokenizer, path: str | os.PathLike[str]) -> None:
-    """Write an SSDD tokenizer as one .safetensors file that the authors' code loads: ``import_ssdd`` reversed.
-
-    Raises InputError for a tokenizer of another family, CheckpointError if the file cannot be written.
-    """
-    if tokenizer.config.family != "ssdd":
-        raise InputError(f"tokenizer must be of the family ssdd, got {tokenizer.config.family}")
-    tensors = release_ssdd(tokenizer.state_dict())
-    try:
-        with atomic_write(path) as temporary:
-            save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, temporary, {"format": "pt"})
-    except (OSError, SafetensorError) as e:
-        raise CheckpointError(f"cannot write {path}: {getattr(e, 'strerror', None) or e}") from e

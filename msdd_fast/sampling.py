@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from functools import cached_property
 
@@ -10,13 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from msdd_fast import ops
+from msdd_fast.diffusion.checks import check_latents, check_noise, check_sampling, check_unguided
+from msdd_fast.diffusion.noise import resolve_seeds
+from msdd_fast.diffusion.schedule import Stage, StageSchedule
 from msdd_fast.errors import InputError
-from msdd_fast.models.decoder import Decoder
-from msdd_fast.models.ssdd import UViTDecoder
-from msdd_fast.noise import resolve_seeds
+from msdd_fast.families.msdd.decoder import Decoder
+from msdd_fast.families.ssdd.decoder import UViTDecoder
 from msdd_fast.ops.renoise_upsample import renoise_upsample_with
-from msdd_fast.ranges import spans
-from msdd_fast.schedule import Stage, StageSchedule
+from msdd_fast.profiling import spans
 
 
 class StageResult:
@@ -133,39 +133,3 @@ def clean_estimate(x_t: Tensor, v: Tensor, t: float, stage: Stage) -> Tensor:
 
 def _up(x: Tensor) -> Tensor:
     return F.interpolate(x, scale_factor=2.0, mode="nearest")
-
-
-def check_sampling(steps: int, cfg_scale: float) -> None:
-    """Raise InputError unless steps is an int >= 1 and cfg_scale a finite number >= 0."""
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise InputError(f"steps must be an integer >= 1, got {steps!r}")
-    if not isinstance(cfg_scale, (int, float)) or not math.isfinite(cfg_scale) or cfg_scale < 0:
-        raise InputError(f"cfg_scale must be a finite number >= 0, got {cfg_scale!r}")
-
-
-def check_unguided(cfg_scale: float) -> None:
-    """Raise InputError unless ``cfg_scale`` is 1: SSDD was not trained without latents, so nothing can be guided."""
-    if cfg_scale != 1.0:
-        raise InputError(f"cfg_scale must be 1 for an SSDD tokenizer (it has no null context), got {cfg_scale!r}")
-
-
-def check_latents(z: Tensor, *shape: int | None) -> None:
-    """Raise InputError unless ``z`` is a floating (B, *shape) tensor; None stands for any positive size."""
-    if not isinstance(z, Tensor):
-        raise InputError(f"z must be a torch.Tensor, got {type(z).__name__}")
-    sizes = z.shape[1:]
-    if z.ndim != 1 + len(shape) or any(n < 1 if s is None else n != s for n, s in zip(sizes, shape, strict=True)):
-        free = iter("hw")
-        expected = ", ".join(next(free) if s is None else str(s) for s in shape)
-        raise InputError(f"z must have shape (B, {expected}), got {tuple(z.shape)}")
-    if not z.is_floating_point():
-        raise InputError(f"z must be floating point, got {z.dtype}")
-
-
-def check_noise(noise: Sequence[Tensor], batch: int, shapes: list[tuple[int, int, int]]) -> None:
-    """Raise InputError unless there is one tensor (batch, *shape) for each of ``shapes``."""
-    if len(noise) != len(shapes):
-        raise InputError(f"noise must hold {len(shapes)} tensors, one per stage, got {len(noise)}")
-    for s, (n, shape) in enumerate(zip(noise, shapes, strict=True)):
-        if n.shape != (batch, *shape):
-            raise InputError(f"noise[{s}] must have shape {(batch, *shape)}, got {tuple(n.shape)}")

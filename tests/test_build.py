@@ -16,6 +16,7 @@ import torch
 
 import msdd_fast
 from msdd_fast import backends
+from msdd_fast.backends import cuda, extension
 from msdd_fast.errors import BackendUnavailableError
 from tests.conftest import ROOT
 
@@ -65,9 +66,10 @@ def test_without_a_compiler_the_install_succeeds_and_the_error_says_so(tree, tmp
 import sys
 sys.meta_path[:] = [f for f in sys.meta_path if "__editable__" not in getattr(f, "__module__", "")]
 from msdd_fast import backends
+from msdd_fast.errors import BackendUnavailableError
 try:
     backends.load_extension()
-except backends.BackendUnavailableError as error:
+except BackendUnavailableError as error:
     print(error)
 """
     said = subprocess.run([sys.executable, "-c", script], cwd=tree, text=True, capture_output=True, check=True).stdout
@@ -154,14 +156,14 @@ def test_what_is_built_of_cuda(tree, monkeypatch):
     ],
 )
 def test_which_gpus_the_build_serves(archs, versions, capability, verdict):
-    ok, reason = backends._runs_on(archs, versions, capability)
+    ok, reason = cuda._runs_on(archs, versions, capability)
     assert reason.startswith(verdict) and ok == verdict.startswith("CUDA")
     if not ok:
         assert "MSDD_FAST_BUILD_CUDA=1 MSDD_FAST_BUILD_EXT=1 pip install" in reason
 
 
 def test_reasons_why_the_cuda_kernels_cannot_run(monkeypatch):
-    assert backends.can_use_cuda(torch.zeros(1)) == (False, "works on CUDA tensors, got cpu")
+    assert cuda.can_use_cuda(torch.zeros(1)) == (False, "works on CUDA tensors, got cpu")
     here = torch.version.cuda
     for version, module, info, reason in (
         (None, object(), {}, "needs an NVIDIA GPU, and this PyTorch is not built for CUDA"),
@@ -174,13 +176,13 @@ def test_reasons_why_the_cuda_kernels_cannot_run(monkeypatch):
         ),
     ):
         monkeypatch.setattr(torch.version, "cuda", version)
-        monkeypatch.setattr(backends, "_probe", lambda module=module: (module, "was not built: no compiler"))
-        monkeypatch.setattr(backends, "build_info", lambda info=info: info)
-        backends._cuda_status.cache_clear()
-        ok, said = backends.cuda_status(0)
+        monkeypatch.setattr(cuda, "_probe", lambda module=module: (module, "was not built: no compiler"))
+        monkeypatch.setattr(cuda, "build_info", lambda info=info: info)
+        cuda._cuda_status.cache_clear()
+        ok, said = cuda.cuda_status(0)
         assert not ok and said.startswith(reason)
     monkeypatch.setattr(torch.version, "cuda", here)
-    backends._cuda_status.cache_clear()
+    cuda._cuda_status.cache_clear()
 
 
 def test_folders_are_installed_inside_the_package(tree, tmp_path):
@@ -188,7 +190,13 @@ def test_folders_are_installed_inside_the_package(tree, tmp_path):
     result = run_setup(tree, "-q", "build", "--build-lib", str(built), MSDD_FAST_BUILD_EXT="0")
     assert result.returncode == 0, result.stderr
     assert [p.name for p in built.iterdir()] == ["msdd_fast"]  # no top-level kernels, training or bench
-    for name in ("kernels/__init__.py", "training/__init__.py", "bench/__init__.py", "models/mmdit.py", "py.typed"):
+    for name in (
+        "kernels/__init__.py",
+        "training/__init__.py",
+        "bench/__init__.py",
+        "families/msdd/mmdit.py",
+        "py.typed",
+    ):
         assert (built / "msdd_fast" / name).is_file(), name
     assert json.loads((built / "msdd_fast/_build_info.json").read_text())["compiled"] is False
 
@@ -202,12 +210,12 @@ def test_setup_is_thin():
 @pytest.fixture
 def probe(tmp_path, monkeypatch):
     """backends as seen by a package whose _build_info.json is as given and whose _C does not load."""
-    monkeypatch.setattr(backends, "_PACKAGE", tmp_path / "msdd_fast")
+    monkeypatch.setattr(extension, "_PACKAGE", tmp_path / "msdd_fast")
     monkeypatch.setitem(sys.modules, "msdd_fast._C", None)  # makes the import raise ModuleNotFoundError
     (tmp_path / "msdd_fast").mkdir()
 
     def message(info: str | None) -> str:
-        backends._probe.cache_clear()
+        extension._probe.cache_clear()
         if info is not None:
             (tmp_path / "msdd_fast/_build_info.json").write_text(info)
         with pytest.raises(BackendUnavailableError) as error:
@@ -216,7 +224,7 @@ def probe(tmp_path, monkeypatch):
         return str(error.value)
 
     yield message
-    backends._probe.cache_clear()
+    extension._probe.cache_clear()
 
 
 def test_reasons_why_the_extension_is_missing(probe):
@@ -264,6 +272,6 @@ print(json.dumps({"ours": ours, "torch": middle - start, "new": new, "cuda": tor
     ]
     for run in runs:
         loaded = {name for name in run["new"] if name.split(".")[0] == "triton" or name == "msdd_fast._C"}
-        assert not loaded and "msdd_fast.native" not in run["new"] and not run["cuda"]
+        assert not loaded and "msdd_fast.native._call" not in run["new"] and not run["cuda"]
     ours, torchs = (min(run[name] for run in runs) for name in ("ours", "torch"))
     assert ours < 0.2 * torchs

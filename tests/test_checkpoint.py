@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import msdd_fast
 from msdd_fast import checkpoint
+from msdd_fast.diffusion.config import SamplingConfig
 from msdd_fast.errors import CheckpointError, InputError
 
 SHARD = 100_000  # bytes; the tiny model then takes several files
@@ -432,7 +433,7 @@ def test_config_survives(tmp_path):
         tok.config,
         rope=dataclasses.replace(tok.config.rope, base=123.4),
         schedule=dataclasses.replace(tok.config.schedule, block_correlation=1 / 3),
-        sampling=msdd_fast.config.SamplingConfig(steps=3, cfg_scale=1.7),
+        sampling=SamplingConfig(steps=3, cfg_scale=1.7),
     )
     msdd_fast.Tokenizer.from_config(config).save_pretrained(tmp_path / "ckpt")
     assert load(tmp_path / "ckpt").config == config

@@ -8,7 +8,7 @@ import torch
 
 from msdd_fast import Tokenizer
 from msdd_fast.checkpoint import bundled_names
-from msdd_fast.config import PRESETS
+from msdd_fast.families.msdd.presets import PRESETS
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -69,7 +69,7 @@ def test_links_of_the_documents_lead_somewhere():
 
 
 def test_commands_in_the_readme_exist():
-    from msdd_fast.cli import COMMANDS
+    from msdd_fast.commands.main import COMMANDS
 
     assert set(re.findall(r"^msdd-fast (\w+)", README, re.M)) <= set(COMMANDS)
     targets = re.findall(r"^make ([\w-]+)", README, re.M)

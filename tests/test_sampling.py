@@ -8,11 +8,12 @@ import torch
 import msdd_fast
 from msdd_fast import ops
 from msdd_fast.backends import extension_status
-from msdd_fast.config import PRESETS, ScheduleConfig
+from msdd_fast.diffusion.config import ScheduleConfig
+from msdd_fast.diffusion.noise import renoise_noise, resolve_seeds, start_noise
+from msdd_fast.diffusion.schedule import StageSchedule, build_stages
 from msdd_fast.errors import InputError
-from msdd_fast.noise import renoise_noise, resolve_seeds, start_noise
+from msdd_fast.families.msdd.presets import PRESETS
 from msdd_fast.sampling import clean_estimate, sample
-from msdd_fast.schedule import StageSchedule, build_stages
 from tests.perturbed import perturbed
 
 

@@ -10,7 +10,7 @@
 #
 #   PYTHON  interpreter (default .venv/bin/python, else python3)
 #   TESTS   what the parts "tests" and "suite" choose from (default "tests")
-#   BENCH   what the benchmark part runs (default "bench"), e.g. "bench/test_cfg_euler.py --no-compile"
+#   BENCH   what the benchmark part runs (default "bench"), e.g. "bench/ops/test_cfg_euler.py --no-compile"
 #
 # Wheels in .whl/ (pytest-benchmark, pytest-xdist, execnet: for a machine without a network) are used without being
 # installed.
@@ -163,7 +163,7 @@ done
   printf '%s\n' "${rows[@]}"
   if [[ " $* " == *" bench "* && -s $out/bench.json ]]; then
     echo
-    "$python" -m msdd_fast.bench.report "$out/bench.json"
+    "$python" -m msdd_fast.bench.report.text "$out/bench.json"
   fi
 } >"$out/summary.md"
 cat "$out/summary.md"

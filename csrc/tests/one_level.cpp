@@ -1,4 +1,4 @@
-// The ops with C names, for tests/test_cpu_ops.py: built for one SIMD level by -march, loaded with ctypes and compared
+// The ops with C names, for tests/native/test_cpu_ops.py: built for one SIMD level by -march, loaded with ctypes and compared
 // with the extension, which chooses its level itself.
 #include "msdd_fast/cfg_euler.h"
 #include "msdd_fast/noise.h"

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 from msdd_fast.commands.common import pick_device, positive_int
 from msdd_fast.errors import RegressionError
-from msdd_fast.files import atomic_write, require_writable
+from msdd_fast.io.files import atomic_write, require_writable
 
 if TYPE_CHECKING:
-    from msdd_fast.bench.decode import DecodeCase
-    from msdd_fast.bench.regressions import Verdict
+    from msdd_fast.bench.decode.regressions import Verdict
+    from msdd_fast.bench.decode.suite import DecodeCase
 
 HELP = "img/s for each scale and provider; --compare finds regressions"
 
@@ -55,7 +55,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from msdd_fast.bench import decode, regressions, results
+    from msdd_fast.bench.decode import regressions
+    from msdd_fast.bench.decode import suite as decode
+    from msdd_fast.bench.report import results
 
     for path in (args.json, args.html):
         if path:
@@ -85,7 +87,7 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         results.save(document, args.json)
     if args.html:
-        from msdd_fast.bench.html import page
+        from msdd_fast.bench.report.html import page
 
         with atomic_write(args.html) as temporary:
             temporary.write_text(page(document, results.history(document)))
@@ -94,7 +96,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _cases(args: argparse.Namespace) -> list[DecodeCase]:
-    from msdd_fast.bench import decode
+    from msdd_fast.bench.decode import suite as decode
 
     if args.model:
         cases = [
@@ -109,7 +111,7 @@ def _cases(args: argparse.Namespace) -> list[DecodeCase]:
 
 
 def _print_case(result: dict[str, Any]) -> None:
-    from msdd_fast.bench.results import case_lines
+    from msdd_fast.bench.report.results import case_lines
 
     print("\n".join(case_lines(result)) + "\n", flush=True)
 
@@ -120,7 +122,7 @@ def _progress(message: str) -> None:
 
 def _finish(verdicts: Sequence[Verdict]) -> None:
     """Print the verdicts. Raises RegressionError if one is bad."""
-    from msdd_fast.bench.regressions import lines
+    from msdd_fast.bench.decode.regressions import lines
 
     print("\n".join(lines(verdicts)))
     slower = [v.name for v in verdicts if v.slower]

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from msdd_fast.engine import FastDecoder, accelerate
 from msdd_fast.errors import InputError
-from msdd_fast.images import center_crop, load_image, to_tensor
-from msdd_fast.models.tokenizer import Tokenizer
+from msdd_fast.io.images import center_crop, load_image, to_tensor
+from msdd_fast.tokenizer import Tokenizer
 
 DEFAULT_CHECKPOINT = "msdd-nano"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -107,7 +107,7 @@ def training_config(kind: Any, prog: str, description: str | None, arguments: Se
         import tyro
     except ImportError as e:
         raise InputError("training options need tyro: pip install 'msdd-fast[train]'") from e
-    from msdd_fast.training.runs import config_names, read_config
+    from msdd_fast.training.run import config_names, read_config
 
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config")

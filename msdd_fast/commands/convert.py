@@ -6,16 +6,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from msdd_fast.checkpoint import (
-    check_destination,
-    export_ssdd,
-    import_authors_verbose,
-    import_ssdd,
-    load_pretrained,
-    save_pretrained,
-)
+from msdd_fast.checkpoint import check_destination, load_pretrained, save_pretrained
 from msdd_fast.errors import InputError
-from msdd_fast.files import require_writable
+from msdd_fast.families.msdd.released import import_authors_verbose
+from msdd_fast.families.ssdd.released import export_ssdd, import_ssdd
+from msdd_fast.io.files import require_writable
 
 HELP = "authors' checkpoint or a state of a training run -> msdd-fast checkpoint directory"
 
@@ -43,7 +38,7 @@ def run(args: argparse.Namespace) -> None:
     if Path(args.source).is_dir():
         _refuse(args, ("family", "num_stages", "steps"), "for a state of a training run")
         check_destination(args.output)
-        from msdd_fast.training.state import export_state
+        from msdd_fast.training.loop.state import export_state
 
         tokenizer = export_state(Path(args.source), args.weights or "ema")
         save_pretrained(tokenizer, args.output)

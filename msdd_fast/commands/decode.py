@@ -21,12 +21,12 @@ from msdd_fast.commands.common import (
     load_engine,
     load_tokenizer,
 )
+from msdd_fast.diffusion.checks import check_latents
+from msdd_fast.diffusion.noise import resolve_seeds
 from msdd_fast.errors import InputError
-from msdd_fast.files import require_writable
-from msdd_fast.images import IMAGE_SUFFIXES, save_image, to_image
-from msdd_fast.latents import Latents, concatenate, load_latents
-from msdd_fast.noise import resolve_seeds
-from msdd_fast.sampling import check_latents
+from msdd_fast.io.files import require_writable
+from msdd_fast.io.images import IMAGE_SUFFIXES, save_image, to_image
+from msdd_fast.io.latents import Latents, concatenate, load_latents
 
 HELP = "latent tokens (.safetensors) -> pictures"
 

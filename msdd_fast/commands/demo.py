@@ -6,7 +6,7 @@ import argparse
 
 import torch
 
-from msdd_fast.bench.scales import format_table, measure_engine_scales, measure_scales
+from msdd_fast.bench.decode.scales import format_table, measure_engine_scales, measure_scales
 from msdd_fast.commands.common import (
     add_batch_size,
     add_checkpoint,
@@ -16,10 +16,10 @@ from msdd_fast.commands.common import (
     load_engine,
     load_tokenizer,
 )
-from msdd_fast.images import require_picture_path, save_image
-from msdd_fast.metrics import psnr
-from msdd_fast.photographs import PHOTOS, photographs
-from msdd_fast.reconstruct import draw, reconstruct
+from msdd_fast.commands.reconstruction import draw, reconstruct
+from msdd_fast.io.images import require_picture_path, save_image
+from msdd_fast.io.photographs import PHOTOS, photographs
+from msdd_fast.metrics.image import psnr
 
 HELP = "reconstruct bundled photographs; img/s for each scale"
 

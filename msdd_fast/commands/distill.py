@@ -16,8 +16,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from msdd_fast.checkpoint import load_config, resolve_directory
-    from msdd_fast.training.run_ssdd import SSDDDistillConfig, train_ssdd
-    from msdd_fast.training.run_stage2 import DistillConfig, train_stage2
+    from msdd_fast.training.recipes.run_ssdd import SSDDDistillConfig, train_ssdd
+    from msdd_fast.training.recipes.run_stage2 import DistillConfig, train_stage2
 
     teacher = peek(args.rest, "teacher")
     if teacher is not None and load_config(resolve_directory(teacher)).family == "ssdd":

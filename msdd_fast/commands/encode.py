@@ -8,18 +8,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from msdd_fast.commands.common import (
-    add_batch_size,
-    add_checkpoint,
-    chunks,
-    device_of,
-    load_batch,
-    load_tokenizer,
-)
+from msdd_fast.commands.common import add_batch_size, add_checkpoint, chunks, device_of, load_batch, load_tokenizer
 from msdd_fast.errors import InputError
-from msdd_fast.files import require_writable
-from msdd_fast.images import find_image_files
-from msdd_fast.latents import Latents, save_latents, unique_names
+from msdd_fast.io.files import require_writable
+from msdd_fast.io.images import find_image_files
+from msdd_fast.io.latents import Latents, save_latents, unique_names
 
 HELP = "pictures -> latent tokens (.safetensors)"
 

@@ -6,7 +6,7 @@ import argparse
 import json
 from typing import Any
 
-from msdd_fast.env import collect_env
+from msdd_fast.backends.environment import collect_env
 
 HELP = "what this installation and machine offer"
 

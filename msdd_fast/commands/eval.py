@@ -19,9 +19,10 @@ from msdd_fast.commands.common import (
     load_batch,
     load_tokenizer,
 )
-from msdd_fast.files import atomic_write, require_writable
-from msdd_fast.images import CROP_DESCRIPTION, find_image_files
-from msdd_fast.metrics import Vgg19Distance, figures
+from msdd_fast.io.files import atomic_write, require_writable
+from msdd_fast.io.images import CROP_DESCRIPTION, find_image_files
+from msdd_fast.metrics.image import figures
+from msdd_fast.metrics.vgg19 import Vgg19Distance
 
 HELP = "PSNR, SSIM and perceptual distance over a folder"
 

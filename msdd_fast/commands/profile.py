@@ -16,7 +16,7 @@ import torch
 
 from msdd_fast.commands.common import add_sampling, pick_device, positive_int
 from msdd_fast.errors import BackendUnavailableError
-from msdd_fast.files import require_writable
+from msdd_fast.io.files import require_writable
 
 HELP = "kernels of a decode by time, bytes, FLOP and roofline; traces for Perfetto and Nsight"
 NCU = ("ncu", "--set", "full", "--target-processes", "all", "--launch-skip", "2", "--launch-count", "1")
@@ -40,10 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from msdd_fast.bench import profile, suite, waterfall
+    from msdd_fast.bench.decode import waterfall
+    from msdd_fast.bench.ops import suite
+    from msdd_fast.bench.timing import profile
     from msdd_fast.engine import accelerate
     from msdd_fast.engine.compute import compute_dtype
-    from msdd_fast.engine.family import family_of
+    from msdd_fast.families.registry import family_of
 
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes a line for each start and stop
     if args.trace:

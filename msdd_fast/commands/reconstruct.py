@@ -13,9 +13,9 @@ from msdd_fast.commands.common import (
     load_engine,
     load_tokenizer,
 )
-from msdd_fast.images import find_image_files, require_picture_path, save_image
-from msdd_fast.metrics import psnr
-from msdd_fast.reconstruct import draw, reconstruct
+from msdd_fast.commands.reconstruction import draw, reconstruct
+from msdd_fast.io.images import find_image_files, require_picture_path, save_image
+from msdd_fast.metrics.image import psnr
 
 HELP = "photographs -> picture of their reconstruction, with PSNR"
 

@@ -15,9 +15,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from msdd_fast.config import SSDD_PRESETS
-    from msdd_fast.training.run_ssdd import SSDDTrainConfig, train_ssdd
-    from msdd_fast.training.run_stage1 import TrainConfig, train_stage1
+    from msdd_fast.families.ssdd.presets import SSDD_PRESETS
+    from msdd_fast.training.recipes.run_ssdd import SSDDTrainConfig, train_ssdd
+    from msdd_fast.training.recipes.run_stage1 import TrainConfig, train_stage1
 
     if peek(args.rest, "preset") in SSDD_PRESETS:
         train_ssdd(training_config(SSDDTrainConfig, "msdd-fast train", __doc__, args.rest))

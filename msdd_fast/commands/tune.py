@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
+from msdd_fast.backends.tuned import machine
 from msdd_fast.commands.common import pick_device, positive_int
-from msdd_fast.files import atomic_write, require_writable
+from msdd_fast.io.files import atomic_write, require_writable
 from msdd_fast.ops.attention import OP
-from msdd_fast.selection import machine
 
 HELP = "measure the attention backends and write the table of the fastest"
 DTYPES = ("bfloat16", "float16", "float32")

@@ -5,9 +5,9 @@ whole decode; SSDD has files of its own for these (``ssdd_weights`` and so on), 
 ``graphs`` captures it, ``fast_decoder`` is what the user holds.
 """
 
+from msdd_fast.engine.decoder import FastDecoder, accelerate
 from msdd_fast.engine.explain import Explanation, explain
-from msdd_fast.engine.fast_decoder import FastDecoder, accelerate
-from msdd_fast.engine.program import StageImages
 from msdd_fast.engine.report import Report
+from msdd_fast.layers.request import StageImages
 
 __all__ = ["Explanation", "FastDecoder", "Report", "StageImages", "accelerate", "explain"]

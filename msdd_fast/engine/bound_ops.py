@@ -7,7 +7,7 @@ from functools import partial
 from types import SimpleNamespace
 
 from msdd_fast import ops
-from msdd_fast.backends import check_ops, parse_choice
+from msdd_fast.backends.choice import check_ops, parse_choice
 
 
 def bind(backend: str) -> SimpleNamespace:

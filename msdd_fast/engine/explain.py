@@ -8,12 +8,12 @@ import torch
 
 from msdd_fast.engine.bound_ops import bind
 from msdd_fast.engine.compute import compute_dtype
-from msdd_fast.engine.family import family_of
-from msdd_fast.engine.linear import DenseLinear
-from msdd_fast.engine.program import Inputs
 from msdd_fast.engine.report import Choices, OpChoice, format_choices
-from msdd_fast.models.tokenizer import Tokenizer
-from msdd_fast.ops._op import observe
+from msdd_fast.families.registry import family_of
+from msdd_fast.layers.linear.dense import DenseLinear
+from msdd_fast.layers.request import Inputs
+from msdd_fast.ops._registry import observe
+from msdd_fast.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

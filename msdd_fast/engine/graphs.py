@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from msdd_fast.engine.program import Inputs
+from msdd_fast.layers.request import Inputs
 
 T = TypeVar("T")
 R = TypeVar("R")

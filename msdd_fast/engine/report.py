@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from msdd_fast.metrics import psnr
-from msdd_fast.ops._op import Op, observe
+from msdd_fast.metrics.image import psnr
+from msdd_fast.ops._registry import Op, observe
 
 if TYPE_CHECKING:
-    from msdd_fast.engine.fast_decoder import FastDecoder
-    from msdd_fast.models.tokenizer import Tokenizer
+    from msdd_fast.engine.decoder import FastDecoder
+    from msdd_fast.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

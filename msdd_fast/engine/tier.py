@@ -19,19 +19,19 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from msdd_fast.engine import fp8, int8
+from msdd_fast.diffusion.checks import check_latents
 from msdd_fast.engine.batching import even
-from msdd_fast.engine.linear import DenseLinear
 from msdd_fast.engine.report import Accuracy
-from msdd_fast.engine.weights import MakeLinear
 from msdd_fast.errors import AccuracyError, BackendUnavailableError, InputError
-from msdd_fast.models.decoder import Decoder
-from msdd_fast.models.tokenizer import Tokenizer, msdd_parts
-from msdd_fast.photographs import photographs
-from msdd_fast.sampling import check_latents
+from msdd_fast.families.msdd.decoder import Decoder
+from msdd_fast.families.msdd.family import msdd_parts
+from msdd_fast.io.photographs import photographs
+from msdd_fast.layers.linear import fp8, int8
+from msdd_fast.layers.linear.dense import DenseLinear, MakeLinear
+from msdd_fast.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from msdd_fast.engine.fast_decoder import FastDecoder
+    from msdd_fast.engine.decoder import FastDecoder
 
 REFERENCE_PSNR = 25.0
 BATCH = 8

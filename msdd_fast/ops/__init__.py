@@ -1,6 +1,6 @@
 """The fused ops: one file each with formula, eager reference and registration. Kernels have the same stem."""
 
-from msdd_fast.backends import check_ops, environment_choice
+from msdd_fast.backends.choice import check_ops, environment_choice
 from msdd_fast.ops.attention import attention
 from msdd_fast.ops.cfg_combine import cfg_combine
 from msdd_fast.ops.cfg_euler import cfg_euler

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from msdd_fast.errors import InputError
-from msdd_fast.ops._rows import row_layout
+from msdd_fast.layout import row_layout
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

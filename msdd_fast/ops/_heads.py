@@ -8,23 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from msdd_fast.layout import is_token_major
 from msdd_fast.ops._checks import FLOAT_DTYPES
-from msdd_fast.ops._op import Verdict
+from msdd_fast.ops._registry import Verdict
 
 HEAD_SIZE, MAX_KEYS = 64, 256  # of the GPU kernels
-
-
-def is_token_major(x: Tensor) -> bool:
-    """Whether tokens of x (B, N, H, d) lie further apart than images, as in a view of a buffer (N, B, H, d)."""
-    return x.shape[0] > 1 and x.stride(1) > x.stride(0)
-
-
-def attention_result(q: Tensor) -> Tensor:
-    """Uninitialised result for queries (B, N, H, d): dense, token-major if q is so, else batch-major."""
-    b, n, h, d = q.shape
-    if is_token_major(q):
-        return q.new_empty(n, b, h, d).transpose(0, 1)
-    return q.new_empty(b, n, h, d)
 
 
 def as_autocast_has_it(q: Tensor, *others: Any) -> tuple[Any, ...]:

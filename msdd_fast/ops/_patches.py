@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 from msdd_fast.errors import InputError
@@ -52,3 +53,8 @@ def with_contiguous_rows(v: Tensor) -> Tensor:
 
 def _kind(value: object) -> str:
     return "none" if value is None else type(value).__name__
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """[-1, 1] to uint8, same shape: clamp(127.5 x + 128, 0, 255) truncated (SPEC A4)."""
+    return (x.float() * 127.5 + 128.0).clamp(0, 255).to(torch.uint8)

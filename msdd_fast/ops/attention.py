@@ -14,7 +14,7 @@ memory, where kernels made for long sequences start over for every 64 or 128 que
 (2 Nq + 2 Nk) B H d elements and does 4 B H Nq Nk d FLOP; eager also stores the scores. eager and sdpa are
 differentiable, and training takes sdpa. SPEC A0 (joint attention) and head ("cross").
 
-Backends of ``auto``: the one that measured fastest here (msdd_fast/selection.py), else sdpa.
+Backends of ``auto``: the one that measured fastest here (msdd_fast/backends/tuned.py), else sdpa.
 """
 
 from __future__ import annotations
@@ -23,19 +23,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from msdd_fast import selection
-from msdd_fast.backends import can_use_cpu, can_use_cuda, can_use_package
+from msdd_fast.backends import tuned as selection
+from msdd_fast.backends.cpu import can_use_cpu
+from msdd_fast.backends.cuda import can_use_cuda
+from msdd_fast.backends.packages import can_use_package
 from msdd_fast.errors import InputError
+from msdd_fast.layout import attention_result
 from msdd_fast.ops._checks import FLOAT_DTYPES, check_device
-from msdd_fast.ops._heads import (
-    as_autocast_has_it,
-    attention_result,
-    cpu_fits,
-    in_order_of,
-    kernels_fit,
-    rows_are_dense,
-)
-from msdd_fast.ops._op import Op, Verdict, both
+from msdd_fast.ops._heads import as_autocast_has_it, cpu_fits, in_order_of, kernels_fit, rows_are_dense
+from msdd_fast.ops._registry import Op, Verdict, both
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str | None = None) -> Tensor:
@@ -85,7 +81,7 @@ def _cpu(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _cuda(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    from msdd_fast import native_cuda
+    from msdd_fast.native import cuda as native_cuda
 
     return native_cuda.context_attention(q, k, v)
 

@@ -11,9 +11,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from msdd_fast.backends import can_use_cpu, can_use_triton
+from msdd_fast.backends.cpu import can_use_cpu
+from msdd_fast.backends.triton import can_use_triton
 from msdd_fast.ops._checks import as_rows, as_scalar, check_float, check_like, dense
-from msdd_fast.ops._op import Op
+from msdd_fast.ops._registry import Op
 
 
 def cfg_euler(

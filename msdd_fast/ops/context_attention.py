@@ -12,10 +12,10 @@ flash attention does; sdpa also rounds before it adds. The kernels take bfloat16
 and sdpa are differentiable. Scores must be finite in float32.
 
 Moves (2 N + 2 L) B H d elements, (3 N + 2 L) with accumulate, and does 4 B H N L d FLOP. K and V of a head, 32 KiB at
-L = 128, are read once by each thread block (csrc/include/msdd_fast/context_attention_kernel.h).
+L = 128, are read once by each thread block (context_attention_kernel.h).
 
 qk-norm and RoPE of q are not fused into it: a "cross" block's q is that of the self-attention, too, so the one launch
-of ``qk_norm_rope`` has prepared it for both (msdd_fast/engine/network.py). Fused, they would be done twice, and no
+of ``qk_norm_rope`` has prepared it for both (families/msdd/engine/network.py). Fused, they would be done twice, and no
 launch would be saved.
 """
 
@@ -24,18 +24,14 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from msdd_fast.backends import can_use_cpu, can_use_cuda, can_use_triton
+from msdd_fast.backends.cpu import can_use_cpu
+from msdd_fast.backends.cuda import can_use_cuda
+from msdd_fast.backends.triton import can_use_triton
 from msdd_fast.errors import InputError
+from msdd_fast.layout import attention_result
 from msdd_fast.ops._checks import check_device, check_float
-from msdd_fast.ops._heads import (
-    as_autocast_has_it,
-    attention_result,
-    cpu_fits,
-    in_order_of,
-    kernels_fit,
-    without_autocast,
-)
-from msdd_fast.ops._op import Op, Verdict, both
+from msdd_fast.ops._heads import as_autocast_has_it, cpu_fits, in_order_of, kernels_fit, without_autocast
+from msdd_fast.ops._registry import Op, Verdict, both
 
 
 def context_attention(
@@ -105,7 +101,7 @@ def _cpu(q: Tensor, k: Tensor, v: Tensor, accumulate: Tensor | None) -> Tensor:
 
 
 def _cuda(q: Tensor, k: Tensor, v: Tensor, accumulate: Tensor | None) -> Tensor:
-    from msdd_fast import native_cuda
+    from msdd_fast.native import cuda as native_cuda
 
     return native_cuda.context_attention(q, k, v, accumulate)
 

@@ -18,13 +18,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from msdd_fast.backends import can_use_cpu, can_use_triton
+from msdd_fast.backends.cpu import can_use_cpu
+from msdd_fast.backends.triton import can_use_triton
+from msdd_fast.diffusion.patch_rows import unpatchify
 from msdd_fast.errors import InputError
-from msdd_fast.images import to_uint8
 from msdd_fast.ops._checks import FLOAT_DTYPES, check_blocks
-from msdd_fast.ops._op import Op
-from msdd_fast.ops._patches import check_patch_size, check_rows, check_velocity, euler_eager, with_contiguous_rows
-from msdd_fast.patch_rows import unpatchify
+from msdd_fast.ops._patches import (
+    check_patch_size,
+    check_rows,
+    check_velocity,
+    euler_eager,
+    to_uint8,
+    with_contiguous_rows,
+)
+from msdd_fast.ops._registry import Op
 
 
 def final_step(

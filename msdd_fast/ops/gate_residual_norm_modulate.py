@@ -13,11 +13,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from msdd_fast.backends import can_use_cpu, can_use_triton
+from msdd_fast.backends.cpu import can_use_cpu
+from msdd_fast.backends.triton import can_use_triton
 from msdd_fast.errors import InputError
 from msdd_fast.ops._adaln import can_use_adaln, check_adaln, runs, spread
 from msdd_fast.ops._checks import check_device, check_floating
-from msdd_fast.ops._op import Op, both
+from msdd_fast.ops._registry import Op, both
 from msdd_fast.ops.norm_modulate import NORM_EPS, norm_modulate_eager
 
 

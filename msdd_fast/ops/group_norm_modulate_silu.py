@@ -22,10 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from msdd_fast.backends import can_use_cpu, can_use_triton
+from msdd_fast.backends.cpu import can_use_cpu
+from msdd_fast.backends.triton import can_use_triton
 from msdd_fast.errors import InputError
 from msdd_fast.ops._checks import FLOAT_DTYPES, check_device, check_floating, dense, memory_order
-from msdd_fast.ops._op import Op, Verdict, both
+from msdd_fast.ops._registry import Op, Verdict, both
 
 MAX_CHANNELS = 4096
 

@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from msdd_fast.backends import can_use_cpu, can_use_triton
+from msdd_fast.backends.cpu import can_use_cpu
+from msdd_fast.backends.triton import can_use_triton
 from msdd_fast.ops._adaln import can_use_adaln, check_adaln, runs, spread
-from msdd_fast.ops._op import Op, both
+from msdd_fast.ops._registry import Op, both
 
 NORM_EPS = 1e-6
 

@@ -22,12 +22,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from msdd_fast.backends import can_use_cpu, can_use_triton
+from msdd_fast.backends.cpu import can_use_cpu
+from msdd_fast.backends.triton import can_use_triton
+from msdd_fast.diffusion.rope import RopeTable, apply_rope
 from msdd_fast.errors import InputError
-from msdd_fast.models.rope import RopeTable, apply_rope
 from msdd_fast.ops._adaln import check_split
 from msdd_fast.ops._checks import FLOAT_DTYPES, check_device, check_floating
-from msdd_fast.ops._op import Op, Verdict, both
+from msdd_fast.ops._registry import Op, Verdict, both
 from msdd_fast.ops.norm_modulate import NORM_EPS
 
 HEAD_DIMS = (16, 32, 64, 128)  # as in csrc/cpu/qk_norm_rope.cpp

@@ -14,10 +14,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from msdd_fast.backends import can_use_triton
+from msdd_fast.backends.triton import can_use_triton
 from msdd_fast.errors import InputError
 from msdd_fast.ops._checks import check_float
-from msdd_fast.ops._op import Op, Verdict, both
+from msdd_fast.ops._registry import Op, Verdict, both
 
 LARGEST = 448.0
 TINY = 1e-12

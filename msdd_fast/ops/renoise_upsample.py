@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from msdd_fast import noise
-from msdd_fast.backends import can_use_cpu, can_use_triton
+from msdd_fast.backends.cpu import can_use_cpu
+from msdd_fast.backends.triton import can_use_triton
+from msdd_fast.diffusion import noise
 from msdd_fast.ops._checks import (
     as_scalar,
     check_blocks,
@@ -26,7 +27,7 @@ from msdd_fast.ops._checks import (
     dense,
     memory_order,
 )
-from msdd_fast.ops._op import Op
+from msdd_fast.ops._registry import Op
 
 
 def renoise_upsample(

@@ -20,13 +20,14 @@ from typing import Any
 
 from torch import Tensor
 
-from msdd_fast import noise
-from msdd_fast.backends import can_use_cpu, can_use_triton
+from msdd_fast.backends.cpu import can_use_cpu
+from msdd_fast.backends.triton import can_use_triton
+from msdd_fast.diffusion import noise
+from msdd_fast.diffusion.patch_rows import patchify, unpatchify
 from msdd_fast.ops._checks import as_scalar, check_blocks, check_device, check_seeds, check_stage
-from msdd_fast.ops._op import Op
 from msdd_fast.ops._patches import check_patch_size, check_rows, check_velocity, euler_eager, with_contiguous_rows
+from msdd_fast.ops._registry import Op
 from msdd_fast.ops.renoise_upsample import renoise_upsample_with
-from msdd_fast.patch_rows import patchify, unpatchify
 
 
 def stage_transition(

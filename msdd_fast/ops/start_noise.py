@@ -12,13 +12,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from msdd_fast import noise
-from msdd_fast.backends import can_use_cpu, can_use_triton
+from msdd_fast.backends.cpu import can_use_cpu
+from msdd_fast.backends.triton import can_use_triton
+from msdd_fast.diffusion import noise
+from msdd_fast.diffusion.patch_rows import patchify
 from msdd_fast.errors import InputError
 from msdd_fast.ops._checks import check_blocks, check_dtype, check_seeds
-from msdd_fast.ops._op import Op
 from msdd_fast.ops._patches import check_patch_size
-from msdd_fast.patch_rows import patchify
+from msdd_fast.ops._registry import Op
 
 
 def start_noise(

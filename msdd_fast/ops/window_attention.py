@@ -25,11 +25,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from msdd_fast.backends import can_use_cpu, can_use_triton
+from msdd_fast.backends.cpu import can_use_cpu
+from msdd_fast.backends.triton import can_use_triton
 from msdd_fast.errors import InputError
+from msdd_fast.layout import attention_result
 from msdd_fast.ops._checks import FLOAT_DTYPES, check_device, check_float, check_floating
-from msdd_fast.ops._heads import as_autocast_has_it, attention_result, in_order_of, without_autocast
-from msdd_fast.ops._op import Op, Verdict, both
+from msdd_fast.ops._heads import as_autocast_has_it, in_order_of, without_autocast
+from msdd_fast.ops._registry import Op, Verdict, both
 
 # What a key outside the window adds to its logit: finite, so that no row can become NaN.
 OUTSIDE = -1e7

@@ -8,7 +8,7 @@ from PIL import Image
 
 from msdd_fast import Tokenizer
 from msdd_fast.bench import quality
-from msdd_fast.metrics import psnr
+from msdd_fast.metrics.image import psnr
 
 
 def test_baselines():

@@ -2,7 +2,7 @@
 
 Its source is compiled for the CPU with emulated instructions (csrc/tests/emulated_warp.h) and run, thread for thread:
 the result against float64, every output written exactly once and nothing else, every read inside its tensor, no bank
-conflict, no access that no barrier orders. What ptxas made of it is in tests/test_cuda_binary.py.
+conflict, no access that no barrier orders. What ptxas made of it is in tests/csrc/test_cuda_binary.py.
 """
 
 from __future__ import annotations

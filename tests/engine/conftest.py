@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from msdd_fast.config import ScheduleConfig, authors_choices, get_preset
+from msdd_fast.diffusion.config import ScheduleConfig
+from msdd_fast.families.msdd.config import authors_choices
+from msdd_fast.families.presets import get_preset
 from tests.conftest import HAS_GPU
 from tests.perturbed import perturbed
 

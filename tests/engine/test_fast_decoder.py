@@ -11,7 +11,7 @@ import torch
 from msdd_fast import Tokenizer, accelerate, explain
 from msdd_fast.engine.compute import compute_dtype
 from msdd_fast.errors import BackendUnavailableError, InputError
-from msdd_fast.images import to_uint8
+from msdd_fast.ops._patches import to_uint8
 from tests.engine.test_parity import FLOAT32, latents
 
 

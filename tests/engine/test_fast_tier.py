@@ -13,13 +13,15 @@ import pytest
 import torch
 
 from msdd_fast import Tokenizer, accelerate, ops
-from msdd_fast.config import get_preset
-from msdd_fast.engine import fast_decoder, fp8, int8, tier
-from msdd_fast.engine.fp8 import Fp8Linear
-from msdd_fast.engine.int8 import Int8Linear
-from msdd_fast.engine.linear import DenseLinear
+from msdd_fast.engine import decoder as fast_decoder
+from msdd_fast.engine import tier
 from msdd_fast.errors import AccuracyError, BackendUnavailableError, InputError
-from msdd_fast.metrics import psnr
+from msdd_fast.families.presets import get_preset
+from msdd_fast.layers.linear import fp8, int8
+from msdd_fast.layers.linear.dense import DenseLinear
+from msdd_fast.layers.linear.fp8 import Fp8Linear
+from msdd_fast.layers.linear.int8 import Int8Linear
+from msdd_fast.metrics.image import psnr
 from tests.engine.test_parity import latents
 from tests.perturbed import perturbed
 
@@ -247,7 +249,7 @@ def test_linears_are_those_that_the_engine_packs(tok, float8):
             seen.append(weight.numel())
             super().__init__(weight, bias)
 
-    from msdd_fast.engine.weights import pack
+    from msdd_fast.families.msdd.engine.weights import pack
 
     pack(tok.decoder, torch.float32, torch.device("cpu"), Counted)
     assert sum(seen) == sum(w.numel() for _, w in tier.linears(tok.decoder))

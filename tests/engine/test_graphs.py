@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from msdd_fast import accelerate
-from msdd_fast.engine import fast_decoder, graphs
+from msdd_fast.engine import decoder as fast_decoder
+from msdd_fast.engine import graphs
 from msdd_fast.errors import BackendUnavailableError
 from tests.engine.test_parity import FLOAT32, latents
 

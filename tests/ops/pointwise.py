@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from msdd_fast.errors import InputError
-from msdd_fast.ops._rows import row_layout
+from msdd_fast.layout import row_layout
 
 
 class Pointwise:

@@ -7,15 +7,16 @@ import pytest
 import torch
 
 from msdd_fast import backends, native, ops
+from msdd_fast.backends import cuda, packages
 from msdd_fast.errors import BackendUnavailableError, InputError
-from msdd_fast.models import mmdit
-from msdd_fast.ops._heads import is_token_major
+from msdd_fast.families.msdd import mmdit
+from msdd_fast.layout import is_token_major
 from tests.tolerances import FLOAT32_SLACK, ROUNDING, assert_no_worse, assert_rounded_once
 
 module = sys.modules["msdd_fast.ops.attention"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 HAS_EXTENSION = backends.extension_status()[0]
-CUDA_OK, CUDA_WHY = backends.cuda_status(0) if torch.cuda.is_available() else (False, "no CUDA device")
+CUDA_OK, CUDA_WHY = cuda.cuda_status(0) if torch.cuda.is_available() else (False, "no CUDA device")
 needs_extension = pytest.mark.skipif(not HAS_EXTENSION, reason=f"msdd_fast._C {backends.extension_status()[1]}")
 CPU = pytest.param("cpu", marks=needs_extension)
 # (batch, queries, keys, heads, head size): one row, tails of every tile, the joint blocks, several blocks of keys and
@@ -282,7 +283,7 @@ def test_bad_input_has_one_text_on_every_backend(backend, change, message):
     ],
 )
 def test_a_missing_backend_says_how_to_get_it(name, command, monkeypatch):
-    monkeypatch.setattr(backends, "_has_module", lambda name: False)
+    monkeypatch.setattr(packages, "_find_module", lambda name: False)
     q, k, v = qkv((1, 2, 3, 1, 20))
     with pytest.raises(BackendUnavailableError) as caught:
         ops.attention(q, k, v, backend=name)

@@ -9,17 +9,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from msdd_fast import backends, native_cuda, ops
-from msdd_fast.backends import extension_status
+from msdd_fast import backends, ops
+from msdd_fast.backends import cuda, extension_status
 from msdd_fast.errors import BackendUnavailableError, InputError
-from msdd_fast.ops._heads import is_token_major
+from msdd_fast.layout import is_token_major
+from msdd_fast.native import cuda as native_cuda
 from tests.conftest import HAS_GPU
 from tests.tolerances import FLOAT32_SLACK, INTERPRETER_ROUNDING, ROUNDING
 
 module = sys.modules["msdd_fast.ops.context_attention"]
 HALVES = [torch.bfloat16, torch.float16]
 needs_extension = pytest.mark.skipif(not extension_status()[0], reason=f"msdd_fast._C {extension_status()[1]}")
-CUDA_OK, CUDA_WHY = backends.cuda_status(0) if HAS_GPU else (False, "no CUDA device")
+CUDA_OK, CUDA_WHY = cuda.cuda_status(0) if HAS_GPU else (False, "no CUDA device")
 needs_cuda = [pytest.mark.gpu, pytest.mark.skipif(not CUDA_OK, reason=f"backend 'cuda': {CUDA_WHY}")]
 CUDA = pytest.param("cuda", marks=needs_cuda)
 BACKENDS = ["eager", "sdpa", pytest.param("cpu", marks=needs_extension), "triton", CUDA]

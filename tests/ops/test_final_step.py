@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from msdd_fast import ops
+from msdd_fast.diffusion.patch_rows import unpatchify
 from msdd_fast.errors import InputError
-from msdd_fast.images import to_uint8
-from msdd_fast.patch_rows import unpatchify
+from msdd_fast.ops._patches import to_uint8
 
 DT, SCALE = -0.3, 1.7
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from msdd_fast import backends, ops
-from msdd_fast.backends import BACKENDS, parse_choice, use_backend
+from msdd_fast.backends import choice, cpu
+from msdd_fast.backends.choice import BACKENDS, parse_choice, use_backend
 from msdd_fast.errors import BackendUnavailableError, InputError
-from msdd_fast.ops import _op
+from msdd_fast.ops import _registry as _op
 from tests.conftest import HAS_GPU
 
 SEEDS = torch.tensor([3, 4])
@@ -133,7 +134,7 @@ def test_precedence(monkeypatch):
     euler, x = op("euler_step"), ARGUMENTS["euler_step"]
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert euler.select(*x) == "cpu"
-    monkeypatch.setattr(backends, "_choice", parse_choice("eager"))
+    monkeypatch.setattr(choice, "_choice", parse_choice("eager"))
     assert euler.select(*x) == "eager"
     with use_backend("eager,euler_step=cpu"):
         assert euler.select(*x) == "cpu"
@@ -146,7 +147,7 @@ def test_a_block_replaces_what_is_outside(monkeypatch):
     """Also a choice for one op: use_backend goes before the environment."""
     needs("cpu")
     euler, x = op("euler_step"), ARGUMENTS["euler_step"]
-    monkeypatch.setattr(backends, "_choice", parse_choice("euler_step=cpu"))
+    monkeypatch.setattr(choice, "_choice", parse_choice("euler_step=cpu"))
     assert euler.select(*x) == "cpu"
     with use_backend("eager"):
         assert euler.select(*x) == "eager"
@@ -178,7 +179,7 @@ def test_a_wrong_environment_is_an_error(value, message):
 
 def test_a_named_backend_never_falls_back(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(backends, "extension_status", lambda: (False, "was not built: no compiler. To build it: X"))
+    monkeypatch.setattr(cpu, "extension_status", lambda: (False, "was not built: no compiler. To build it: X"))
     with pytest.raises(BackendUnavailableError) as caught:
         op("euler_step")(*ARGUMENTS["euler_step"], backend="triton")
     text = str(caught.value)

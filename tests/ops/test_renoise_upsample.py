@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from msdd_fast import noise, ops
+from msdd_fast import ops
+from msdd_fast.diffusion import noise
 from msdd_fast.errors import InputError
 
 SHAPES = [(2, 3, 3, 5), (1, 1, 1, 1), (3, 4, 2, 8), (1, 3, 7, 33)]

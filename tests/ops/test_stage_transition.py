@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from msdd_fast import noise, ops
+from msdd_fast import ops
+from msdd_fast.diffusion import noise
+from msdd_fast.diffusion.patch_rows import patchify, unpatchify
 from msdd_fast.errors import InputError
-from msdd_fast.patch_rows import patchify, unpatchify
 
 DT, ALPHA, BETA, SCALE = -0.3, 0.6, 0.7, 1.7
 # Grid, images, channels, patch size: one block in a run, two and four; patches that are no power of two.

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from msdd_fast import noise, ops
+from msdd_fast import ops
+from msdd_fast.diffusion import noise
+from msdd_fast.diffusion.patch_rows import patchify
 from msdd_fast.errors import InputError
-from msdd_fast.patch_rows import patchify
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

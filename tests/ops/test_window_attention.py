@@ -8,7 +8,7 @@ import torch
 from msdd_fast import ops
 from msdd_fast.backends import extension_status
 from msdd_fast.errors import BackendUnavailableError, InputError
-from msdd_fast.ops._heads import is_token_major
+from msdd_fast.layout import is_token_major
 from tests.conftest import HAS_GPU
 from tests.ops.adaln import DTYPES, randn
 from tests.tolerances import FLOAT32_SLACK, INTERPRETER_ROUNDING, ROUNDING

@@ -16,14 +16,14 @@ import torch
 import torch.multiprocessing as mp
 
 from msdd_fast import Tokenizer
-from msdd_fast.training.data import ImageDataset, find_images
-from msdd_fast.training.dino import random_features
-from msdd_fast.training.discriminator import Discriminator
-from msdd_fast.training.perceptual import make_perceptual
-from msdd_fast.training.run_stage2 import make_student
-from msdd_fast.training.stage1 import Stage1Config, Stage1Recipe
-from msdd_fast.training.stage2 import Stage2Config, Stage2Recipe
-from msdd_fast.training.trainer import AdamConfig, Critic, LoopConfig, OptimConfig, Trainer
+from msdd_fast.training.data.dataset import ImageDataset, find_images
+from msdd_fast.training.loop.trainer import AdamConfig, Critic, LoopConfig, OptimConfig, Trainer
+from msdd_fast.training.losses.dino import random_features
+from msdd_fast.training.losses.discriminator import Discriminator
+from msdd_fast.training.losses.perceptual import make_perceptual
+from msdd_fast.training.recipes.run_stage2 import make_student
+from msdd_fast.training.recipes.stage1 import Stage1Config, Stage1Recipe
+from msdd_fast.training.recipes.stage2 import Stage2Config, Stage2Recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT = 300
@@ -99,7 +99,7 @@ def spawn(function, world, *args):
 
 
 def _in_group(rank, world, port, function, args):
-    from msdd_fast.training.distributed import process_group
+    from msdd_fast.training.loop.distributed import process_group
 
     os.environ.update(environment(rank, world, port))
     torch.set_num_threads(1)

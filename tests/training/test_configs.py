@@ -6,11 +6,11 @@ import pytest
 
 from msdd_fast.checkpoint import ASSETS
 from msdd_fast.commands.common import training_config
-from msdd_fast.config import get_preset
 from msdd_fast.errors import ConfigError
-from msdd_fast.training.run_stage1 import TrainConfig
-from msdd_fast.training.run_stage2 import DistillConfig
-from msdd_fast.training.runs import config_names, read_config
+from msdd_fast.families.presets import get_preset
+from msdd_fast.training.recipes.run_stage1 import TrainConfig
+from msdd_fast.training.recipes.run_stage2 import DistillConfig
+from msdd_fast.training.run import config_names, read_config
 
 EPOCH = 1_281_167 // 1024
 PAPER = [f"{c}-{n}scale" for c in ("cross", "joint") for n in (3, 4)]

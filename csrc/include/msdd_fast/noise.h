@@ -1,4 +1,4 @@
-// The noise ops on the CPU: normals equal to those of msdd_fast/noise.py (DESIGN section 7), never stored.
+// The noise ops on the CPU: normals equal to those of msdd_fast/diffusion/noise.py (DESIGN section 7), never stored.
 //
 // Neither the number of threads, nor the split into batches, nor the memory order changes a bit of a value.
 #pragma once

@@ -1,4 +1,4 @@
-// Counter-based normals, the C++ (and later CUDA) twin of msdd_fast/noise.py: the same integers bit for bit,
+// Counter-based normals, the C++ (and later CUDA) twin of msdd_fast/diffusion/noise.py: the same integers bit for bit,
 // the same formulas for the normals. A test compares every constant below with noise.py.
 //
 // Everything works on arrays of N lanes, structure of arrays: on a CPU N = 16 lets the compiler turn each loop

@@ -1,0 +1,34 @@
+"""stage_transition to the case's scale against plain PyTorch on the image (other normals: moments are compared).
+
+The baseline does the same work: Euler step, interpolate, randn made block-correlated, axpy, and the two changes of
+layout that patch rows ask of it.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from msdd_fast import ops
+from msdd_fast.bench.ops.suite import PATCH
+from msdd_fast.bench.timing.harness import same_moments
+from msdd_fast.diffusion.patch_rows import patchify, unpatchify
+
+DT, ALPHA, BETA, STAGE, CORRELATION = -0.25, 0.6, 0.7, 1, -1.0 / 3.0
+
+
+def plain(x, v, dt, alpha, beta, seeds, stage, patch_size, correlation):
+    end = unpatchify(torch.add(x, v, alpha=DT), patch_size)
+    up = F.interpolate(end, scale_factor=2.0, mode="nearest")
+    eps = torch.randn_like(up)
+    mean = F.interpolate(F.avg_pool2d(eps, 2), scale_factor=2.0, mode="nearest")
+    return patchify(torch.add(ALPHA * up, eps - mean, alpha=BETA * (4 / 3) ** 0.5), patch_size)
+
+
+BASELINES = {"plain": plain}
+
+
+def test_stage_transition(case, measure):
+    shape = (case.tokens // 4, case.batch, 3 * PATCH**2)
+    x, v = case.randn(*shape), case.randn(*shape)
+    scalars = (case.scalar(DT), case.scalar(ALPHA), case.scalar(BETA), case.seeds())
+    inputs = (x, v, *scalars, STAGE, PATCH, CORRELATION)
+    measure(ops.stage_transition, inputs, bytes_moved=6 * x.nbytes, check={"plain": same_moments})

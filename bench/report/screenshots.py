@@ -1,0 +1,63 @@
+"""Pictures of a report as Chromium shows it: wide and as on a phone, light and dark. For docs/images.
+
+    python -m msdd_fast.bench.report.screenshots out/bench/report.html docs/images [--browser chromium]
+
+Writes bench-light.png, bench-dark.png, bench-phone-light.png and bench-phone-dark.png. The page is opened without a
+network: a name that it wanted to resolve would not be found.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image, ImageChops
+
+from msdd_fast.errors import BackendUnavailableError
+
+SIZES = {"bench": (940, 9000), "bench-phone": (390, 12000)}
+THEMES = {"light": (), "dark": ("--blink-settings=preferredColorScheme=0",)}
+OFFLINE = (
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+    "--host-resolver-rules=MAP * ~NOTFOUND",
+)
+MARGIN = 16
+
+
+def take(page: Path, target: Path, size: tuple[int, int], options: Sequence[str], browser: str) -> None:
+    """One picture, without the empty rest of the window below the page."""
+    with tempfile.TemporaryDirectory() as profile:
+        window = f"--window-size={size[0]},{size[1]}"
+        command = [browser, *OFFLINE, *options, f"--user-data-dir={profile}", window, f"--screenshot={target}"]
+        subprocess.run([*command, page.absolute().as_uri()], check=True, capture_output=True, timeout=120)
+    with Image.open(target) as picture:
+        shown = picture.convert("RGB")
+    empty = Image.new("RGB", shown.size, shown.getpixel((0, shown.height - 1)))
+    box = ImageChops.difference(shown, empty).getbbox()
+    bottom = shown.height if box is None else min(box[3] + MARGIN, shown.height)
+    shown.crop((0, 0, shown.width, bottom)).quantize(64).save(target, optimize=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("report", type=Path)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--browser", default="chromium", help="Chromium or Chrome (default: %(default)s)")
+    args = parser.parse_args(arguments)
+    if shutil.which(args.browser) is None:
+        raise BackendUnavailableError(f"screenshots need the browser {args.browser!r} on the PATH")
+    args.folder.mkdir(parents=True, exist_ok=True)
+    for name, size in SIZES.items():
+        for theme, options in THEMES.items():
+            target = args.folder / f"{name}-{theme}.png"
+            take(args.report, target, size, options, args.browser)
+            print(f"wrote {target}")
+
+
+if __name__ == "__main__":
+    main()

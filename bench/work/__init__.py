@@ -1,0 +1,1 @@
+"""FLOP and bytes by formula, and ahead-of-time compilation."""

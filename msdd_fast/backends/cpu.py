@@ -1,0 +1,14 @@
+"""Backend "cpu": the C++ functions of the compiled extension."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from msdd_fast.backends.extension import extension_status
+
+
+def can_use_cpu(x: Tensor) -> tuple[bool, str]:
+    """Whether the compiled C++ functions can work on ``x``."""
+    if x.device.type != "cpu":
+        return False, f"works on CPU tensors, got {x.device}"
+    return extension_status()

@@ -1,0 +1,61 @@
+"""What this machine offers and what was found of it (``msdd-fast env``)."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import msdd_fast
+from msdd_fast.backends.extension import extension_status
+
+PACKAGES = (
+    "torch",
+    "triton",
+    "numpy",
+    "safetensors",
+    "pillow",
+    "flash-attn",
+    "xformers",
+    "lpips",
+    "torchvision",
+    "scikit-image",
+)
+
+
+def collect_env() -> dict[str, Any]:
+    """Versions, extension status, CPU and devices as plain data. Starts no CUDA context."""
+    ok, reason = extension_status()
+    return {
+        "msdd_fast": msdd_fast.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "extension": "loaded" if ok else f"not available: {reason}",
+        "cpu": {"model": _cpu_model(), "cores": os.cpu_count(), "capability": torch.backends.cpu.get_cpu_capability()},
+        "torch_threads": torch.get_num_threads(),
+        "cuda_build": torch.version.cuda,
+        "cuda_devices": torch.cuda.device_count(),
+        "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith("MSDD_FAST_")},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )

@@ -1,0 +1,45 @@
+"""Encode and decode pictures, keeping what happens at every scale, and draw it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from PIL import Image
+from torch import Tensor
+
+from msdd_fast.engine import FastDecoder
+from msdd_fast.io.images import grid_image
+from msdd_fast.sampling import StageResult
+from msdd_fast.tokenizer import Tokenizer
+
+
+class Reconstruction(NamedTuple):
+    """Images float32 in [-1, 1]: the originals (B, 3, R, R), the clean estimate of every stage, the result."""
+
+    original: Tensor
+    stages: list[Tensor]
+    result: Tensor
+
+
+def reconstruct(
+    tokenizer: Tokenizer, images: Tensor, seed: int = 0, engine: FastDecoder | None = None
+) -> Reconstruction:
+    """Round trip of images (B, 3, R, R) in [-1, 1], decoded by ``engine`` if there is one, else by the eager model."""
+    z = tokenizer.encode(images)
+    if engine is not None:
+        stages = [s.images for s in engine.stream(z, seed)]
+        return Reconstruction(images, stages, stages[-1])
+    results: list[StageResult] = []
+    out = tokenizer.decode(z, seed, stage_callback=results.append)
+    return Reconstruction(images, [r.clean for r in results], out)
+
+
+def reconstruction_grid(tokenizer: Tokenizer, images: Tensor, seed: int = 0) -> Image.Image:
+    """One row per image: original, clean estimate of every stage (enlarged), result."""
+    return draw(reconstruct(tokenizer, images, seed))
+
+
+def draw(r: Reconstruction, size: int | None = None) -> Image.Image:
+    """Picture of a reconstruction; tiles of ``size`` pixels (default: the image size)."""
+    rows = [[r.original[i], *(s[i] for s in r.stages[:-1]), r.result[i]] for i in range(len(r.original))]
+    return grid_image(rows, size or r.original.shape[-1])

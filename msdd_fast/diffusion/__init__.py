@@ -1,0 +1,1 @@
+"""Noise, schedule, positions and patches: the mathematics that every family shares."""

@@ -1,0 +1,54 @@
+"""Checks of latents, noise and sampling arguments."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from msdd_fast.errors import InputError
+
+
+def check_finite(name: str, x: Tensor) -> None:
+    """Raise InputError that names the first item of the batch with NaN or Inf. Waits for a GPU."""
+    if not torch.isfinite(x).all():
+        bad = int((~torch.isfinite(x)).flatten(1).any(dim=1).nonzero()[0])
+        raise InputError(f"{name} must be finite, got NaN or Inf in item {bad}")
+
+
+def check_sampling(steps: int, cfg_scale: float) -> None:
+    """Raise InputError unless steps is an int >= 1 and cfg_scale a finite number >= 0."""
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise InputError(f"steps must be an integer >= 1, got {steps!r}")
+    if not isinstance(cfg_scale, (int, float)) or not math.isfinite(cfg_scale) or cfg_scale < 0:
+        raise InputError(f"cfg_scale must be a finite number >= 0, got {cfg_scale!r}")
+
+
+def check_unguided(cfg_scale: float) -> None:
+    """Raise InputError unless ``cfg_scale`` is 1: SSDD was not trained without latents, so nothing can be guided."""
+    if cfg_scale != 1.0:
+        raise InputError(f"cfg_scale must be 1 for an SSDD tokenizer (it has no null context), got {cfg_scale!r}")
+
+
+def check_latents(z: Tensor, *shape: int | None) -> None:
+    """Raise InputError unless ``z`` is a floating (B, *shape) tensor; None stands for any positive size."""
+    if not isinstance(z, Tensor):
+        raise InputError(f"z must be a torch.Tensor, got {type(z).__name__}")
+    sizes = z.shape[1:]
+    if z.ndim != 1 + len(shape) or any(n < 1 if s is None else n != s for n, s in zip(sizes, shape, strict=True)):
+        free = iter("hw")
+        expected = ", ".join(next(free) if s is None else str(s) for s in shape)
+        raise InputError(f"z must have shape (B, {expected}), got {tuple(z.shape)}")
+    if not z.is_floating_point():
+        raise InputError(f"z must be floating point, got {z.dtype}")
+
+
+def check_noise(noise: Sequence[Tensor], batch: int, shapes: list[tuple[int, int, int]]) -> None:
+    """Raise InputError unless there is one tensor (batch, *shape) for each of ``shapes``."""
+    if len(noise) != len(shapes):
+        raise InputError(f"noise must hold {len(shapes)} tensors, one per stage, got {len(noise)}")
+    for s, (n, shape) in enumerate(zip(noise, shapes, strict=True)):
+        if n.shape != (batch, *shape):
+            raise InputError(f"noise[{s}] must have shape {(batch, *shape)}, got {tuple(n.shape)}")

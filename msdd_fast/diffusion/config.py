@@ -1,0 +1,84 @@
+"""Configurations of the schedule and of sampling, and how all configurations are read."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import typing
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from msdd_fast.errors import ConfigError
+
+FloatName = Literal["float32", "bfloat16"]
+
+
+TimeGrid = Literal["uniform", "authors", "power"]
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """Multi-scale noise schedule (SPEC A3, A4)."""
+
+    num_stages: int = 4
+    block_correlation: float = -1.0 / 3.0
+    """Correlation of the renoising inside a 2x2 block: -1/3 keeps the state white, +1/3 is the
+    authors' code, 0 is the paper's Eq. 3."""
+    timestep_dtype: FloatName = "float32"
+    """dtype in which model times T/1000 are rounded; "bfloat16" is parity with bf16 checkpoints."""
+    time_grid: TimeGrid = "uniform"
+    """Step times inside a stage: "uniform" in [1, 0]; "authors" ends with a step of 0.001; "power" is the uniform
+    grid raised to ``time_power``, with the time itself as the model time (SPEC-SSDD 3): for one stage."""
+    time_power: float = 2.0
+    """Exponent of the grid "power"; the others have none."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.time_grid != "power" or self.num_stages == 1,
+            f"schedule.time_grid 'power' is for one stage, got num_stages={self.num_stages}",
+        )
+        _require(self.time_power > 0, f"schedule.time_power must be positive, got {self.time_power}")
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """What ``Tokenizer.decode`` does unless told otherwise: a property of the weights."""
+
+    steps: int = 1
+    cfg_scale: float = 1.0
+
+
+def _require(ok: bool, message: str) -> None:
+    if not ok:
+        raise ConfigError(message)
+
+
+def _from_dict(cls: Any, data: Any, where: str) -> Any:
+    if not isinstance(data, dict):
+        raise ConfigError(f"{where} must be a mapping, got {type(data).__name__}")
+    hints = typing.get_type_hints(cls)
+    unknown = sorted(set(data) - set(hints))
+    if unknown:
+        raise ConfigError(f"{where} has unknown field {unknown[0]!r}; known: {', '.join(sorted(hints))}")
+    return cls(**{name: _coerce(hints[name], value, f"{where}.{name}") for name, value in data.items()})
+
+
+def _coerce(kind: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(kind):
+        return _from_dict(kind, value, where)
+    if typing.get_origin(kind) is Literal:
+        if value not in typing.get_args(kind):
+            raise ConfigError(f"{where} must be one of {', '.join(typing.get_args(kind))}, got {value!r}")
+        return value
+    if typing.get_origin(kind) is tuple:
+        kinds = typing.get_args(kind)
+        if not isinstance(value, (list, tuple)) or len(value) != len(kinds):
+            raise ConfigError(f"{where} must be a list of {len(kinds)} values, got {value!r}")
+        return tuple(_coerce(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise ConfigError(f"{where} must be of type {kind.__name__}, got {value!r}")
+    if kind is float and not math.isfinite(value):
+        raise ConfigError(f"{where} must be finite, got {value!r}")
+    return value

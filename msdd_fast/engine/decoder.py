@@ -1,0 +1,394 @@
+"""FastDecoder: the eager tokenizer's decode at the speed of the hardware (DESIGN sections 3 and 6)."""
+
+from __future__ import annotations
+
+import threading
+import time
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from msdd_fast.diffusion.checks import check_finite, check_latents, check_noise
+from msdd_fast.diffusion.noise import resolve_seeds
+from msdd_fast.engine import graphs as cuda_graphs
+from msdd_fast.engine.batching import Chunk, assumed_cost, even, plan
+from msdd_fast.engine.bound_ops import bind
+from msdd_fast.engine.compute import compute_dtype
+from msdd_fast.engine.memory import fit
+from msdd_fast.engine.prefetch import prefetch
+from msdd_fast.engine.report import Accuracy, Report, describe
+from msdd_fast.engine.tier import (
+    EXACT,
+    Tier,
+    calibration_latents,
+    check_limit,
+    fast_tier,
+    measure,
+    plain_images,
+    require,
+)
+from msdd_fast.errors import BackendUnavailableError, InputError
+from msdd_fast.families.registry import family_of
+from msdd_fast.layers.request import Inputs, StageImages
+from msdd_fast.tokenizer import Tokenizer
+
+OUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
+TIERS = ("exact", "fast")
+GPU_BATCH_SIZES = (1, 8, 64)
+# A CPU is busy from a few images on; larger batches only leave its caches.
+CPU_BATCH_SIZES = (8,)
+
+
+def accelerate(
+    tokenizer: Tokenizer,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    tier: str = "exact",
+    backend: str = "auto",
+    steps: int | None = None,
+    cfg_scale: float | None = None,
+    batch_sizes: Sequence[int] | None = None,
+    graphs: str | bool = "auto",
+    max_memory: int | None = None,
+    max_psnr_loss: float = 0.1,
+    calibration: Tensor | None = None,
+    validate: bool = False,
+) -> FastDecoder:
+    """An engine for the decoder of ``tokenizer``, MSDD or SSDD, which is not changed. It has its own weights.
+
+    Args:
+        dtype: float32, bfloat16 or float16 of weights and activations; statistics, softmax and noise are float32. A CPU
+            without bfloat16 instructions calculates in float32 instead (``report`` says so).
+        tier: "exact", the eager model's arithmetic up to rounding, or "fast", matrix products in 8 bits: float8 on a
+            GPU of sm_89 or newer (dtype bfloat16), int8 on a CPU; not for SSDD, whose products are convolutions.
+        backend: of the ops: "auto", a name, or names per op ("auto,attention=sdpa").
+        steps, cfg_scale: default to ``config.sampling``.
+        batch_sizes: captured as CUDA graphs, from which any other size is put together; without graphs, the largest
+            is the most that runs at once. Default (1, 8, 64) on a GPU, (8,) on a CPU.
+        graphs: "auto" (on a GPU; if a capture fails, without, and ``report`` says why), True (a failure is an error) or
+            False.
+        max_memory: bytes for weights, tables and activations; batch sizes that do not fit are left out. While a fast
+            engine is checked, the weights of the exact one exist, too, which is not counted.
+        max_psnr_loss: of tier "fast": refuse if it is expected to cost more than this many dB of a reconstruction of
+            25 dB (engine/tier.py has the formula). Measured against the exact tier; ``report`` has the figures.
+        calibration: latents (B, num_latent_tokens, latent_dim) to measure that on. Default: four photographs of
+            scikit-image, encoded, or random latents if it is not installed.
+        validate: check every z for NaN and Inf, which waits for the device.
+
+    Raises InputError for a bad argument, BackendUnavailableError for graphs, a backend or a tier that cannot be had,
+    AccuracyError for a fast tier that would lose too much.
+    """
+    _one_of("tier", tier, TIERS)
+    check_limit(max_psnr_loss)
+    options: dict[str, Any] = dict(dtype=dtype, backend=backend, steps=steps, cfg_scale=cfg_scale, validate=validate)
+    final = {**options, "batch_sizes": batch_sizes, "graphs": graphs, "max_memory": max_memory}
+    if tier == "exact":
+        if calibration is not None:
+            raise InputError("calibration is for tier='fast', got it with tier='exact'")
+        return FastDecoder(tokenizer, tier=EXACT, **final)
+    device = next(tokenizer.parameters()).device
+    fast = fast_tier(tokenizer, device, compute_dtype(dtype, device)[0], bind(backend))
+    z, source = calibration_latents(tokenizer, calibration)
+    # The exact engine is gone before the fast one is made: never both sets of weights.
+    exact = plain_images(
+        FastDecoder(tokenizer, tier=EXACT, batch_sizes=None, graphs=False, max_memory=None, **options), z
+    )
+    engine = FastDecoder(tokenizer, tier=fast, **final)
+    engine.accuracy = measure(plain_images(engine, z), exact, source)
+    require(engine.accuracy, max_psnr_loss)
+    return engine
+
+
+class FastDecoder:
+    """Latents to images with everything hoisted, packed, fused and, on a GPU, captured. Made by ``accelerate``.
+
+    Calls from several threads are safe; those that replay a graph run one after the other.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        dtype: torch.dtype,
+        tier: Tier,
+        backend: str,
+        steps: int | None,
+        cfg_scale: float | None,
+        batch_sizes: Sequence[int] | None,
+        graphs: str | bool,
+        max_memory: int | None,
+        validate: bool,
+    ) -> None:
+        self.config, self.validate = tokenizer.config, validate
+        self.family = family_of(self.config)
+        sampling = self.config.sampling
+        self.tokenizer = weakref.ref(tokenizer)  # for the report; the engine keeps no second copy of the model alive
+        self.steps = sampling.steps if steps is None else steps
+        self.cfg_scale = float(sampling.cfg_scale if cfg_scale is None else cfg_scale)
+        self.family.check(self.steps, self.cfg_scale)
+        self.tier, self.tier_description = tier.name, tier.description
+        self.accuracy: Accuracy | None = None
+        self.device = next(tokenizer.parameters()).device
+        self.dtype, self.dtype_reason = compute_dtype(dtype, self.device)
+        self.graphs, self.graphs_reason = _use_graphs(graphs, self.device)
+        self._graphs_required = graphs is True
+        sizes = _check_sizes(batch_sizes, self.device)
+        tables = self.family.tables(tokenizer, self.steps, self.device)
+        self.program = self.family.program(tokenizer, tables, self.dtype, self.device, bind(backend), tier.make)
+        self.memory = {"weights": self.program.network.w.memory(), "tables": self.family.tables_memory(tables)}
+        per_image = self.family.activation_bytes(self.dtype.itemsize, self._is_guided(None), tier is not EXACT)
+        self.batch_sizes, self.notes = fit(sizes, max_memory, sum(self.memory.values()), per_image)
+        self.memory[f"activations of batch {max(self.batch_sizes)} (bound)"] = per_image * max(self.batch_sizes)
+        self._cost = assumed_cost(self.batch_sizes)
+        self._lock, self._stream_lock = threading.Lock(), threading.Lock()
+        self._recorder: cuda_graphs.Recorder | None = None
+        self._recordings: dict[Any, cuda_graphs.Recording[Any]] = {}
+
+    def warmup(self) -> None:
+        """Run, and capture, every batch size once; with graphs, measure what each costs, to split other sizes by.
+
+        SSDD: at ``config.image_size``; graphs for other heights and widths are captured when they first occur.
+        """
+        for size in self.batch_sizes:
+            z = torch.zeros(size, *self.family.example, device=self.device)
+            self.decode(z)
+            if self.graphs:
+                self._cost[size] = sorted(self._seconds(z) for _ in range(5))[2]
+
+    def decode(
+        self,
+        z: Tensor,
+        seed: int | Sequence[int] | Tensor = 0,
+        *,
+        noise: Sequence[Tensor] | None = None,
+        cfg_scale: float | None = None,
+        out_dtype: torch.dtype = torch.float32,
+        out: Tensor | None = None,
+        copy: bool = True,
+    ) -> Tensor:
+        """Images of latents.
+
+        Args:
+            z: (B, num_latent_tokens, latent_dim), or for SSDD (B, latent_channels, h, w), any float dtype, any device.
+            seed: an int (image i uses seed + i) or one int per image, in [0, 2^63). Ignored with ``noise``.
+            noise: as in ``sampling.sample``; runs without graphs.
+            cfg_scale: instead of the engine's; SSDD has 1 only.
+            out_dtype: float32, bfloat16 or float16 (nominally in [-1, 1], not clamped), or uint8 (0 to 255).
+            out: contiguous (B, 3, H, W) of ``out_dtype`` on the engine's device, which receives the images.
+            copy: False allows to return a graph's own memory, which the next call overwrites.
+
+        Returns (B, 3, H, W). Raises InputError for anything else, and for NaN or Inf in z if ``validate`` is set.
+        """
+        inputs, guided = self._inputs(z, seed, cfg_scale), self._is_guided(cfg_scale)
+        _one_of("out_dtype", out_dtype, OUT_DTYPES)
+        batch, shapes = len(z), self.config.stage_shapes(z.shape)
+        shape = (batch, *shapes[-1])
+        if out is not None:
+            _check_out(out, shape, out_dtype, self.device)
+        if noise is not None:
+            check_noise(noise, batch, shapes)
+            noise = [n.to(self.device) for n in noise]
+        chunks = self._chunks(batch, noise is None)
+        if len(chunks) == 1 and out is None and (not copy or not self._is_graphed(noise)):
+            return self._decode_chunk(chunks[0], inputs, guided, out_dtype, noise, None)
+        if out is None:
+            out = torch.empty(shape, dtype=out_dtype, device=self.device)
+        begin = 0
+        for chunk in chunks:
+            part = slice(begin, begin + chunk.images)
+            mine = Inputs(inputs.z[part], inputs.seeds[part], inputs.scale)
+            self._decode_chunk(chunk, mine, guided, out_dtype, noise and [n[part] for n in noise], out[part])
+            begin += chunk.images
+        return out
+
+    @torch.no_grad()
+    def _decode_chunk(
+        self,
+        chunk: Chunk,
+        inputs: Inputs,
+        guided: bool,
+        out_dtype: torch.dtype,
+        noise: Sequence[Tensor] | None,
+        out: Tensor | None,
+    ) -> Tensor:
+        """Images of one chunk, written to ``out`` if it is given."""
+        if self._is_graphed(noise):
+            with self._lock:
+                recording = self._recording((chunk.size, *inputs.z.shape[1:]), guided, out_dtype)
+                if recording is not None:
+                    keep = (lambda x: x[: chunk.images]) if out is None else (lambda x: out.copy_(x[: chunk.images]))
+                    return next(recording(inputs, keep))
+        images = self.program.decode(inputs, guided, out_dtype, noise)
+        return images if out is None else out.copy_(images)
+
+    def stream(
+        self,
+        z: Tensor,
+        seed: int | Sequence[int] | Tensor = 0,
+        *,
+        cfg_scale: float | None = None,
+        out_dtype: torch.dtype = torch.float32,
+    ) -> Iterator[StageImages]:
+        """The same decode stage by stage: yields each stage's clean estimate as soon as it is done.
+
+        Arguments as of ``decode``. On a GPU one graph per stage for the batch sizes of the engine; other sizes, and a
+        second stream at the same time, run without graphs.
+        """
+        inputs, guided = self._inputs(z, seed, cfg_scale), self._is_guided(cfg_scale)
+        _one_of("out_dtype", out_dtype, OUT_DTYPES)
+        return self._stream(inputs, guided, out_dtype)
+
+    def _stream(self, inputs: Inputs, guided: bool, out_dtype: torch.dtype) -> Iterator[StageImages]:
+        batch = len(inputs.z)
+        if self.graphs and batch in self.batch_sizes and self._stream_lock.acquire(blocking=False):
+            try:
+                with torch.no_grad(), self._lock:
+                    recording = self._recording(tuple(inputs.z.shape), guided, out_dtype, streaming=True)
+                if recording is not None:
+                    yield from recording(inputs, _clone)
+                    return
+            finally:
+                self._stream_lock.release()
+        pieces = self.program.stream(inputs, guided, out_dtype)
+        while True:
+            with torch.no_grad():  # not held across a yield: it would leak into the caller's code
+                piece = next(pieces, None)
+            if piece is None:
+                return
+            yield piece
+
+    def decode_many(
+        self,
+        latents: Iterable[Tensor],
+        seed: int = 0,
+        *,
+        cfg_scale: float | None = None,
+        out_dtype: torch.dtype = torch.float32,
+    ) -> Iterator[Tensor]:
+        """Images of each tensor of latents, shaped as in ``decode``, in order.
+
+        The next tensors are fetched, pinned and copied to the device while this one decodes. Image i of the whole
+        stream has seed + i, however it is cut into tensors.
+        """
+        resolve_seeds(seed, 1)  # for its check
+        for z in prefetch(latents, self.device):
+            yield self.decode(z, seed, cfg_scale=cfg_scale, out_dtype=out_dtype)
+            seed += len(z)
+
+    def report(self, z: Tensor | None = None) -> Report:
+        """What was made constant, which backend each op takes and why, memory, and the difference from eager.
+
+        Decodes ``z`` (default: one random latent image) with the eager tokenizer too, in its own dtype.
+        """
+        return describe(self, z)
+
+    def graph_memory(self) -> dict[str, int]:
+        """Bytes that the graphs of ``decode`` hold; empty before the first capture."""
+        return {} if self._recorder is None else {"graphs": self._recorder.memory()}
+
+    # --- Below: private. ---
+
+    def _inputs(self, z: Tensor, seed: int | Sequence[int] | Tensor, cfg_scale: float | None) -> Inputs:
+        check_latents(z, *self.config.latent_shape)
+        self.family.check(self.steps, self.cfg_scale if cfg_scale is None else cfg_scale)
+        if self.validate:
+            check_finite("z", z)
+        scale = torch.tensor(self.cfg_scale if cfg_scale is None else float(cfg_scale), dtype=torch.float32)
+        return Inputs(
+            z.detach().to(self.device, self.dtype, non_blocking=True),
+            resolve_seeds(seed, len(z)).to(self.device, non_blocking=True),
+            scale.to(self.device, non_blocking=True),
+        )
+
+    def _is_guided(self, cfg_scale: float | None) -> bool:
+        return (self.cfg_scale if cfg_scale is None else cfg_scale) != 1.0
+
+    def _is_graphed(self, noise: Sequence[Tensor] | None) -> bool:
+        return self.graphs and noise is None
+
+    def _chunks(self, batch: int, may_graph: bool) -> list[Chunk]:
+        if self.graphs and may_graph:
+            return plan(batch, self._cost)
+        return even(batch, max(self.batch_sizes))
+
+    def _recording(
+        self, shape: tuple[int, ...], guided: bool, out_dtype: torch.dtype, streaming: bool = False
+    ) -> cuda_graphs.Recording[Any] | None:
+        """The graph for latents of one shape, captured when first asked for; None once a capture has failed."""
+        key = (shape, guided, out_dtype, streaming)
+        if key in self._recordings:
+            return self._recordings[key]
+        if not self.graphs:
+            return None
+        example = self._inputs(torch.zeros(shape), 0, None)
+        try:
+            recording: cuda_graphs.Recording[Any]
+            if streaming:  # a pool of its own: its stages may interleave with decodes
+                recording = cuda_graphs.Recording(
+                    cuda_graphs.Recorder(self.device),
+                    example,
+                    lambda i: self.program.stream(i, guided, out_dtype),
+                    self.config.schedule.num_stages,
+                )
+            else:
+                self._recorder = self._recorder or cuda_graphs.Recorder(self.device)
+                recording = cuda_graphs.Recording(
+                    self._recorder, example, lambda i: iter((self.program.decode(i, guided, out_dtype),)), 1
+                )
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            reason = f"the capture of batch {shape[0]} failed: {error}"
+            if self._graphs_required:
+                raise BackendUnavailableError(f"graphs=True, but {reason}") from error
+            self.graphs, self.graphs_reason = False, reason
+            self._recordings.clear()
+            return None
+        self._recordings[key] = recording
+        return recording
+
+    def _seconds(self, z: Tensor) -> float:
+        torch.cuda.synchronize(self.device)
+        begin = time.perf_counter()
+        self.decode(z, copy=False)
+        torch.cuda.synchronize(self.device)
+        return time.perf_counter() - begin
+
+
+def _clone(images: StageImages) -> StageImages:
+    return StageImages(images.stage, images.images.clone(), images.state.clone())
+
+
+def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> Any:
+    if value not in allowed:
+        raise InputError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}")
+    return value
+
+
+def _use_graphs(graphs: str | bool, device: torch.device) -> tuple[bool, str]:
+    if graphs not in ("auto", True, False):
+        raise InputError(f"graphs must be 'auto', True or False, got {graphs!r}")
+    if device.type == "cuda":
+        return bool(graphs), "one per batch size" if graphs else "not wanted (graphs=False)"
+    if graphs is True:
+        raise BackendUnavailableError(f"graphs=True needs a CUDA device, but the tokenizer is on {device}")
+    return False, "only on a GPU"
+
+
+def _check_sizes(sizes: Sequence[int] | None, device: torch.device) -> tuple[int, ...]:
+    if sizes is None:
+        return GPU_BATCH_SIZES if device.type == "cuda" else CPU_BATCH_SIZES
+    if not sizes or any(isinstance(s, bool) or not isinstance(s, int) or s < 1 for s in sizes):
+        raise InputError(f"batch_sizes must be integers >= 1, got {sizes!r}")
+    return tuple(sorted(set(sizes)))
+
+
+def _check_out(out: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    if not isinstance(out, Tensor) or out.shape != shape or out.dtype != dtype or out.device != device:
+        got = f"{out.dtype} {tuple(out.shape)} on {out.device}" if isinstance(out, Tensor) else type(out).__name__
+        raise InputError(f"out must be {dtype} {shape} on {device}, got {got}")
+    if not out.is_contiguous():
+        raise InputError(f"out must be contiguous, got strides {out.stride()}")

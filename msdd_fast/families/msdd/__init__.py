@@ -1,0 +1,1 @@
+"""MSDD: token latents, decoded over several scales."""

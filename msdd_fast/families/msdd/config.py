@@ -1,0 +1,169 @@
+"""Configuration of an MSDD tokenizer."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from msdd_fast.diffusion.config import FloatName, SamplingConfig, ScheduleConfig, _from_dict, _require
+
+Conditioning = Literal["cross", "joint"]
+
+
+ImageRope = Literal["rotary", "cosine"]
+
+
+ImagePositions = Literal["scaled", "centered"]
+
+
+ContextPositions = Literal["grid", "row"]
+
+
+VelocityInit = Literal["passthrough", "zero"]
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding of image tokens and latent tokens (SPEC A0 and head)."""
+
+    image_rope: ImageRope = "rotary"
+    """"rotary" rotates q and k; "cosine" multiplies them by cos(theta), as the authors' code does."""
+    image_positions: ImagePositions = "scaled"
+    """"scaled": a coarse token sits at the centre of what it covers; "centered": crop of the final grid."""
+    context_positions: ContextPositions = "grid"
+    """"grid": latent token j at the centre of its cell of a grid over the image; "row": (row, j)."""
+    context_rope_dtype: FloatName = "float32"
+    """dtype of the context frequencies; "bfloat16" reproduces the authors' autocast inference."""
+    base: float = 10000.0
+    position_prior: float = 2.0
+    """Weight of the q and k norms at initialisation, where attention is a kernel in relative position
+    (models/position_prior.py). Only with "rotary" and "grid"; 0 is PyTorch's plain initialisation."""
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """Image to latent tokens: a ViT in which learned registers read the image (SPEC A1)."""
+
+    depth: int = 12
+    hidden_size: int = 768
+    head_dim: int = 64
+    mlp_multiple_of: int = 256
+    """The SwiGLU hidden size int(8/3 * hidden_size) is rounded up to a multiple of this."""
+    register_std: float = 0.02
+    """Standard deviation of the registers at initialisation (the authors' is 1)."""
+    latent_norm: bool = True
+    """Normalise every latent token to zero mean and unit variance (the authors' z is not normalised)."""
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Noisy image, time and latent tokens to velocity (SPEC A2 and head)."""
+
+    depth: int = 12
+    hidden_size: int = 768
+    head_dim: int = 64
+    mlp_multiple_of: int = 256
+    conditioning: Conditioning = "cross"
+    gate_init: float = 1.0
+    """Residual gates at initialisation (bias of the adaLN linear); 0 is adaLN-Zero."""
+    velocity_init: VelocityInit = "passthrough"
+    """The velocity at initialisation: roughly x_t itself, whose noise a good velocity must carry, or zero."""
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """A whole tokenizer: image of ``image_size`` squared <-> ``num_latent_tokens`` x ``latent_dim``."""
+
+    image_size: int = 256
+    patch_size: int = 8
+    num_latent_tokens: int = 128
+    latent_dim: int = 32
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("image_size", "patch_size", "num_latent_tokens", "latent_dim"):
+            _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+        for name, part in (("encoder", self.encoder), ("decoder", self.decoder)):
+            _require(part.depth >= 1, f"{name}.depth must be at least 1, got {part.depth}")
+            _require(
+                part.hidden_size >= 1 and part.head_dim >= 4 and part.head_dim % 4 == 0,
+                f"{name}: hidden_size must be positive and head_dim a multiple of 4 (two rotary axes), "
+                f"got {part.hidden_size} and {part.head_dim}",
+            )
+            _require(
+                part.hidden_size % part.head_dim == 0,
+                f"{name}.hidden_size must be a multiple of head_dim={part.head_dim}, got {part.hidden_size}",
+            )
+            _require(
+                part.mlp_multiple_of >= 1, f"{name}.mlp_multiple_of must be at least 1, got {part.mlp_multiple_of}"
+            )
+        stages = self.schedule.num_stages
+        _require(1 <= stages <= 10, f"schedule.num_stages must be 1 to 10, got {stages}")
+        rho = self.schedule.block_correlation
+        _require(
+            -1.0 / 3.0 - 1e-6 <= rho < 1.0,
+            f"schedule.block_correlation must be in [-1/3, 1), got {rho}: no 2x2 noise has it",
+        )
+        coarsest = self.patch_size * 2 ** (stages - 1)
+        _require(
+            self.image_size % coarsest == 0,
+            f"image_size must be a multiple of patch_size * 2^(num_stages-1) = {coarsest} so that every stage "
+            f"has a whole patch grid, got {self.image_size}",
+        )
+        start = self.image_size // 2 ** (stages - 1)
+        _require(
+            start % 2 == 0, f"the first stage must have an even resolution (noise comes in 2x2 blocks), got {start}"
+        )
+        _require(self.sampling.steps >= 1, f"sampling.steps must be at least 1, got {self.sampling.steps}")
+        _require(self.sampling.cfg_scale >= 0, f"sampling.cfg_scale must be >= 0, got {self.sampling.cfg_scale}")
+
+    @property
+    def family(self) -> str:
+        return "msdd"
+
+    @property
+    def latent_shape(self) -> tuple[int, int]:
+        """Shape of an image's latents: (num_latent_tokens, latent_dim)."""
+        return self.num_latent_tokens, self.latent_dim
+
+    @property
+    def grid_size(self) -> int:
+        """Patches per side at full resolution (M in the SPEC)."""
+        return self.image_size // self.patch_size
+
+    def stage_resolution(self, stage: int) -> int:
+        """Pixels per side of a stage; the last stage is ``image_size``."""
+        return self.image_size // 2 ** (self.schedule.num_stages - 1 - stage)
+
+    def stage_shapes(self, latents: Sequence[int]) -> list[tuple[int, int, int]]:
+        """Shape (3, H, W) of the state in every stage, for latents of a shape (B, ...)."""
+        return [(3, r, r) for r in map(self.stage_resolution, range(self.schedule.num_stages))]
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_dict(cls, data: Any) -> TokenizerConfig:
+        """Inverse of ``to_dict``. Raises ConfigError for unknown fields and wrong types."""
+        return _from_dict(cls, data, "config")
+
+
+def authors_choices(config: TokenizerConfig) -> TokenizerConfig:
+    """The same sizes with every disputed choice as in the authors' code (SPEC, table in the head)."""
+    return dataclasses.replace(
+        config,
+        encoder=dataclasses.replace(config.encoder, register_std=1.0, latent_norm=False),
+        decoder=dataclasses.replace(config.decoder, conditioning="joint"),
+        rope=RopeConfig(image_rope="cosine", image_positions="centered", context_positions="row"),
+        schedule=dataclasses.replace(config.schedule, block_correlation=1.0 / 3.0, time_grid="authors"),
+    )

@@ -1,0 +1,1 @@
+"""SSDD: spatial latents, decoded by one U-Net."""

@@ -1,0 +1,43 @@
+"""SSDD's whole decode over device tensors: nothing in it waits for, or asks, the host."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from msdd_fast.families.ssdd.engine.network import SSDDNetwork
+from msdd_fast.families.ssdd.engine.tables import SSDDStep
+from msdd_fast.layers.convolution import channels_last
+from msdd_fast.layers.request import Inputs, StageImages, convert
+from msdd_fast.profiling import spans
+
+
+class SSDDProgram:
+    """Decodes with the given steps; ``engine.program.Program`` for a schedule of one stage. Never guided.
+
+    The state stays float32, as in the eager sampler: it has 3 channels among hundreds.
+    """
+
+    def __init__(self, network: SSDDNetwork, steps: Sequence[SSDDStep]) -> None:
+        self.network, self.steps, self.ops = network, steps, network.ops
+
+    def decode(
+        self, inputs: Inputs, guided: bool, out_dtype: torch.dtype, noise: Sequence[Tensor] | None = None
+    ) -> Tensor:
+        """Images (B, 3, H, W) in ``out_dtype``; ``noise`` as in ``sampling.sample``."""
+        assert not guided
+        network = self.network
+        height, width = (s * network.factor for s in inputs.z.shape[2:])
+        context = network.context(inputs.z)
+        x = self.ops.start_noise(inputs.seeds, (3, height, width)) if noise is None else noise[0].float()
+        x = channels_last(x)
+        for step in spans(self.steps, lambda i: f"step {i}"):
+            x = self.ops.euler_step(x, network.velocity(x, context, step), step.dt)
+        return convert(x, out_dtype).contiguous()
+
+    def stream(self, inputs: Inputs, guided: bool, out_dtype: torch.dtype) -> Iterator[StageImages]:
+        """The one stage."""
+        state = self.decode(inputs, guided, torch.float32)
+        yield StageImages(0, convert(state, out_dtype), state)

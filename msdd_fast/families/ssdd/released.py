@@ -1,0 +1,137 @@
+"""Reading and writing SSDD's released weights (SPEC-SSDD 1.6, 2): sizes from shapes, and the sign of the velocity.
+
+Names are the same here. Their network gives the image minus the noise, ours the noise minus the image: the last
+convolution changes its sign on the way in and out.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from msdd_fast.checkpoint import load_state
+from msdd_fast.diffusion.config import SamplingConfig
+from msdd_fast.errors import CheckpointError, InputError, MsddFastError
+from msdd_fast.families.ssdd.config import KLEncoderConfig, SSDDConfig, UViTConfig
+from msdd_fast.io.files import atomic_write, read_torch_file
+from msdd_fast.io.safetensors import read_safetensors
+from msdd_fast.tokenizer import Tokenizer
+
+_NEGATED = ("decoder.conv_out.weight", "decoder.conv_out.bias")
+
+
+def translate_ssdd(state: object, image_size: int, steps: int, groups: int) -> tuple[SSDDConfig, dict[str, Tensor]]:
+    """Config and tensors under our names and in our convention; the tensors may share memory with ``state``.
+
+    Raises CheckpointError for what is no SSDD tokenizer, ConfigError for sizes that no tokenizer can have. Whether
+    every tensor is there, and no other, is left to ``checkpoint.load_state``.
+    """
+    if not isinstance(state, dict) or not state:
+        raise CheckpointError(f"not a state dict: expected names mapped to tensors, got {type(state).__name__}")
+    if not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
+        raise CheckpointError("not a state dict: expected names mapped to tensors")
+    tensors = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): tensor for name, tensor in state.items()}
+    return _infer_config(tensors, image_size, steps, groups), _negate(tensors)
+
+
+def release_ssdd(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse: a tokenizer's state dict as the authors' network would load it."""
+    return _negate(tensors)
+
+
+def _negate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: -tensor if name in _NEGATED else tensor for name, tensor in tensors.items()}
+
+
+def _infer_config(tensors: dict[str, Tensor], image_size: int, steps: int, groups: int) -> SSDDConfig:
+    """Sizes from shapes. Each is what most of the tensors that show it say, so that one wrong tensor stands out."""
+
+    def read(what: str, pattern: str, ndim: int, axis: int) -> int:
+        matches = (t for name, t in tensors.items() if re.fullmatch(pattern, name) and t.ndim == ndim)
+        sizes = Counter(t.shape[axis] for t in matches)
+        if not sizes:
+            raise CheckpointError(f"not an SSDD tokenizer: no tensor shows {what} (expected {pattern})")
+        return sizes.most_common(1)[0][0]
+
+    def count(prefix: str) -> int:
+        found = {int(m[1]) for name in tensors if (m := re.match(rf"{re.escape(prefix)}\.(\d+)\.", name))}
+        if not found or found != set(range(len(found))):
+            raise CheckpointError(f"not an SSDD tokenizer: {prefix} are missing or not numbered from 0")
+        return len(found)
+
+    def width(level: int) -> int:
+        where = rf"decoder\.(down_blocks\.{level}|up_blocks\.{3 - level})\.resnets\.\d\.norm2\.(weight|bias)"
+        return read(f"the decoder's width at level {level}", where, 1, 0)
+
+    blocks = "decoder.mid_block.transformer_blocks"
+    table = rf"{re.escape(blocks)}\.\d+\.relative_position_bias\.relative_bias_table"
+    gaussian = read("the number of latent channels", r"encoder\.(conv_out|out_proj)\.(weight|bias)", 1, 0)
+    return SSDDConfig(
+        image_size=image_size,
+        factor=2 ** (count("encoder.down") - 1),
+        latent_channels=gaussian // 2,  # means and log-variances
+        encoder=KLEncoderConfig(read("the encoder's width", r"encoder\.down\.0\.block\.\d\.\w+\.bias", 1, 0)),
+        decoder=UViTConfig(
+            widths=(width(0), width(1), width(2), width(3)),
+            mid_layers=count(blocks),
+            heads=read("the number of heads", table, 3, 2),
+            window=(read("the window", table, 3, 0) + 1) // 2,
+            groups=groups,
+        ),
+        sampling=SamplingConfig(steps=steps),
+    )
+
+
+def import_ssdd(
+    source: str | os.PathLike[str] | dict[str, Any], image_size: int = 256, steps: int = 8, groups: int = 32
+) -> Tokenizer:
+    """Build a tokenizer from SSDD's released weights (SPEC-SSDD 1.6, 2).
+
+    Args:
+        source: a .safetensors file, a .pt file (loaded with ``weights_only=True``), or a state dict with the names
+            ``encoder.*`` and ``decoder.*``. ``module.`` and ``_orig_mod.`` prefixes are tolerated.
+        image_size: side of the crops that the command line takes; the network takes any multiple of 8.
+        steps: that ``decode`` takes by default: 1 for distilled weights.
+        groups: of the decoder's GroupNorms, the only size that no shape shows; 32 in all released weights.
+
+    Returns the tokenizer in eval mode, float32. Raises CheckpointError for a foreign or damaged file and for one with a
+    missing, unexpected or misshapen tensor.
+    """
+    if isinstance(source, dict):
+        # The model must not share memory with the caller's tensors.
+        name, state = "state dict", {n: t.clone() if isinstance(t, Tensor) else t for n, t in source.items()}
+    else:
+        path = Path(source)
+        name = str(path)
+        state = read_safetensors(path) if path.suffix == ".safetensors" else read_torch_file(path)
+    try:
+        config, tensors = translate_ssdd(state, image_size, steps, groups)
+    except MsddFastError as e:
+        raise CheckpointError(f"{name}: {e}") from e
+    with torch.device("meta"):
+        tokenizer = Tokenizer(config)
+    load_state(tokenizer, tensors, name)
+    return tokenizer.eval()
+
+
+def export_ssdd(tokenizer: Tokenizer, path: str | os.PathLike[str]) -> None:
+    """Write an SSDD tokenizer as one .safetensors file that the authors' code loads: ``import_ssdd`` reversed.
+
+    Raises InputError for a tokenizer of another family, CheckpointError if the file cannot be written.
+    """
+    if tokenizer.config.family != "ssdd":
+        raise InputError(f"tokenizer must be of the family ssdd, got {tokenizer.config.family}")
+    tensors = release_ssdd(tokenizer.state_dict())
+    try:
+        with atomic_write(path) as temporary:
+            save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, temporary, {"format": "pt"})
+    except (OSError, SafetensorError) as e:
+        raise CheckpointError(f"cannot write {path}: {getattr(e, 'strerror', None) or e}") from e

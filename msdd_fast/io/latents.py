@@ -1,0 +1,97 @@
+"""Files of latents: safetensors with one tensor ``latents`` and a name for each image.
+
+Latent tokens are (N, tokens, dim), the spatial latents of SSDD (N, channels, height, width).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from msdd_fast.errors import InputError
+from msdd_fast.io.files import atomic_write
+
+
+class Latents(NamedTuple):
+    """``z`` (N, tokens, dim) or (N, channels, height, width), and N relative names without suffix, unique."""
+
+    z: Tensor
+    names: list[str]
+
+
+def save_latents(latents: Latents, path: str | os.PathLike[str]) -> None:
+    """Write atomically. Raises InputError if a name would not load again or the file cannot be written."""
+    check_names(latents.names, len(latents.z), path)
+    with atomic_write(path) as temporary:
+        save_file({"latents": latents.z.contiguous().cpu()}, temporary, {"names": json.dumps(latents.names)})
+
+
+def load_latents(path: str | os.PathLike[str]) -> Latents:
+    """Read a latents file; without names in it the images are called 000000, 000001, ...
+
+    Raises InputError for a missing, damaged or foreign file, and for names that point outside a folder.
+    """
+    try:
+        with safe_open(path, framework="pt") as f:
+            if "latents" not in f.keys():  # noqa: SIM118 (not a dict)
+                raise InputError(f"{path} must hold a tensor 'latents', got {', '.join(f.keys()) or 'nothing'}")
+            z = f.get_tensor("latents")
+            metadata = f.metadata() or {}
+    except FileNotFoundError as e:
+        raise InputError(f"latents file {path} does not exist") from e
+    except (SafetensorError, OSError, ValueError) as e:
+        if isinstance(e, InputError):
+            raise
+        raise InputError(f"{path} is damaged or not a safetensors file: {e}") from e
+    if z.ndim not in (3, 4):
+        raise InputError(
+            f"{path}: latents must be (N, tokens, dim) or (N, channels, height, width), got {tuple(z.shape)}"
+        )
+    try:
+        names = json.loads(metadata["names"]) if "names" in metadata else [f"{i:06d}" for i in range(len(z))]
+    except json.JSONDecodeError as e:
+        raise InputError(f"{path}: its list of names is not valid JSON: {e}") from e
+    check_names(names, len(z), path)
+    return Latents(z, names)
+
+
+def unique_names(files: list[Path], root: Path) -> list[str]:
+    """Names relative to ``root`` without suffix; files that would share one keep their suffix."""
+    relative = [PurePosixPath(f.relative_to(root).as_posix()) for f in files]
+    stems = [str(r.with_suffix("")) for r in relative]
+    count = Counter(stems)
+    names = [str(r) if count[s] > 1 else s for r, s in zip(relative, stems, strict=True)]
+    if len(set(names)) < len(names):  # a.png, a.jpg and a.png.png
+        names = [str(r) for r in relative]
+    check_names(names, len(files), root)
+    return names
+
+
+def concatenate(parts: Sequence[Latents]) -> Latents:
+    """Several files as one. Raises InputError if their latents differ in shape."""
+    shapes = sorted({tuple(p.z.shape[1:]) for p in parts})
+    if len(shapes) > 1:
+        raise InputError(f"latents files must agree in shape, got {' and '.join(map(str, shapes))}")
+    return Latents(torch.cat([p.z for p in parts]), [n for p in parts for n in p.names])
+
+
+def check_names(names: object, count: int, source: str | os.PathLike[str]) -> None:
+    """Raise InputError unless ``names`` are ``count`` different relative paths that stay inside a folder."""
+    if not isinstance(names, list) or not all(isinstance(n, str) and n for n in names) or len(names) != count:
+        got = len(names) if isinstance(names, list) else type(names).__name__
+        raise InputError(f"{source}: names must be {count} non-empty strings, got {got}")
+    for name in names:
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts or str(path) != name or "\\" in name or "\0" in name:
+            raise InputError(f"{source}: names must be plain paths inside the output folder, got {name!r}")
+    if len(set(names)) != count:
+        raise InputError(f"{source}: names must be unique, got {Counter(names).most_common(1)[0][0]!r} twice")

@@ -1,0 +1,1 @@
+"""Packed building blocks that the engines of all families share."""

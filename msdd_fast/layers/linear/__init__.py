@@ -1,0 +1,1 @@
+"""Matrix products: dense, int8, float8."""

@@ -1,0 +1,99 @@
+"""LPIPS with VGG-16 (Zhang et al., 2018, version 0.1) from two local files.
+
+The ``lpips`` package has torchvision download VGG-16 when it is built; here both files are named, and nothing is
+fetched. Images are float (B, 3, H, W) in [-1, 1].
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from msdd_fast.errors import CheckpointError
+from msdd_fast.io.files import read_torch_file
+from msdd_fast.metrics._checks import check_pair
+
+
+class LpipsVgg(nn.Module):
+    """Learned perceptual image patch similarity on VGG-16. Differentiable; frozen.
+
+    Features after relu1_2, relu2_2, relu3_3, relu4_3 and relu5_3 are normalised to unit length over channels;
+    their squared differences are weighted by the learned heads, averaged over pixels and summed over the layers.
+
+    Args:
+        vgg16: torchvision's ``vgg16-397923af.pth`` (ImageNet weights, the classifier in it is ignored).
+        heads: ``vgg.pth`` of LPIPS v0.1, the five weightings lin0..lin4.
+
+    Raises CheckpointError if a file is missing or holds another network.
+    """
+
+    SOURCE = "torchvision's VGG-16, https://download.pytorch.org/models/vgg16-397923af.pth"
+    HEADS = "LPIPS v0.1's heads, lpips/weights/v0.1/vgg.pth of the lpips package"
+    # Convolutions by index in torchvision's `features`, grouped by what lies between two taps.
+    _BLOCKS = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
+    _WIDTHS = (64, 128, 256, 512, 512)
+
+    shift: Tensor
+    scale: Tensor
+
+    def __init__(self, vgg16: str | os.PathLike[str], heads: str | os.PathLike[str]) -> None:
+        super().__init__()
+        trunk, linear = (_read(f, s) for f, s in ((vgg16, self.SOURCE), (heads, self.HEADS)))
+        # The package's ScalingLayer: ImageNet mean and deviation for inputs in [-1, 1].
+        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1))
+        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1))
+        self.convs = nn.ModuleDict()
+        self.heads = nn.ParameterList()
+        n_in = 3
+        for i, (block, width) in enumerate(zip(self._BLOCKS, self._WIDTHS, strict=True)):
+            for index in block:
+                conv = nn.Conv2d(n_in, width, 3, padding=1)
+                _fill(conv.weight, trunk, f"features.{index}.weight", vgg16, self.SOURCE)
+                assert conv.bias is not None
+                _fill(conv.bias, trunk, f"features.{index}.bias", vgg16, self.SOURCE)
+                self.convs[str(index)] = conv
+                n_in = width
+            head = nn.Parameter(torch.zeros(1, width, 1, 1))
+            _fill(head, linear, f"lin{i}.model.1.weight", heads, self.HEADS)
+            self.heads.append(head)
+        self.requires_grad_(False).eval()
+
+    def features(self, x: Tensor) -> list[Tensor]:
+        """Five feature maps with unit length over channels."""
+        out = []
+        x = (x.float() - self.shift) / self.scale
+        for i, block in enumerate(self._BLOCKS):
+            if i:
+                x = F.max_pool2d(x, 2)
+            for index in block:
+                x = F.relu(self.convs[str(index)](x))
+            # The square root has no finite gradient at zero: a little inside it, too.
+            out.append(x / (x.square().sum(dim=1, keepdim=True) + 1e-20).sqrt().add(1e-10))
+        return out
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Distance per image (B,); 0 for equal images. Sides of at least 16 pixels."""
+        check_pair(x, y)
+        total = x.new_zeros(len(x), dtype=torch.float32)
+        for a, b, head in zip(self.features(x), self.features(y), self.heads, strict=True):
+            total = total + ((a - b).square() * head).sum(dim=1).mean(dim=(1, 2))
+        return total
+
+
+def _read(path: str | os.PathLike[str], source: str) -> Any:
+    if not Path(path).is_file():
+        raise CheckpointError(f"LPIPS weights not found: expected {source}, got {path}")
+    return read_torch_file(path)
+
+
+def _fill(parameter: Tensor, state: Any, key: str, path: str | os.PathLike[str], source: str) -> None:
+    tensor = state.get(key) if isinstance(state, dict) else None
+    if not isinstance(tensor, Tensor) or tensor.shape != parameter.shape:
+        got = tuple(tensor.shape) if isinstance(tensor, Tensor) else "nothing of the kind"
+        raise CheckpointError(f"{path} is not {source}: expected {key} of shape {tuple(parameter.shape)}, got {got}")
+    parameter.data.copy_(tensor)

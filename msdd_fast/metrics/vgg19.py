@@ -1,0 +1,75 @@
+"""A perceptual distance on VGG-19 features."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from msdd_fast.errors import CheckpointError
+from msdd_fast.io.files import read_torch_file
+from msdd_fast.metrics._checks import check_pair
+
+
+class Vgg19Distance(nn.Module):
+    """Perceptual distance on VGG-19 features at relu1_1, relu2_1 and relu3_1. Not LPIPS: no learned heads.
+
+    Features are normalised to unit length over channels; the squared difference is summed over channels,
+    averaged over pixels and over the three layers. Differentiable.
+
+    Args:
+        weights: ``vgg_normalised_conv3_1.pth``, the genuine VGG-19 features rescaled to mean activation 1
+            (a plain Sequential's state dict; nothing is downloaded).
+
+    Raises CheckpointError if the file is missing or is another network.
+    """
+
+    SOURCE = "the VGG-19 features vgg_normalised_conv3_1.pth"
+    # State-dict key -> (in, out, kernel); pools follow conv1_2 and conv2_2; taps after relu1_1, 2_1, 3_1.
+    _LAYERS = ((0, 3, 3, 1), (2, 3, 64, 3), (5, 64, 64, 3), (9, 64, 128, 3), (12, 128, 128, 3), (16, 128, 256, 3))
+    _TAPS = (2, 9, 16)
+    _POOL_AFTER = (5, 12)
+
+    def __init__(self, weights: str | os.PathLike[str]) -> None:
+        super().__init__()
+        path = Path(weights)
+        if not path.is_file():
+            raise CheckpointError(
+                f"VGG-19 features not found: expected the file vgg_normalised_conv3_1.pth, got {path}"
+            )
+        state = read_torch_file(path)
+        self.convs = nn.ModuleDict()
+        for key, n_in, n_out, kernel in self._LAYERS:
+            conv = nn.Conv2d(n_in, n_out, kernel)
+            for name, parameter in conv.named_parameters():
+                tensor = state.get(f"{key}.{name}") if isinstance(state, dict) else None
+                if not isinstance(tensor, Tensor) or tensor.shape != parameter.shape:
+                    got = tuple(tensor.shape) if isinstance(tensor, Tensor) else "nothing of the kind"
+                    raise CheckpointError(
+                        f"{path} is not the VGG-19 feature network up to relu3_1: "
+                        f"expected {key}.{name} of shape {tuple(parameter.shape)}, got {got}"
+                    )
+                parameter.data.copy_(tensor)
+            self.convs[str(key)] = conv
+        self.requires_grad_(False).eval()
+
+    def features(self, x: Tensor) -> list[Tensor]:
+        """Three feature maps with unit length over channels."""
+        out = []
+        x = self.convs["0"]((x.float() + 1) / 2)
+        for key, *_ in self._LAYERS[1:]:
+            x = F.relu(self.convs[str(key)](F.pad(x, (1, 1, 1, 1), mode="reflect")))
+            if key in self._TAPS:
+                out.append(F.normalize(x, dim=1, eps=1e-6))
+            if key in self._POOL_AFTER:
+                x = F.max_pool2d(x, 2)
+        return out
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Distance per image (B,); 0 for equal images."""
+        check_pair(x, y)
+        pairs = zip(self.features(x), self.features(y), strict=True)
+        return torch.stack([(a - b).square().sum(dim=1).mean(dim=(1, 2)) for a, b in pairs]).mean(dim=0)

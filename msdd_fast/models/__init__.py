@@ -1,1 +1,0 @@
-"""Standard model code: eager, trainable, readable."""

@@ -1,0 +1,29 @@
+"""The C++ and CUDA functions of ``msdd_fast._C`` on tensors, one file per op."""
+
+from msdd_fast.native.attention import attention
+from msdd_fast.native.cfg_euler import cfg_euler
+from msdd_fast.native.final_step import final_step
+from msdd_fast.native.gate_residual_norm_modulate import gate_residual_norm_modulate
+from msdd_fast.native.group_norm_modulate_silu import group_norm_modulate_silu
+from msdd_fast.native.norm_modulate import norm_modulate
+from msdd_fast.native.qk_norm_rope import qk_norm_rope
+from msdd_fast.native.renoise_upsample import renoise_upsample
+from msdd_fast.native.stage_transition import stage_transition
+from msdd_fast.native.start_noise import start_noise
+from msdd_fast.native.swiglu import swiglu
+from msdd_fast.native.window_attention import window_attention
+
+__all__ = [
+    "attention",
+    "cfg_euler",
+    "final_step",
+    "gate_residual_norm_modulate",
+    "group_norm_modulate_silu",
+    "norm_modulate",
+    "qk_norm_rope",
+    "renoise_upsample",
+    "stage_transition",
+    "start_noise",
+    "swiglu",
+    "window_attention",
+]

@@ -1,0 +1,55 @@
+"""Torch wrappers of the extension's CUDA kernels: check what protects memory here, pass addresses and strides there.
+
+CUDA tensors only. Kernels run on the current stream of the tensors' device and return at once; call each once on a
+device before a graph captures it, since the first call loads the kernels there.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from msdd_fast.backends import load_extension
+from msdd_fast.errors import BackendUnavailableError, InputError
+from msdd_fast.layout import attention_result
+
+_DTYPES = {torch.bfloat16: 1, torch.float16: 2}  # as in csrc/include/msdd_fast/dtype.h
+
+
+def context_attention(q: Tensor, k: Tensor, v: Tensor, accumulate: Tensor | None = None) -> Tensor:
+    """softmax(q k^T / 8) v, plus ``accumulate``, rounded once; memory order of ``attention_result(q)``.
+
+    q (B, N, H, 64), k and v (B, L, H, 64) with L from 1 to 256, accumulate like q: bfloat16 or float16, strides any
+    multiples of 8 elements but the last, which is 1, addresses multiples of 16 bytes. Nothing is copied.
+
+    Raises InputError on anything else, BackendUnavailableError if the extension is missing or CUDA refuses.
+    """
+    operands = {"q": q, "k": k, "v": v} if accumulate is None else {"q": q, "k": k, "v": v, "accumulate": accumulate}
+    for name, x in operands.items():
+        if not isinstance(x, Tensor) or x.device.type != "cuda" or x.dtype not in _DTYPES:
+            got = f"{x.dtype} on {x.device}" if isinstance(x, Tensor) else type(x).__name__
+            raise InputError(f"{name} must be a bfloat16 or float16 tensor on a GPU, got {got}")
+        if x.ndim != 4 or x.shape[3] != 64 or x.dtype != q.dtype or x.device != q.device:
+            expected = f"(B, N, H, 64) in q's dtype, {q.dtype}, on {q.device}"
+            raise InputError(f"{name} must be {expected}, got {x.dtype} {tuple(x.shape)} on {x.device}")
+        shape = q.shape if name in ("q", "accumulate") else (q.shape[0], k.shape[1], *q.shape[2:])
+        if x.shape != shape:
+            raise InputError(f"{name} must have the shape {tuple(shape)}, got {tuple(x.shape)}")
+        if x.numel() and x.stride(3) != 1:
+            raise InputError(f"{name} must be contiguous in its last dimension, got strides {x.stride()}")
+    out = attention_result(q)
+    if out.numel() == 0:
+        return out
+    views = [(0, 0, 0, 0) if x is None else (x.data_ptr(), *x.stride()[:3]) for x in (q, k, v, accumulate, out)]
+    b, n, h, _ = q.shape
+    stream = torch.cuda.current_stream(q.device).cuda_stream
+    function = getattr(load_extension(), "context_attention", None)
+    if function is None:
+        raise BackendUnavailableError("context_attention: msdd_fast._C was built without CUDA")
+    try:
+        function(*views, _DTYPES[q.dtype], b, h, n, k.shape[1], stream, q.get_device())
+    except ValueError as error:
+        raise InputError(f"context_attention: {error}") from None
+    except RuntimeError as error:
+        raise BackendUnavailableError(f"context_attention: {error}") from None
+    return out

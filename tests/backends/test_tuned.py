@@ -1,0 +1,108 @@
+"""The table of the fastest backends: lookup, replacement, the command that measures it."""
+
+import json
+
+import pytest
+import torch
+
+from msdd_fast import backends
+from msdd_fast.backends import tuned as selection
+from msdd_fast.commands import main as cli
+from msdd_fast.errors import InputError
+from msdd_fast.ops.attention import OP
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def tuned(tmp_path, monkeypatch):
+    """Writes the file that MSDD_FAST_TUNED names; forgets what was read before and after."""
+    file = tmp_path / "fastest.json"
+
+    def write(table):
+        file.write_text(table if isinstance(table, str) else json.dumps(table))
+        forget()
+        return file
+
+    def forget():
+        selection._table.cache_clear()
+        selection._rows.cache_clear()
+
+    monkeypatch.setenv("MSDD_FAST_TUNED", str(file))
+    forget()
+    yield write
+    monkeypatch.undo()
+    forget()
+
+
+def entry(**rows):
+    return {selection.machine("cpu"): {"attention": {"bfloat16": {"64": rows}}}}
+
+
+def test_the_shipped_table_names_backends_that_exist():
+    table = selection.read_table(selection.SHIPPED)
+    assert table
+    for ops in table.values():
+        for dtypes in ops.values():
+            for sizes in dtypes.values():
+                for rows in sizes.values():
+                    assert set(rows.values()) <= set(OP.implementations) and all(int(n) > 0 for n in rows)
+
+
+def test_lookup(tuned):
+    """The smallest measured number that is not below, else the largest; nothing for what was not measured."""
+    tuned(entry(**{"16": "sdpa", "144": "cpu", "1152": "xformers"}))
+    found = [selection.fastest("attention", CPU, torch.bfloat16, 64, n) for n in (0, 1, 16, 17, 144, 145, 1152, 5000)]
+    assert found == ["sdpa"] * 3 + ["cpu"] * 2 + ["xformers"] * 3
+    assert selection.fastest("attention", CPU, torch.bfloat16, 32, 16) is None
+    assert selection.fastest("attention", CPU, torch.float32, 64, 16) is None
+    assert selection.fastest("swiglu", CPU, torch.bfloat16, 64, 16) is None
+    assert selection.fastest("attention", torch.device("meta"), torch.bfloat16, 64, 16) is None
+
+
+@pytest.mark.skipif(not backends.extension_status()[0], reason=f"msdd_fast._C {backends.extension_status()[1]}")
+def test_auto_takes_the_fastest_that_can_run(tuned):
+    q = torch.zeros(1, 20, 2, 64, dtype=torch.bfloat16)
+    for named, chosen in (("cpu", "cpu"), ("sdpa", "sdpa"), ("xformers", "sdpa")):
+        tuned(entry(**{"16": "sdpa", "144": named}))
+        assert OP.select(q, q, q) == chosen
+    tuned(entry(**{"144": "cpu"}))
+    assert OP.select(q.requires_grad_(), q, q) == "sdpa"
+    with torch.no_grad():
+        assert OP.select(q, q, q) == "cpu"
+
+
+def test_a_machine_that_the_file_does_not_name_keeps_what_is_shipped(tuned):
+    tuned({"cpu-of-tomorrow": {}})
+    assert selection._table() == {**selection.read_table(selection.SHIPPED), "cpu-of-tomorrow": {}}
+
+
+@pytest.mark.parametrize("content", ["[]", "{", '{"cpu": 1}'])
+def test_a_damaged_file_is_an_error(tuned, content):
+    file = tuned(content)
+    with pytest.raises(InputError, match=f"MSDD_FAST_TUNED: {file} .*write it with: msdd-fast tune --out {file}"):
+        selection.fastest("attention", CPU, torch.bfloat16, 64, 1)
+
+
+def test_a_missing_file_is_an_error(tuned):
+    with pytest.raises(InputError, match=r"MSDD_FAST_TUNED: .* cannot be read"):
+        selection.fastest("attention", CPU, torch.bfloat16, 64, 1)
+
+
+def test_tune(tuned, tmp_path, monkeypatch, capsys):
+    """Also where the variable names a file that is not there yet: it is what the command writes."""
+    monkeypatch.setattr("msdd_fast.commands.tune.QUERIES", (4, 30))
+    small = ["tune", "--device", "cpu", "--heads", "1", "--rounds", "2"]
+    file = tmp_path / "fastest.json"
+    assert cli.main([*small, "--out", str(file)]) == 0
+    assert f"export MSDD_FAST_TUNED={file}" in capsys.readouterr().out
+    (measured,) = json.loads(file.read_text()).values()
+    assert set(measured["attention"]) == {"bfloat16", "float16", "float32"}
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        rows = measured["attention"][str(dtype).removeprefix("torch.")]["64"]
+        assert list(rows) == ["4", "30"]
+        assert selection.fastest("attention", CPU, dtype, 64, 30) == rows["30"]
+    assert cli.main(small) == 0
+    assert set(json.loads(capsys.readouterr().out)) == {selection.machine("cpu")}
+    assert cli.main([*small, "--out", str(tmp_path)]) == 1
+    assert cli.main([*small[:1], "--device", "nonsense"]) == 1

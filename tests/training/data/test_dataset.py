@@ -1,0 +1,217 @@
+"""Training data: sources, order, augmentation, bad input."""
+
+import io
+import random
+import shutil
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from msdd_fast.errors import InputError
+from msdd_fast.training.data.dataset import (
+    CropConfig,
+    ImageDataset,
+    MicroBatches,
+    crop_image,
+    expand_braces,
+    find_images,
+)
+from msdd_fast.training.loop.draws import hash_seed
+
+
+def picture(seed, size=(40, 30)):
+    pixels = np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "images/sub").mkdir(parents=True)
+    for i in range(4):
+        picture(i).save(tmp_path / f"images/{i}.png")
+    picture(9).save(tmp_path / "images/sub/9.JPG", format="JPEG")
+    (tmp_path / "images/notes.txt").write_text("not an image")
+    return tmp_path / "images"
+
+
+@pytest.fixture
+def shard(tmp_path):
+    path = tmp_path / "shard.tar"
+    with tarfile.open(path, "w") as tar:
+        for i in range(3):
+            buffer = io.BytesIO()
+            picture(100 + i).save(buffer, format="PNG")
+            for name, data in ((f"{i:06d}.png", buffer.getvalue()), (f"{i:06d}.cls", b"7")):
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def test_folders_and_shards(folder, shard):
+    refs = find_images([folder, shard])
+    assert [r.path.name for r in refs] == ["0.png", "1.png", "2.png", "3.png", "9.JPG", *["shard.tar"] * 3]
+    for i, ref in enumerate(refs[5:]):
+        stored = Image.open(io.BytesIO(ref.read()))
+        assert np.array_equal(np.asarray(stored), np.asarray(picture(100 + i)))
+
+
+def test_every_epoch_is_a_permutation_of_its_own(folder):
+    data = ImageDataset(find_images([folder]), 16, seed=3)
+    epochs = [[data.index_of(5 * e + i) for i in range(5)] for e in range(4)]
+    assert all(sorted(e) == list(range(5)) for e in epochs)
+    assert len({tuple(e) for e in epochs}) > 1
+    assert [data.index_of(i) for i in range(5)] == epochs[0]  # going back is possible
+
+
+def test_a_sample_depends_on_its_index_and_seed_only(folder):
+    refs = find_images([folder])
+    a, b = ImageDataset(refs, 16, seed=3), ImageDataset(refs, 16, seed=3)
+    for g in (7, 0, 12):
+        assert torch.equal(a[g], b[g])
+    other = ImageDataset(refs, 16, seed=4)
+    assert any(not torch.equal(a[g], other[g]) for g in range(5))
+    assert a[0].shape == (3, 16, 16) and a[0].dtype == torch.float32
+    assert a[0].min() >= -1 and a[0].max() <= 1
+
+
+def test_whole_picture_without_augmentation(tmp_path):
+    picture(0, (16, 16)).save(tmp_path / "a.png")
+    data = ImageDataset(find_images([tmp_path]), 16, seed=0, crop=CropConfig(min_crop=1.0, flip=False))
+    expected = torch.from_numpy(np.asarray(picture(0, (16, 16))).copy()).permute(2, 0, 1) / 127.5 - 1
+    torch.testing.assert_close(data[5], expected)
+
+
+def test_hash_seed_is_stable():
+    assert hash_seed(0, 1) == hash_seed(0, 1) != hash_seed(1, 0)
+    assert 0 <= hash_seed(123, 456) < 2**63
+
+
+def test_bad_sources(tmp_path, folder):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken.tar").write_bytes(b"x" * 2000)
+    tarfile.open(tmp_path / "none.tar", "w").close()
+    for source, message in (
+        (tmp_path / "missing", r"data must be folders or .tar shards, got .*missing"),
+        (tmp_path / "empty", r"no images \(.*\) found in .*empty"),
+        (tmp_path / "none.tar", r"data shard .*none.tar holds no images"),
+        (tmp_path / "broken.tar", r"data shard .*broken.tar is not a readable, uncompressed tar file"),
+    ):
+        with pytest.raises(InputError, match=message):
+            find_images([folder, source])
+
+
+def test_a_damaged_picture_is_named(tmp_path):
+    (tmp_path / "bad.jpg").write_bytes(b"not a jpeg")
+    with pytest.raises(InputError, match=r"the last: .*bad.jpg is not a readable image: its format"):
+        ImageDataset(find_images([tmp_path]), 16, seed=0)[0]
+    with pytest.raises(InputError, match=r"min_crop must be in \(0, 1\], got 0"):
+        CropConfig(min_crop=0)
+
+
+@pytest.fixture
+def damaged(tmp_path):
+    """Three good pictures of three kinds, a truncated one, and a text that is called a picture."""
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    picture(0).save(folder / "a.png")
+    picture(1).convert("L").save(folder / "grey.png")
+    picture(2).convert("CMYK").save(folder / "cmyk.jpg")
+    buffer = io.BytesIO()
+    picture(3, (200, 200)).save(buffer, format="JPEG")
+    (folder / "cut.jpg").write_bytes(buffer.getvalue()[: len(buffer.getvalue()) // 2])
+    (folder / "text.jpg").write_text("no picture")
+    return folder
+
+
+def test_the_next_readable_picture_takes_the_place(damaged):
+    data = ImageDataset(find_images([damaged]), 16, seed=0)
+    samples = [data.sample(g) for g in range(10)]
+    for epoch in (samples[:5], samples[5:]):
+        names = [name for s in epoch for name, _ in s.unreadable]
+        assert {name.rsplit("/", 1)[1] for name in names} == {"cut.jpg", "text.jpg"}
+    assert all(s.image.shape == (3, 16, 16) and s.image.isfinite().all() for s in samples)
+    again = ImageDataset(find_images([damaged]), 16, seed=0)
+    assert torch.equal(again.sample(7).image, samples[7].image)
+    reasons = dict(reason for s in samples for reason in s.unreadable)
+    assert {r.split(" is not a readable image: ")[1][:15] for r in reasons.values()} == {
+        "image file is t",
+        "its format is n",
+    }
+
+
+def test_a_grey_and_a_cmyk_picture_are_rgb(damaged):
+    refs = [r for r in find_images([damaged]) if r.path.name in ("grey.png", "cmyk.jpg")]
+    data = ImageDataset(refs, 30, seed=0, crop=CropConfig(crop="center", flip=False))
+    for g in range(2):
+        image = data.sample(g).image
+        if data.refs[data.index_of(g)].path.name == "grey.png":
+            assert torch.equal(image[0], image[1]) and torch.equal(image[1], image[2])
+        else:
+            assert not torch.equal(image[0], image[1])
+
+
+@pytest.mark.parametrize("crop", ["random", "adm", "center"])
+def test_crops(crop):
+    """A picture whose red is its column and whose green is its row: what is cut out is a square of the right size."""
+    ramp = np.arange(256, dtype=np.uint8)
+    pixels = np.stack(np.broadcast_arrays(ramp[None, :], ramp[:200, None], np.uint8(0)), axis=-1)
+    sides = []
+    for seed in range(20):
+        config = CropConfig(crop=crop, min_crop=0.5, flip=False)
+        out = crop_image(Image.fromarray(np.ascontiguousarray(pixels)), 50, config, random.Random(seed))
+        values = np.asarray(out).astype(int)
+        across = values[25, -1, 0] - values[25, 0, 0]
+        assert out.size == (50, 50) and abs(across - (values[-1, 25, 1] - values[0, 25, 1])) <= 6
+        sides.append(across / 49 * 50 / 200)
+    if crop == "center":
+        assert np.allclose(sides, 1, atol=0.05)
+    else:
+        assert 0.45 < min(sides) < 0.7 and 0.8 < max(sides) < 1.05
+
+
+def test_micro_batches_share_every_step():
+    def samples(world, micro):
+        steps = [[], [], []]
+        for rank in range(world):
+            sampler = list(MicroBatches(2, 5, 12, micro, rank, world))
+            assert len(sampler) == len(MicroBatches(2, 5, 12, micro, rank, world))
+            each = len(sampler) // 3
+            for step in range(3):
+                steps[step] += [g for part in sampler[step * each : (step + 1) * each] for g in part]
+        return steps
+
+    whole = [list(range(24, 36)), list(range(36, 48)), list(range(48, 60))]
+    assert samples(1, 12) == samples(2, 3) == samples(3, 4) == samples(1, 1) == whole
+
+
+def test_many_shards_by_one_name(shard, tmp_path):
+    assert expand_braces("a-{08..10}.tar") == ["a-08.tar", "a-09.tar", "a-10.tar"]
+    assert expand_braces("{0..1}{2..3}") == ["02", "03", "12", "13"] and expand_braces("x{a}") == ["x{a}"]
+    for i in range(2):
+        shutil.copy(shard, tmp_path / f"s{i}.tar")
+    assert len(find_images([f"{tmp_path}/s{{0..1}}.tar"])) == 6
+    with pytest.raises(InputError, match=r"data must name shards in rising order, got \{3..1\}"):
+        expand_braces("s{3..1}.tar")
+
+
+def test_a_shard_from_a_pipe(shard, tmp_path):
+    """The command runs once; what it wrote is kept, and damaged or unreachable shards are not."""
+    cache, counter = tmp_path / "cache", tmp_path / "counter"
+    source = f"pipe:echo run >> {counter} && cat {shard}"
+    direct, piped, again = (find_images([s], cache) for s in (shard, source, source))
+    assert [r.read() for r in piped] == [r.read() for r in direct] == [r.read() for r in again]
+    assert counter.read_text() == "run\n"
+    for bad, message in (
+        (f"pipe:cat {tmp_path}/none.tar", r"data shard pipe:cat .* is unreachable: exit status 1: .*No such file"),
+        ("pipe:false | cat", r"data shard pipe:false \| cat is unreachable: exit status 1$"),
+        ("pipe:echo hello", r"data shard pipe:echo hello is not a readable, uncompressed tar file"),
+    ):
+        with pytest.raises(InputError, match=message):
+            find_images([bad], cache)
+    assert not list(cache.glob("*.tmp"))
+    with pytest.raises(InputError, match="data from a pipe needs cache, a folder for its shards, got none"):
+        find_images([source])

@@ -1,0 +1,1 @@
+"""Training images: folders, tar shards, pipes."""

@@ -1,0 +1,1 @@
+"""Losses: adversarial, perceptual, and the networks behind them."""

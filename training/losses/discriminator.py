@@ -1,0 +1,125 @@
+"""The discriminator of stage 2: trained heads on the patch features of a frozen ViT (SPEC A6)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
+
+from msdd_fast.training.losses.augment import augment
+from msdd_fast.training.losses.dino import PatchFeatures
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation of (B, C, L) over B, L and all processes; always by the statistics of the batch.
+
+    Two passes, float32, differentiable through the statistics; works with any ``torch.distributed`` backend, on the
+    CPU too, which ``nn.SyncBatchNorm`` does not. No running averages: a discriminator has no inference.
+    """
+
+    def __init__(self, channels: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        count = x.new_full((1,), x.shape[0] * x.shape[2])
+        total = _sum_over_processes(torch.cat([x.sum(dim=(0, 2)), count]))
+        count = total[-1].detach()
+        centred = x - (total[:-1] / count)[:, None]
+        variance = _sum_over_processes(centred.square().sum(dim=(0, 2))) / count
+        return centred * (variance + self.eps).rsqrt()[:, None] * self.weight[:, None] + self.bias[:, None]
+
+
+def _sum_over_processes(x: Tensor) -> Tensor:
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return x
+    from torch.distributed.nn.functional import all_reduce
+
+    out: Tensor = all_reduce(x)  # differentiable: its backward sums the gradients of all processes
+    return out
+
+
+class Head(nn.Module):
+    """Logits (B, L) of features (B, C, L): h = block1(x), h = (h + block9(h)) / sqrt 2, a linear to one number.
+
+    block_k: convolution of width k along the tokens (circular), spectrally normalised; BatchNorm; LeakyReLU 0.2.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.point = _block(channels, 1)
+        self.wide = _block(channels, 9)
+        self.out = spectral_norm(nn.Conv1d(channels, 1, 1), eps=1e-12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.point(x)
+        h = (h + self.wide(h)) * 0.5**0.5
+        out: Tensor = self.out(h)
+        return out.flatten(1)
+
+
+def _block(channels: int, width: int) -> nn.Sequential:
+    conv = nn.Conv1d(channels, channels, width, padding=width // 2, padding_mode="circular")
+    return nn.Sequential(spectral_norm(conv, eps=1e-12), BatchNorm(channels), nn.LeakyReLU(0.2))
+
+
+class Discriminator(nn.Module):
+    """Logits of images: one head for every depth of a frozen ViT. Trains in float32 whatever autocast says.
+
+    Args:
+        features: of the frozen backbone; not a submodule, so that neither the optimiser nor the state of a run
+            holds it.
+    """
+
+    def __init__(self, features: PatchFeatures) -> None:
+        super().__init__()
+        self._features = (features,)
+        self.name = features.name
+        self.heads = nn.ModuleList(Head(features.width) for _ in range(features.depths))
+
+    def forward(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] to (B, depths * tokens); ``generator`` (CPU) draws the crop."""
+        (features,) = self._features
+        with torch.autocast(images.device.type, enabled=False):
+            maps = features(fit(images.float(), features.image_size, generator))
+            return torch.cat([head(m) for head, m in zip(self.heads, maps, strict=True)], dim=1)
+
+    def change_under_augmentation(
+        self, images: Tensor, logits: Tensor, uniform: Tensor, generator: torch.Generator
+    ) -> Tensor:
+        """Mean squared difference between ``logits`` of ``images`` and those of copies, augmented by ``uniform``."""
+        return F.mse_loss(self(augment(images, uniform), generator), logits)
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """No gradients for the heads within: those of the images only."""
+        self.requires_grad_(False)
+        try:
+            yield
+        finally:
+            self.requires_grad_(True)
+
+
+def fit(images: Tensor, size: int, generator: torch.Generator) -> Tensor:
+    """Images at the backbone's resolution (SPEC A6).
+
+    Larger ones: with probability 1/2 a random crop, one for the batch, else area averaging. Smaller ones are
+    enlarged bicubically (the authors have none).
+    """
+    height, width = images.shape[-2:]
+    if (height, width) == (size, size):
+        return images
+    if min(height, width) < size:
+        return F.interpolate(images, size=(size, size), mode="bicubic")
+    crop, top, left = torch.rand(3, generator=generator).tolist()
+    if crop < 0.5:
+        y, x = int(top * (height - size + 1)), int(left * (width - size + 1))
+        return images[..., y : y + size, x : x + size]
+    return F.interpolate(images, size=(size, size), mode="area")

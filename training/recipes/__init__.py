@@ -1,0 +1,1 @@
+"""Objectives and their training programs, one family's recipes in each file."""
