@@ -5,7 +5,7 @@ CPP_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -n
 NATIVE := setup.py pyproject.toml CMakeLists.txt $(CPP_FILES)
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-full bench bench-full bench-ops lint device-pack format clean
+.PHONY: help build demo test test-full bench bench-full bench-ops lint typecheck device-pack format clean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,7 +32,14 @@ lint: .venv/.installed ## Style and types
 	$(BIN)/ruff check --quiet .
 	$(BIN)/ruff format --check --quiet .
 	$(BIN)/clang-format --dry-run --Werror $(CPP_FILES)
-	$(BIN)/mypy --no-error-summary
+	$(MAKE) --no-print-directory typecheck
+
+# The packages under their installed names, as links: kernels/ is msdd_fast.kernels, and so on.
+TYPECHECK := build/typecheck/msdd_fast
+typecheck: .venv/.installed ## mypy over all packages
+	@rm -rf $(TYPECHECK) && mkdir -p $(TYPECHECK)
+	@ln -s $(addprefix $(CURDIR)/,$(wildcard msdd_fast/*.py msdd_fast/py.typed) $(filter-out %/__pycache__/,$(sort $(dir $(wildcard msdd_fast/*/)))) kernels training bench) $(TYPECHECK)/
+	$(BIN)/mypy --no-error-summary --config-file pyproject.toml $(TYPECHECK)
 
 test: lint ## Lint and the tests that need neither a GPU nor much time
 	$(BIN)/python -m pytest -q -rs -m "not gpu and not slow"

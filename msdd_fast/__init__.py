@@ -3,7 +3,9 @@
 Importing the package loads neither Triton nor the compiled extension and starts no CUDA context.
 """
 
-from msdd_fast import errors, sampling
+from typing import Any
+
+from msdd_fast import _moved, errors, sampling
 from msdd_fast.engine import FastDecoder, accelerate, explain
 from msdd_fast.families.msdd.config import TokenizerConfig
 from msdd_fast.tokenizer import Tokenizer
@@ -20,3 +22,10 @@ __all__ = [
     "explain",
     "sampling",
 ]
+
+_moved.install()
+
+
+def __getattr__(name: str) -> Any:
+    """Modules of version 0.1 as attributes: ``msdd_fast.config``."""
+    return _moved.module(name)
