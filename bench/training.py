@@ -23,9 +23,9 @@ from msdd_fast.bench.timing.ceilings import gemm_rate
 from msdd_fast.bench.work.roofline import decode_work, encode_work, total
 from msdd_fast.diffusion.schedule import NUM_TIMESTEPS, StageSchedule
 from msdd_fast.errors import InputError, MsddFastError
+from msdd_fast.families import get_preset
 from msdd_fast.families.msdd.config import TokenizerConfig
 from msdd_fast.families.msdd.presets import PRESETS
-from msdd_fast.families.presets import get_preset
 from msdd_fast.tokenizer import Tokenizer
 from msdd_fast.training.data.dataset import Batch, ImageDataset
 from msdd_fast.training.loop.trainer import LoopConfig, OptimConfig, Trainer, memory_gib

@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any
 
 _FAMILIES = (
-    "families.presets",
+    "families",
     *("families.msdd.config", "families.msdd.presets", "families.ssdd.config", "families.ssdd.presets"),
 )
 # Old module -> the modules that have its names now, in the order in which they are searched.
@@ -84,6 +84,29 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
                 DeprecationWarning,
                 stacklevel=2,  # the import statement: Python passes over importlib's own frames
             )
+
+
+# Functions of version 0.1 -> what does the same now.
+FUNCTIONS = {
+    "checkpoint.export_ssdd": "Tokenizer.export_released",
+    "checkpoint.import_authors": "Tokenizer.from_authors_checkpoint",
+    "checkpoint.import_ssdd": "Tokenizer.from_ssdd_checkpoint",
+    "checkpoint.load_pretrained": "Tokenizer.from_pretrained",
+}
+
+
+def function(old_module: str, name: str) -> Any:
+    """A function of version 0.1 in a module that is still there. Raises AttributeError if there was none."""
+    new = FUNCTIONS.get(f"{old_module}.{name}")
+    if new is None:
+        raise AttributeError(f"module 'msdd_fast.{old_module}' has no attribute {name!r}")
+    message = f"msdd_fast.{old_module}.{name} will be gone in 0.3: use msdd_fast.{new}"
+    warnings.warn(message, DeprecationWarning, stacklevel=3)
+    tokenizer = importlib.import_module("msdd_fast.tokenizer")
+    found = tokenizer
+    for part in new.split("."):
+        found = getattr(found, part)
+    return found
 
 
 def module(name: str) -> Any:

@@ -13,17 +13,19 @@ import os
 import re
 import shutil
 from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from msdd_fast import _moved
+from msdd_fast.diffusion.config import Config
 from msdd_fast.errors import CheckpointError, ConfigError, InputError
-from msdd_fast.families.presets import AnyConfig, config_from_dict
-from msdd_fast.io.files import temporary_sibling
+from msdd_fast.families import config_from_dict, family_name
+from msdd_fast.io.files import atomic_write, temporary_sibling
 from msdd_fast.io.safetensors import read_safetensors
-from msdd_fast.tokenizer import Tokenizer
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -37,15 +39,27 @@ def bundled_names() -> list[str]:
     return sorted(p.parent.name for p in ASSETS.glob(f"*/{CONFIG_FILE}"))
 
 
-def load_pretrained(name_or_path: str | os.PathLike[str]) -> Tokenizer:
-    """See ``Tokenizer.from_pretrained``."""
+class Stored(NamedTuple):
+    """A checkpoint as it was read: the config, the tensors as stored, and what error messages call it."""
+
+    config: Config
+    tensors: dict[str, Tensor]
+    source: str
+
+
+class Model(Protocol):
+    """What can be saved: a module with a config."""
+
+    @property
+    def config(self) -> Config: ...
+
+    def state_dict(self) -> dict[str, Tensor]: ...
+
+
+def read_pretrained(name_or_path: str | os.PathLike[str]) -> Stored:
+    """A bundled name, a local directory or a hub id. See ``Tokenizer.from_pretrained``."""
     directory = resolve_directory(name_or_path)
-    config = load_config(directory)
-    # Parameters are not initialised twice: build without storage, then take the file's tensors.
-    with torch.device("meta"):
-        tokenizer = Tokenizer(config)
-    load_state(tokenizer, read_weights(directory), str(directory))
-    return tokenizer.eval()
+    return Stored(load_config(directory), read_weights(directory), str(directory))
 
 
 def resolve_directory(name_or_path: str | os.PathLike[str]) -> Path:
@@ -77,7 +91,7 @@ def _download_from_hub(repo: str) -> Path:
         raise CheckpointError(f"no directory {repo!r}, and the Hugging Face hub did not give it: {e}") from e
 
 
-def load_config(directory: Path) -> AnyConfig:
+def load_config(directory: Path) -> Config:
     """Read and validate config.json of a checkpoint directory."""
     path = directory / CONFIG_FILE
     try:
@@ -121,9 +135,9 @@ def read_weights(directory: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def load_state(tokenizer: Tokenizer, tensors: dict[str, Tensor], source: str) -> None:
+def load_state(module: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
     """Put ``tensors`` into the model as float32. Raises CheckpointError that names what does not match."""
-    expected = tokenizer.state_dict()
+    expected = module.state_dict()
     problems = [f"missing {n} {tuple(expected[n].shape)}" for n in sorted(set(expected) - set(tensors))]
     problems += [f"unexpected {n} {tuple(tensors[n].shape)}" for n in sorted(set(tensors) - set(expected))]
     problems += [
@@ -134,11 +148,11 @@ def load_state(tokenizer: Tokenizer, tensors: dict[str, Tensor], source: str) ->
     if problems:
         more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
         raise CheckpointError(f"{source}: weights do not match the config: {'; '.join(problems[:5])}{more}")
-    tokenizer.load_state_dict({n: t.float() for n, t in tensors.items()}, assign=True)
+    module.load_state_dict({n: t.float() for n, t in tensors.items()}, assign=True)
 
 
 def save_pretrained(
-    tokenizer: Tokenizer,
+    model: Model,
     directory: str | os.PathLike[str],
     *,
     dtype: torch.dtype = torch.float32,
@@ -155,8 +169,8 @@ def save_pretrained(
     staging = temporary_sibling(target)
     try:
         staging.mkdir(parents=True)
-        _write_weights(tokenizer, staging, dtype, max_shard_bytes)
-        (staging / CONFIG_FILE).write_text(tokenizer.config.to_json())
+        _write_weights(model, staging, dtype, max_shard_bytes)
+        (staging / CONFIG_FILE).write_text(model.config.to_json())
         _swap_directory(staging, target)
     except (OSError, SafetensorError) as e:
         raise CheckpointError(f"cannot write {target}: {getattr(e, 'strerror', None) or e}") from e
@@ -180,16 +194,15 @@ def check_destination(directory: str | os.PathLike[str]) -> Path:
 def _is_ours(config: Path) -> bool:
     """Whether this config.json was written here, by whatever version; other libraries use the name, too."""
     try:
-        data = json.loads(config.read_text())
-        return {"latent_dim", "num_latent_tokens"} <= set(data) or data.get("family") == "ssdd"
-    except (OSError, ValueError, TypeError, AttributeError):
+        return family_name(json.loads(config.read_text())) is not None
+    except (OSError, ValueError, RecursionError):
         return False
 
 
-def _write_weights(tokenizer: Tokenizer, directory: Path, dtype: torch.dtype, max_shard_bytes: int) -> None:
+def _write_weights(model: Model, directory: Path, dtype: torch.dtype, max_shard_bytes: int) -> None:
     shards: list[dict[str, Tensor]] = [{}]
     size = 0
-    for name, tensor in tokenizer.state_dict().items():
+    for name, tensor in model.state_dict().items():
         tensor = tensor.detach().to("cpu", dtype).contiguous()
         if shards[-1] and size + tensor.nbytes > max_shard_bytes:
             shards.append({})
@@ -228,3 +241,17 @@ def _swap_directory(staging: Path, target: Path) -> None:
         os.rename(old, target)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def write_safetensors(tensors: dict[str, Tensor], path: str | os.PathLike[str]) -> None:
+    """Write one file atomically. Raises CheckpointError if it cannot be written."""
+    try:
+        with atomic_write(path) as temporary:
+            save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, temporary, {"format": "pt"})
+    except (OSError, SafetensorError) as e:
+        raise CheckpointError(f"cannot write {path}: {getattr(e, 'strerror', None) or e}") from e
+
+
+def __getattr__(name: str) -> Any:
+    """Functions of version 0.1 that made tokenizers."""
+    return _moved.function("checkpoint", name)

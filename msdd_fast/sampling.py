@@ -4,19 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from typing import Protocol
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from msdd_fast import ops
-from msdd_fast.diffusion.checks import check_latents, check_noise, check_sampling, check_unguided
+from msdd_fast.diffusion.checks import check_guidance, check_latents, check_noise, check_sampling
+from msdd_fast.diffusion.config import Config
 from msdd_fast.diffusion.noise import resolve_seeds
 from msdd_fast.diffusion.schedule import Stage, StageSchedule
 from msdd_fast.errors import InputError
-from msdd_fast.families.msdd.decoder import Decoder
-from msdd_fast.families.ssdd.decoder import UViTDecoder
 from msdd_fast.ops.renoise_upsample import renoise_upsample_with
 from msdd_fast.profiling import spans
+
+
+class VelocityModel(Protocol):
+    """A decoder of any family."""
+
+    @property
+    def config(self) -> Config: ...
+
+    def __call__(self, x_t: Tensor, t: Tensor, z: Tensor | None) -> Tensor:
+        """Velocity (B, 3, H, W) of the state x_t (B, 3, H, W) at model time t (B,) in (0, 1]; z None: null context."""
+        ...
 
 
 class StageResult:
@@ -38,7 +49,7 @@ class StageResult:
 
 
 def sample(
-    decoder: Decoder | UViTDecoder,
+    decoder: VelocityModel,
     z: Tensor,
     schedule: StageSchedule,
     *,
@@ -68,8 +79,7 @@ def sample(
     """
     cfg = decoder.config
     check_sampling(steps, cfg_scale)
-    if cfg.family == "ssdd":
-        check_unguided(cfg_scale)
+    check_guidance(cfg, cfg_scale)
     check_latents(z, *cfg.latent_shape)
     if len(schedule) != cfg.schedule.num_stages:
         raise InputError(
@@ -103,7 +113,7 @@ def sample(
 
 
 def velocity(
-    decoder: Decoder | UViTDecoder, x: Tensor, t: Tensor, z: Tensor, cfg_scale: float, backend: str | None = None
+    decoder: VelocityModel, x: Tensor, t: Tensor, z: Tensor, cfg_scale: float, backend: str | None = None
 ) -> Tensor:
     """Velocity with classifier-free guidance (paper Eq. 4); float32."""
     v = decoder(x, t, z).float()

@@ -3,46 +3,46 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from msdd_fast.diffusion.checks import check_finite, check_latents
+from msdd_fast import checkpoint
+from msdd_fast.diffusion.checks import check_finite, check_floating_images, check_latents
+from msdd_fast.diffusion.config import Config
 from msdd_fast.diffusion.schedule import StageSchedule
 from msdd_fast.errors import InputError
-from msdd_fast.families.msdd.decoder import Decoder
-from msdd_fast.families.msdd.encoder import Encoder
-from msdd_fast.families.presets import AnyConfig, get_preset
-from msdd_fast.families.ssdd.config import SSDDConfig
-from msdd_fast.families.ssdd.decoder import UViTDecoder
-from msdd_fast.families.ssdd.encoder import KLEncoder
-from msdd_fast.sampling import StageResult, sample
+from msdd_fast.families import families, family_of, get_family, get_preset
+from msdd_fast.sampling import StageResult, VelocityModel, sample
 
 
 class Tokenizer(nn.Module):
-    """Images to latents and back: an MSDD tokenizer, or an SSDD one if its config is an ``SSDDConfig``.
+    """Images to latents and back, of the family that ``config.family`` names.
 
     ``encode`` and ``decode`` run the model as it is written, op by op. The fused ops take their best backend
-    (``backends.use_backend``); under ``use_backend("eager")`` all is plain PyTorch, and that is the specification which
-    every fast path is tested against.
+    (``backends.use_backend``); under ``use_backend("eager")`` everything is plain PyTorch, which is the specification
+    that every fast path is tested against.
+
+    Attributes:
+        config: every size and choice; ``diffusion.config.Config`` says what all families' configs have.
+        encoder: images (B, 3, H, W) to latents.
+        decoder: (x_t, t, z) to the velocity, of the shape of x_t.
+        schedule: the stages of a decode.
     """
 
-    encoder: Encoder | KLEncoder
-    decoder: Decoder | UViTDecoder
+    encoder: nn.Module
+    decoder: nn.Module
 
-    def __init__(self, config: AnyConfig) -> None:
+    def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
-        if isinstance(config, SSDDConfig):
-            self.encoder, self.decoder = KLEncoder(config), UViTDecoder(config)
-        else:
-            self.encoder, self.decoder = Encoder(config), Decoder(config)
+        self.encoder, self.decoder = family_of(config).build()
         self.schedule = StageSchedule(config.schedule)
 
     @classmethod
-    def from_config(cls, config: str | AnyConfig) -> Tokenizer:
+    def from_config(cls, config: str | Config) -> Tokenizer:
         """Random weights from a preset name ("msdd-d12", "ssdd-m-f8c4", ...) or a config. In eval mode."""
         return cls(get_preset(config) if isinstance(config, str) else config).eval()
 
@@ -52,54 +52,103 @@ class Tokenizer(nn.Module):
 
         Raises CheckpointError if there is no such checkpoint, or it is damaged or contradicts its config.
         """
-        from msdd_fast import checkpoint
+        return cls.from_stored(*checkpoint.read_pretrained(name_or_path))
 
-        return checkpoint.load_pretrained(name_or_path)
+    @classmethod
+    def from_released_checkpoint(
+        cls, family: str, path_or_state_dict: str | os.PathLike[str] | Mapping[str, Any], **options: Any
+    ) -> Tokenizer:
+        """Weights as a family's authors publish them. In eval mode, float32. Nothing in a file is executed.
+
+        Args:
+            family: name of the family ("msdd", "ssdd", ...).
+            path_or_state_dict: a .safetensors or .pt file, or a state dict.
+            options: what no shape shows, as the family's ``released.load`` takes it.
+
+        Raises CheckpointError for a foreign or damaged file and for one with a missing, unexpected or misshapen tensor;
+        InputError for a family without a released format.
+        """
+        released = get_family(family).released
+        if released is None:
+            raise InputError(f"family must have a released format, got {family!r}")
+        found = released.load(path_or_state_dict, **options)
+        return cls.from_stored(found.config, found.tensors, found.source)
 
     @classmethod
     def from_authors_checkpoint(
         cls,
-        path_or_state_dict: str | os.PathLike[str] | dict[str, Any],
+        path_or_state_dict: str | os.PathLike[str] | Mapping[str, Any],
         weights: str = "ema",
         image_size: int = 256,
         num_stages: int = 4,
     ) -> Tokenizer:
-        """Import a checkpoint of the authors' code (SPEC A8). See ``families.msdd.released.import_authors``."""
-        from msdd_fast.families.msdd.released import import_authors
+        """A checkpoint of the MSDD authors' code (SPEC A8).
 
-        return import_authors(path_or_state_dict, weights, image_size, num_stages)
+        ``weights`` is "ema" or "model"; ``image_size`` and ``num_stages`` are not stored in the file. Otherwise as
+        ``from_released_checkpoint``.
+        """
+        options = {"weights": weights, "image_size": image_size, "num_stages": num_stages}
+        return cls.from_released_checkpoint("msdd", path_or_state_dict, **options)
 
     @classmethod
     def from_ssdd_checkpoint(
         cls,
-        path_or_state_dict: str | os.PathLike[str] | dict[str, Any],
+        path_or_state_dict: str | os.PathLike[str] | Mapping[str, Any],
         image_size: int = 256,
         steps: int = 8,
         groups: int = 32,
     ) -> Tokenizer:
-        """Import SSDD's released weights (SPEC-SSDD 1.6). See ``families.ssdd.released.import_ssdd``."""
-        from msdd_fast.families.ssdd.released import import_ssdd
+        """SSDD's released weights (SPEC-SSDD 1.6).
 
-        return import_ssdd(path_or_state_dict, image_size, steps, groups)
+        ``image_size`` is the side of the crops that the command line takes, ``steps`` what ``decode`` takes by default
+        (1 for distilled weights), ``groups`` that of the decoder's GroupNorms (32 in all released weights). Otherwise
+        as ``from_released_checkpoint``.
+        """
+        options = {"image_size": image_size, "steps": steps, "groups": groups}
+        return cls.from_released_checkpoint("ssdd", path_or_state_dict, **options)
+
+    @classmethod
+    def from_stored(cls, config: Config, tensors: dict[str, Tensor], source: str) -> Tokenizer:
+        """A tokenizer of ``config`` with ``tensors`` as its float32 weights. In eval mode.
+
+        Raises CheckpointError that names ``source`` and what is missing, unexpected or misshapen.
+        """
+        # Parameters are not initialised twice: build without storage, then take the file's tensors.
+        with torch.device("meta"):
+            tokenizer = cls(config)
+        checkpoint.load_state(tokenizer, tensors, source)
+        return tokenizer.eval()
 
     def save_pretrained(self, directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Write config.json and sharded safetensors atomically. See ``checkpoint.save_pretrained``."""
-        from msdd_fast import checkpoint
-
         checkpoint.save_pretrained(self, directory, **kwargs)
+
+    def export_released(self, path: str | os.PathLike[str]) -> None:
+        """Write one .safetensors file that the code of the family's authors loads.
+
+        Raises InputError for a family without such an export, CheckpointError if the file cannot be written.
+        """
+        released = get_family(self.config.family).released
+        if released is None or released.export is None:
+            exporting = [name for name, f in families().items() if f.released is not None and f.released.export]
+            raise InputError(f"tokenizer must be of the family {' or '.join(exporting)}, got {self.config.family}")
+        checkpoint.write_safetensors(released.export(self.state_dict()), path)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """Latents of images (B, 3, H, W), float in [-1, 1].
 
-        MSDD: H = W = config.image_size -> (B, num_latent_tokens, latent_dim). SSDD: sides multiples of config.factor
-        -> (B, latent_channels, H/factor, W/factor), the mode of the Gaussian that ``encoder.posterior`` gives.
+        MSDD: H = W = config.image_size -> (B, num_latent_tokens, latent_dim). SSDD: sides that are multiples of
+        config.factor -> (B, latent_channels, H/factor, W/factor), the mode of the Gaussian that ``encoder.posterior``
+        gives.
 
         Raises InputError for another shape, an integer dtype, or NaN/Inf.
         """
-        check_images(images, self.config)
+        family_of(self.config).check_images(images)
+        check_floating_images(images)
         check_finite("images", images)
-        return self.encoder(images)
+        z: Tensor = self.encoder(images)
+        return z
 
     @torch.no_grad()
     def decode(
@@ -120,7 +169,7 @@ class Tokenizer(nn.Module):
         check_latents(z, *self.config.latent_shape)
         check_finite("z", z)
         out = sample(
-            self.decoder,
+            cast(VelocityModel, self.decoder),
             z,
             self.schedule,
             steps=sampling.steps if steps is None else steps,
@@ -131,19 +180,3 @@ class Tokenizer(nn.Module):
         )
         assert isinstance(out, Tensor)
         return out
-
-
-def check_images(images: Tensor, config: AnyConfig) -> None:
-    """Raise InputError unless ``images`` are floating point and of a shape that a tokenizer of ``config`` encodes."""
-    shape = tuple(images.shape) if isinstance(images, Tensor) else None
-    got = type(images).__name__ if shape is None else shape
-    if isinstance(config, SSDDConfig):
-        f = config.factor
-        if shape is None or len(shape) != 4 or shape[1] != 3 or any(s < 1 or s % f for s in shape[2:]):
-            raise InputError(f"images must have shape (B, 3, H, W), H and W positive multiples of {f}, got {got}")
-    else:
-        size = config.image_size
-        if shape is None or len(shape) != 4 or shape[1:] != (3, size, size):
-            raise InputError(f"images must have shape (B, 3, {size}, {size}), got {got}")
-    if not images.is_floating_point():
-        raise InputError(f"images must be floating point in [-1, 1], got {images.dtype}")

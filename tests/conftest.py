@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -68,3 +69,15 @@ def poison_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty", _poisoned(torch.empty))
     monkeypatch.setattr(torch, "empty_like", _poisoned(torch.empty_like))
     monkeypatch.setattr(Tensor, "new_empty", _poisoned(Tensor.new_empty))
+
+
+GPU = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA device")])
+
+
+@pytest.fixture(params=["cpu", GPU])
+def on_device(request, monkeypatch):
+    """Brings tokenizers (a copy) and tensors to the device under test; float32 convolutions are float32's there."""
+    if request.param == "cpu":
+        return lambda x: x
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    return lambda x: x.cuda() if isinstance(x, Tensor) else copy.deepcopy(x).cuda()

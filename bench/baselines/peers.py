@@ -40,7 +40,7 @@ from msdd_fast.bench.work.roofline import decode_work, total
 from msdd_fast.bench.work.ssdd_roofline import ssdd_decode_work
 from msdd_fast.engine import accelerate
 from msdd_fast.errors import InputError
-from msdd_fast.families.registry import family_of
+from msdd_fast.families import family_of
 from msdd_fast.families.ssdd.config import SSDDConfig
 
 SIZE = 256

@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 
 from msdd_fast.backends import use_backend
+from msdd_fast.diffusion.config import Config
 from msdd_fast.engine import FastDecoder
-from msdd_fast.families.presets import AnyConfig
-from msdd_fast.families.registry import family_of
+from msdd_fast.families import family_of
 from msdd_fast.sampling import StageResult
 from msdd_fast.tokenizer import Tokenizer
 
@@ -74,13 +74,13 @@ def measure_engine_scales(engine: FastDecoder, batch: int, rounds: int = 5) -> l
     return _timings(engine.config, samples, batch)
 
 
-def _timings(cfg: AnyConfig, samples: list[list[float]], batch: int) -> list[ScaleTiming]:
+def _timings(cfg: Config, samples: list[list[float]], batch: int) -> list[ScaleTiming]:
     resolutions = [*resolutions_of(cfg), 0]
     medians = [statistics.median(x) for x in samples]
     return [ScaleTiming(r, m, batch / m) for r, m in zip(resolutions, medians, strict=True)]
 
 
-def resolutions_of(config: AnyConfig) -> list[int]:
+def resolutions_of(config: Config) -> list[int]:
     """Pixels per side of the stages of a decode at ``config.image_size``."""
     return [shape[-1] for shape in config.stage_shapes((1, *family_of(config).example))]
 

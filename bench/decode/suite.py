@@ -35,8 +35,8 @@ from msdd_fast.engine import FastDecoder, accelerate
 from msdd_fast.engine.compute import compute_dtype
 from msdd_fast.engine.decoder import TIERS
 from msdd_fast.errors import AccuracyError, BackendUnavailableError, InputError
+from msdd_fast.families import family_of
 from msdd_fast.families.msdd.config import TokenizerConfig
-from msdd_fast.families.registry import family_of
 from msdd_fast.families.ssdd.config import SSDDConfig
 from msdd_fast.tokenizer import Tokenizer
 

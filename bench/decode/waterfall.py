@@ -32,8 +32,8 @@ from msdd_fast.bench.timing.trace import count_launches
 from msdd_fast.engine import FastDecoder, accelerate
 from msdd_fast.engine.report import Accuracy
 from msdd_fast.errors import AccuracyError, BackendUnavailableError, CheckpointError, InputError
+from msdd_fast.families import family_of
 from msdd_fast.families.msdd.presets import PRESETS
-from msdd_fast.families.registry import family_of
 from msdd_fast.families.ssdd.presets import SSDD_PRESETS
 from msdd_fast.layers.convolution import Convolution, Shortcut, UpsampleConvolution
 from msdd_fast.layers.linear.dense import DenseLinear

@@ -1,75 +1,100 @@
-"""Convert a checkpoint of MSDD's or SSDD's authors, or a saved state of a training run (a folder RUN/state/STEP), to a
-directory of safetensors and config.json; or SSDD's back."""
+"""Convert a checkpoint of a family's authors, or a saved state of a training run (a folder RUN/state/STEP), to a
+directory of safetensors and config.json; or, with --export, back to the authors' format."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
-from msdd_fast.checkpoint import check_destination, load_pretrained, save_pretrained
+from msdd_fast.checkpoint import check_destination
 from msdd_fast.errors import InputError
-from msdd_fast.families.msdd.released import import_authors_verbose
-from msdd_fast.families.ssdd.released import export_ssdd, import_ssdd
+from msdd_fast.families import families
+from msdd_fast.families.base import Option, ReleasedFormat
 from msdd_fast.io.files import require_writable
+from msdd_fast.tokenizer import Tokenizer
 
 HELP = "authors' checkpoint or a state of a training run -> msdd-fast checkpoint directory"
 
 
+def formats() -> dict[str, ReleasedFormat]:
+    """Families whose authors' checkpoints can be read."""
+    return {name: family.released for name, family in families().items() if family.released is not None}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    known = formats()
+    exporting = [name.upper() for name, f in known.items() if f.export is not None]
     parser.add_argument(
         "source",
-        help="the authors' file (nothing in it is executed), or RUN/state/STEP; with --export an SSDD checkpoint",
+        help="the authors' file (nothing in it is executed), or RUN/state/STEP; with --export one of our checkpoints "
+        f"({', '.join(exporting)})",
     )
     parser.add_argument("output", help="directory to write; with --export a .safetensors file")
-    parser.add_argument(
-        "--family", choices=("msdd", "ssdd"), default=None, help="default: ssdd for a .safetensors file, else msdd"
-    )
-    parser.add_argument("--image-size", type=int, default=256, help="pixels per side (default: 256)")
-    parser.add_argument("--weights", choices=("ema", "model"), default=None, help="MSDD: which weights (default: ema)")
-    parser.add_argument("--num-stages", type=int, default=None, help="MSDD: scales of the decoder (default: 4)")
-    parser.add_argument("--steps", type=int, default=None, help="SSDD: steps of a decode, 1 if distilled (default: 8)")
-    parser.add_argument("--export", action="store_true", help="SSDD: from our checkpoint to a file as the authors'")
+    suffixes = ", ".join(f"{name} for {' and '.join(f.suffixes)}" for name, f in known.items())
+    parser.add_argument("--family", choices=tuple(known), default=None, help=f"default: {suffixes}")
+    uses: dict[str, dict[str, Option]] = {}
+    for name, released in known.items():
+        for option, use in released.options.items():
+            uses.setdefault(option, {})[name.upper()] = use
+    for option, by_family in uses.items():
+        first = next(iter(by_family.values()))
+        who = "" if len(by_family) == len(known) else f"{', '.join(by_family)}: "
+        parser.add_argument(
+            _flag(option),
+            type=type(first.default),
+            choices=first.choices,
+            default=None,
+            help=f"{who}{first.help} (default: {first.default})",
+        )
+    parser.add_argument("--export", action="store_true", help="from our checkpoint to a file in the authors' format")
 
 
 def run(args: argparse.Namespace) -> None:
+    known, source = formats(), Path(args.source)
+    options = {option: getattr(args, option) for f in known.values() for option in f.options}
+    given = {option: value for option, value in options.items() if value is not None}
     if args.export:
-        _export(args)
+        _refuse({**given, **_given_family(args)}, (), "with --export")
+        if Path(args.output).suffix != ".safetensors":
+            raise InputError(f"output must end in .safetensors, got {args.output}")
+        require_writable(args.output)
+        Tokenizer.from_pretrained(args.source).export_released(args.output)
+        print(f"wrote {args.output}")
         return
-    if Path(args.source).is_dir():
-        _refuse(args, ("family", "num_stages", "steps"), "for a state of a training run")
+    if source.is_dir():
+        _refuse({**given, **_given_family(args)}, ("weights", "image_size"), "for a state of a training run")
         check_destination(args.output)
         from msdd_fast.training.loop.state import export_state
 
-        tokenizer = export_state(Path(args.source), args.weights or "ema")
-        save_pretrained(tokenizer, args.output)
-        print(f"wrote {args.output}: {sum(p.numel() for p in tokenizer.parameters()) / 1e6:.1f} M parameters")
-        return
-    family = args.family or ("ssdd" if Path(args.source).suffix == ".safetensors" else "msdd")
-    _refuse(args, ("weights", "num_stages") if family == "ssdd" else ("steps",), f"for the family {family}")
-    check_destination(args.output)
-    if family == "ssdd":
-        tokenizer = import_ssdd(args.source, args.image_size, 8 if args.steps is None else args.steps)
-        notes = []
+        tokenizer, unused = export_state(source, args.weights or "ema"), []
     else:
-        weights, stages = args.weights or "ema", 4 if args.num_stages is None else args.num_stages
-        tokenizer, unused = import_authors_verbose(args.source, weights, args.image_size, stages)
-        notes = [f"{len(unused)} unused tensors left out: {', '.join(unused)}"]
-    save_pretrained(tokenizer, args.output)
-    count = sum(p.numel() for p in tokenizer.parameters())
-    print(f"wrote {args.output}: {count / 1e6:.1f} M parameters", *notes, sep="\n")
+        family = args.family or _family_for(source.suffix, known)
+        _refuse(given, tuple(known[family].options), f"for the family {family}")
+        check_destination(args.output)
+        found = known[family].load(source, **given)
+        tokenizer, unused = Tokenizer.from_stored(found.config, found.tensors, found.source), found.unused
+    tokenizer.save_pretrained(args.output)
+    print(f"wrote {args.output}: {sum(p.numel() for p in tokenizer.parameters()) / 1e6:.1f} M parameters")
+    if unused:
+        print(f"{len(unused)} unused tensors left out: {', '.join(unused)}")
 
 
-def _export(args: argparse.Namespace) -> None:
-    _refuse(args, ("family", "weights", "num_stages", "steps"), "with --export")
-    if Path(args.output).suffix != ".safetensors":
-        raise InputError(f"output must end in .safetensors, got {args.output}")
-    require_writable(args.output)
-    export_ssdd(load_pretrained(args.source), args.output)
-    print(f"wrote {args.output}")
+def _family_for(suffix: str, known: dict[str, ReleasedFormat]) -> str:
+    """The family whose files have this suffix, else the first."""
+    return next((name for name, f in known.items() if suffix in f.suffixes), next(iter(known)))
 
 
-def _refuse(args: argparse.Namespace, names: tuple[str, ...], where: str) -> None:
+def _given_family(args: argparse.Namespace) -> dict[str, Any]:
+    return {} if args.family is None else {"family": args.family}
+
+
+def _flag(option: str) -> str:
+    return f"--{option.replace('_', '-')}"
+
+
+def _refuse(given: dict[str, Any], allowed: tuple[str, ...], where: str) -> None:
     """InputError for an option that would do nothing."""
-    for name in names:
-        if getattr(args, name) is not None:
-            raise InputError(f"--{name.replace('_', '-')} means nothing {where}, got {getattr(args, name)}")
+    for option, value in given.items():
+        if option not in allowed:
+            raise InputError(f"{_flag(option)} means nothing {where}, got {value}")

@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> None:
     from msdd_fast.bench.timing import profile
     from msdd_fast.engine import accelerate
     from msdd_fast.engine.compute import compute_dtype
-    from msdd_fast.families.registry import family_of
+    from msdd_fast.families import family_of
 
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes a line for each start and stop
     if args.trace:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from msdd_fast.diffusion.config import Config
 from msdd_fast.errors import InputError
 
 
@@ -26,10 +27,22 @@ def check_sampling(steps: int, cfg_scale: float) -> None:
         raise InputError(f"cfg_scale must be a finite number >= 0, got {cfg_scale!r}")
 
 
-def check_unguided(cfg_scale: float) -> None:
-    """Raise InputError unless ``cfg_scale`` is 1: SSDD was not trained without latents, so nothing can be guided."""
-    if cfg_scale != 1.0:
-        raise InputError(f"cfg_scale must be 1 for an SSDD tokenizer (it has no null context), got {cfg_scale!r}")
+def check_guidance(config: Config, cfg_scale: float) -> None:
+    """Raise InputError for a CFG scale other than 1 where there is no null context to guide away from."""
+    if cfg_scale != 1.0 and not config.has_null_context:
+        name = config.family.upper()
+        raise InputError(f"cfg_scale must be 1 for an {name} tokenizer (it has no null context), got {cfg_scale!r}")
+
+
+def shape_of(x: object) -> object:
+    """What an error message says that it got: a tensor's shape, or the name of another type."""
+    return tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+
+
+def check_floating_images(images: Tensor) -> None:
+    """Raise InputError for an integer dtype."""
+    if not images.is_floating_point():
+        raise InputError(f"images must be floating point in [-1, 1], got {images.dtype}")
 
 
 def check_latents(z: Tensor, *shape: int | None) -> None:

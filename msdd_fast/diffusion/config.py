@@ -1,19 +1,76 @@
-"""Configurations of the schedule and of sampling, and how all configurations are read."""
+"""Configurations that every family shares, and how configurations are read from JSON."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 from msdd_fast.errors import ConfigError
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 FloatName = Literal["float32", "bfloat16"]
-
-
 TimeGrid = Literal["uniform", "authors", "power"]
+
+
+class Config(Protocol):
+    """What the config of every family has. It is frozen, and everything but the weights follows from it."""
+
+    @property
+    def family(self) -> str:
+        """Name of the family in the registry."""
+        ...
+
+    @property
+    def image_size(self) -> int:
+        """Pixels per side of the square images that the command line and training take."""
+        ...
+
+    @property
+    def schedule(self) -> ScheduleConfig: ...
+
+    @property
+    def sampling(self) -> SamplingConfig: ...
+
+    @property
+    def latent_shape(self) -> tuple[int | None, ...]:
+        """Shape of one image's latents; None for a side that is free."""
+        ...
+
+    @property
+    def has_null_context(self) -> bool:
+        """Whether the decoder knows a context for "no latents", which classifier-free guidance needs."""
+        ...
+
+    def stage_shapes(self, latents: Sequence[int]) -> list[tuple[int, int, int]]:
+        """Shape (3, H, W) of the state in every stage, for latents of a shape (B, ...)."""
+        ...
+
+    def to_dict(self) -> dict[str, Any]: ...
+
+    def to_json(self) -> str: ...
+
+
+class JsonConfig:
+    """``to_dict``, ``to_json`` and ``from_dict`` of a frozen dataclass."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(cast(Any, self))
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Self:
+        """Inverse of ``to_dict``. Raises ConfigError for unknown fields and wrong types."""
+        config: Self = from_dict(cls, data, "config")
+        return config
 
 
 @dataclass(frozen=True)
@@ -33,11 +90,11 @@ class ScheduleConfig:
     """Exponent of the grid "power"; the others have none."""
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.time_grid != "power" or self.num_stages == 1,
             f"schedule.time_grid 'power' is for one stage, got num_stages={self.num_stages}",
         )
-        _require(self.time_power > 0, f"schedule.time_power must be positive, got {self.time_power}")
+        require(self.time_power > 0, f"schedule.time_power must be positive, got {self.time_power}")
 
 
 @dataclass(frozen=True)
@@ -48,12 +105,12 @@ class SamplingConfig:
     cfg_scale: float = 1.0
 
 
-def _require(ok: bool, message: str) -> None:
+def require(ok: bool, message: str) -> None:
     if not ok:
         raise ConfigError(message)
 
 
-def _from_dict(cls: Any, data: Any, where: str) -> Any:
+def from_dict(cls: Any, data: Any, where: str) -> Any:
     if not isinstance(data, dict):
         raise ConfigError(f"{where} must be a mapping, got {type(data).__name__}")
     hints = typing.get_type_hints(cls)
@@ -65,7 +122,7 @@ def _from_dict(cls: Any, data: Any, where: str) -> Any:
 
 def _coerce(kind: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(kind):
-        return _from_dict(kind, value, where)
+        return from_dict(kind, value, where)
     if typing.get_origin(kind) is Literal:
         if value not in typing.get_args(kind):
             raise ConfigError(f"{where} must be one of {', '.join(typing.get_args(kind))}, got {value!r}")

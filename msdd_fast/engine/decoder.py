@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from msdd_fast.diffusion.checks import check_finite, check_latents, check_noise
+from msdd_fast.diffusion.checks import check_finite, check_guidance, check_latents, check_noise, check_sampling
 from msdd_fast.diffusion.noise import resolve_seeds
 from msdd_fast.engine import graphs as cuda_graphs
 from msdd_fast.engine.batching import Chunk, assumed_cost, even, plan
@@ -31,7 +31,7 @@ from msdd_fast.engine.tier import (
     require,
 )
 from msdd_fast.errors import BackendUnavailableError, InputError
-from msdd_fast.families.registry import family_of
+from msdd_fast.families import family_of
 from msdd_fast.layers.request import Inputs, StageImages
 from msdd_fast.tokenizer import Tokenizer
 
@@ -128,7 +128,8 @@ class FastDecoder:
         self.tokenizer = weakref.ref(tokenizer)  # for the report; the engine keeps no second copy of the model alive
         self.steps = sampling.steps if steps is None else steps
         self.cfg_scale = float(sampling.cfg_scale if cfg_scale is None else cfg_scale)
-        self.family.check(self.steps, self.cfg_scale)
+        check_sampling(self.steps, self.cfg_scale)
+        check_guidance(self.config, self.cfg_scale)
         self.tier, self.tier_description = tier.name, tier.description
         self.accuracy: Accuracy | None = None
         self.device = next(tokenizer.parameters()).device
@@ -136,8 +137,10 @@ class FastDecoder:
         self.graphs, self.graphs_reason = _use_graphs(graphs, self.device)
         self._graphs_required = graphs is True
         sizes = _check_sizes(batch_sizes, self.device)
-        tables = self.family.tables(tokenizer, self.steps, self.device)
-        self.program = self.family.program(tokenizer, tables, self.dtype, self.device, bind(backend), tier.make)
+        tables = self.family.tables(tokenizer.decoder, tokenizer.schedule, self.steps, self.device)
+        self.program = self.family.program(
+            tokenizer.decoder, tokenizer.schedule, tables, self.dtype, self.device, bind(backend), tier.make
+        )
         self.memory = {"weights": self.program.network.w.memory(), "tables": self.family.tables_memory(tables)}
         per_image = self.family.activation_bytes(self.dtype.itemsize, self._is_guided(None), tier is not EXACT)
         self.batch_sizes, self.notes = fit(sizes, max_memory, sum(self.memory.values()), per_image)
@@ -293,7 +296,9 @@ class FastDecoder:
 
     def _inputs(self, z: Tensor, seed: int | Sequence[int] | Tensor, cfg_scale: float | None) -> Inputs:
         check_latents(z, *self.config.latent_shape)
-        self.family.check(self.steps, self.cfg_scale if cfg_scale is None else cfg_scale)
+        if cfg_scale is not None:
+            check_sampling(self.steps, cfg_scale)
+            check_guidance(self.config, cfg_scale)
         if self.validate:
             check_finite("z", z)
         scale = torch.tensor(self.cfg_scale if cfg_scale is None else float(cfg_scale), dtype=torch.float32)

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
+from msdd_fast.diffusion.checks import check_guidance, check_sampling
 from msdd_fast.engine.bound_ops import bind
 from msdd_fast.engine.compute import compute_dtype
 from msdd_fast.engine.report import Choices, OpChoice, format_choices
-from msdd_fast.families.registry import family_of
+from msdd_fast.families import family_of
 from msdd_fast.layers.linear.dense import DenseLinear
 from msdd_fast.layers.request import Inputs
 from msdd_fast.ops._registry import observe
@@ -47,12 +48,15 @@ def explain(
     device = next(tokenizer.parameters()).device
     steps = config.sampling.steps if steps is None else steps
     cfg_scale = config.sampling.cfg_scale if cfg_scale is None else cfg_scale
-    family.check(steps, cfg_scale)
+    check_sampling(steps, cfg_scale)
+    check_guidance(config, cfg_scale)
     chosen, reason = compute_dtype(dtype, device)
-    tables = family.tables(tokenizer, steps, device)
+    tables = family.tables(tokenizer.decoder, tokenizer.schedule, steps, device)
     choices = Choices()
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), observe(choices):
-        program = family.program(tokenizer, tables, chosen, device, bind(backend), DenseLinear)
+        program = family.program(
+            tokenizer.decoder, tokenizer.schedule, tables, chosen, device, bind(backend), DenseLinear
+        )
         inputs = Inputs(
             torch.zeros(batch_size, *family.example, dtype=chosen, device=device),
             torch.zeros(batch_size, dtype=torch.int64, device=device),

@@ -110,7 +110,6 @@ class Choices:
 @torch.no_grad()
 def describe(engine: FastDecoder, z: Tensor | None) -> Report:
     """Report of ``engine``; runs one decode without graphs to see the ops, and one of the eager tokenizer."""
-    cfg = engine.config
     if z is None:
         generator = torch.Generator().manual_seed(0)
         z = torch.randn(1, *engine.family.example, generator=generator)
@@ -126,8 +125,7 @@ def describe(engine: FastDecoder, z: Tensor | None) -> Report:
         else f"CPU, {torch.get_num_threads()} threads",
         dtype=f"{_name(engine.dtype)} ({engine.dtype_reason})",
         tier=f"{engine.tier}: {engine.tier_description}",
-        sampling=f"{engine.steps} step(s)"
-        + (f" per scale, CFG {engine.cfg_scale:g}" if cfg.family == "msdd" else ", no guidance"),
+        sampling=engine.family.describe_sampling(engine.steps, engine.cfg_scale),
         graphs=f"{'yes' if engine.graphs else 'no'}: {engine.graphs_reason}",
         batch_sizes=engine.batch_sizes,
         memory={**engine.memory, **engine.graph_memory()},

@@ -17,14 +17,13 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from msdd_fast.diffusion.checks import check_latents
 from msdd_fast.engine.batching import even
 from msdd_fast.engine.report import Accuracy
 from msdd_fast.errors import AccuracyError, BackendUnavailableError, InputError
-from msdd_fast.families.msdd.decoder import Decoder
-from msdd_fast.families.msdd.family import msdd_parts
+from msdd_fast.families import family_of
 from msdd_fast.io.photographs import photographs
 from msdd_fast.layers.linear import fp8, int8
 from msdd_fast.layers.linear.dense import DenseLinear, MakeLinear
@@ -61,25 +60,18 @@ def fast_tier(tokenizer: Tokenizer, device: torch.device, dtype: torch.dtype, op
     Raises BackendUnavailableError if the family or the device cannot, or if one linear of the decoder cannot: it names
     that one. InputError for another dtype.
     """
-    family = tokenizer.config.family
-    _require(family == "msdd", f"SSDD's products are convolutions, of which there is no 8-bit kind, got {family}")
-    decoder = msdd_parts(tokenizer)[1]
+    family = family_of(tokenizer.config)
+    _require(not family.no_fast_tier, family.no_fast_tier)
     if _is_cpu(device):
         _require(*int8.available())
         return Tier("fast", int8.Int8Linear, int8.DESCRIPTION)
     _require(*fp8.available(device))
     if dtype != torch.bfloat16:
         raise InputError(f"dtype must be torch.bfloat16 with tier='fast' on a GPU, got {dtype}")
-    for name, weight in linears(decoder):
+    for name, weight in family.quantizable(tokenizer.decoder):
         reason = fp8.unsuitable(name, weight)
         _require(reason is None, reason or "")
     return Tier("fast", partial(fp8.Fp8Linear, quantize=ops.quantize_rows), fp8.DESCRIPTION)
-
-
-def linears(decoder: Decoder) -> list[tuple[str, Tensor]]:
-    """Names and weights of what the fast tier quantises: the blocks' linears, but those that only see the time."""
-    modules = decoder.blocks.named_modules(prefix="decoder.blocks")
-    return [(n, m.weight) for n, m in modules if isinstance(m, nn.Linear) and "adaln" not in n.split(".")]
 
 
 def calibration_latents(tokenizer: Tokenizer, given: Tensor | None) -> Calibration:
@@ -87,10 +79,10 @@ def calibration_latents(tokenizer: Tokenizer, given: Tensor | None) -> Calibrati
 
     Raises InputError for latents that are not the model's, or none.
     """
-    config, _ = msdd_parts(tokenizer)
+    config = tokenizer.config
     if given is not None:
         try:
-            check_latents(given, config.num_latent_tokens, config.latent_dim)
+            check_latents(given, *config.latent_shape)
         except InputError as e:
             raise InputError(f"calibration: {e}") from e
         if not len(given):
@@ -100,7 +92,7 @@ def calibration_latents(tokenizer: Tokenizer, given: Tensor | None) -> Calibrati
     try:
         images = photographs(config.image_size)
     except InputError:
-        z = torch.randn(BATCH, config.num_latent_tokens, config.latent_dim, generator=torch.Generator().manual_seed(0))
+        z = torch.randn(BATCH, *family_of(config).example, generator=torch.Generator().manual_seed(0))
         return Calibration(z, "random latents")
     return Calibration(tokenizer.encode(images.to(parameter)), f"{len(images)} encoded photographs")
 

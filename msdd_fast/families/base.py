@@ -1,19 +1,79 @@
-"""What the library has to know of a family of tokenizers."""
+"""What the library has to know of a family of tokenizers, which each family's ``family.py`` answers."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
+from torch import Tensor, nn
 
+from msdd_fast.diffusion.config import Config
+from msdd_fast.diffusion.schedule import StageSchedule
+from msdd_fast.io.files import read_torch_file
+from msdd_fast.io.safetensors import read_safetensors
 from msdd_fast.layers.linear.dense import MakeLinear
 from msdd_fast.layers.request import DecodeProgram
-from msdd_fast.tokenizer import Tokenizer
+
+
+class Released(NamedTuple):
+    """A checkpoint of a family's authors, translated.
+
+    Attributes:
+        config: with every size that the tensors show.
+        tensors: under our names and in our conventions. Whether none is missing, unexpected or misshapen is checked
+            when they are loaded into a tokenizer.
+        unused: the authors' names of tensors that nothing reads.
+        source: what error messages call it.
+    """
+
+    config: Config
+    tensors: dict[str, Tensor]
+    unused: list[str]
+    source: str
+
+
+class Option(NamedTuple):
+    """A keyword argument of ``ReleasedFormat.load`` that ``msdd-fast convert`` offers."""
+
+    default: int | str
+    help: str
+    choices: tuple[str, ...] | None = None
+
+
+class ReleasedFormat(NamedTuple):
+    """The format in which a family's authors publish weights.
+
+    Attributes:
+        suffixes: of files that ``msdd-fast convert`` takes for this family's unless told otherwise.
+        load: (path or state dict, **options) -> Released. Raises CheckpointError for foreign, damaged or contradictory
+            files, InputError for a bad option. Nothing in a file is executed.
+        options: keyword arguments of ``load`` that ``msdd-fast convert`` offers.
+        export: a tokenizer's state dict -> the tensors as the authors' code loads them; None if there is no export.
+    """
+
+    suffixes: tuple[str, ...]
+    load: Callable[..., Released]
+    options: Mapping[str, Option]
+    export: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None
 
 
 class Family(Protocol):
-    """Knows a config, but keeps no tokenizer. ``tables`` is whatever the family's own ``program`` takes."""
+    """A family, bound to one config by ``family_of(config)``. It keeps no model."""
+
+    name: ClassVar[str]
+    """As in ``config.family``."""
+    config_type: ClassVar[type[Any]]
+    """The dataclass of its configs: a ``diffusion.config.Config`` with ``from_dict``."""
+    presets: ClassVar[Mapping[str, Config]]
+    released: ClassVar[ReleasedFormat | None]
+    no_fast_tier: ClassVar[str]
+    """Why ``accelerate(tier="fast")`` is not offered; empty if it is."""
+
+    def __init__(self, config: Any) -> None: ...
 
     @property
     def example(self) -> tuple[int, ...]:
@@ -27,26 +87,44 @@ class Family(Protocol):
 
     @property
     def constant(self) -> tuple[str, ...]:
-        """What the engine made constant, for the report."""
+        """What the engine computes once and keeps, for the report."""
         ...
 
-    def check(self, steps: int, cfg_scale: float) -> None:
-        """Raise InputError for sampling that the family does not have."""
+    def describe_sampling(self, steps: int, cfg_scale: float) -> str:
+        """Steps and guidance in a line of the report."""
         ...
 
-    def tables(self, tokenizer: Tokenizer, steps: int, device: torch.device) -> Any:
-        """What depends on time alone."""
+    def build(self) -> tuple[nn.Module, nn.Module]:
+        """Encoder and decoder with random weights.
+
+        The encoder maps images (B, 3, H, W) to latents, the decoder (x_t, t, z) to the velocity; it has a ``config``.
+        """
+        ...
+
+    def check_images(self, images: Tensor) -> None:
+        """Raise InputError for a shape that the encoder does not take."""
+        ...
+
+    def tables(self, decoder: Any, schedule: StageSchedule, steps: int, device: torch.device) -> Any:
+        """Everything that depends on time alone, in whatever form ``program`` takes it."""
         ...
 
     def program(
         self,
-        tokenizer: Tokenizer,
+        decoder: Any,
+        schedule: StageSchedule,
         tables: Any,
         dtype: torch.dtype,
         device: torch.device,
         ops: SimpleNamespace,
         make: MakeLinear,
-    ) -> DecodeProgram: ...
+    ) -> DecodeProgram:
+        """The whole decode over packed copies of the decoder's weights; ``make`` packs those of its linears."""
+        ...
+
+    def quantizable(self, decoder: Any) -> list[tuple[str, Tensor]]:
+        """Names and weights of the linears that the fast tier packs in 8 bits."""
+        ...
 
     def tables_memory(self, tables: Any) -> int:
         """Bytes."""
@@ -55,3 +133,21 @@ class Family(Protocol):
     def activation_bytes(self, itemsize: int, guided: bool, quantized: bool) -> int:
         """Upper bound for one image of ``config.image_size``."""
         ...
+
+
+def read_released(source: str | os.PathLike[str] | Mapping[str, Any]) -> tuple[str, Any]:
+    """(what messages call it, content) of a .safetensors or .pt file, or of a state dict, whose tensors are copied.
+
+    Raises CheckpointError for a missing or damaged file, and for one that holds more than tensors and plain data.
+    """
+    if isinstance(source, Mapping):
+        return "state dict", _copied(source)
+    path = Path(source)
+    return str(path), read_safetensors(path) if path.suffix == ".safetensors" else read_torch_file(path)
+
+
+def _copied(value: Any) -> Any:
+    """The model must not share memory with the caller's tensors."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    return {name: _copied(item) for name, item in value.items()} if isinstance(value, Mapping) else value

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from msdd_fast import Tokenizer, checkpoint
+from msdd_fast import Tokenizer
 from msdd_fast.commands import main as cli
 from msdd_fast.families.ssdd.presets import SSDD_PRESETS
 from msdd_fast.io.images import center_crop, load_image, to_tensor
@@ -135,7 +135,7 @@ def test_demo(run, tmp_path):
 def theirs(tmp_path_factory):
     """A file as the authors' code would write it; XS is the smallest size with 32 groups."""
     path = tmp_path_factory.mktemp("theirs") / "xs.safetensors"
-    checkpoint.export_ssdd(Tokenizer.from_config(SSDD_PRESETS["ssdd-xs-f8c4"]), path)
+    Tokenizer.from_config(SSDD_PRESETS["ssdd-xs-f8c4"]).export_released(path)
     return path
 
 

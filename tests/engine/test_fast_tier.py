@@ -16,7 +16,7 @@ from msdd_fast import Tokenizer, accelerate, ops
 from msdd_fast.engine import decoder as fast_decoder
 from msdd_fast.engine import tier
 from msdd_fast.errors import AccuracyError, BackendUnavailableError, InputError
-from msdd_fast.families.presets import get_preset
+from msdd_fast.families import family_of, get_preset
 from msdd_fast.layers.linear import fp8, int8
 from msdd_fast.layers.linear.dense import DenseLinear
 from msdd_fast.layers.linear.fp8 import Fp8Linear
@@ -233,7 +233,7 @@ def test_one_set_of_weights_at_a_time(cross, monkeypatch):
 def test_one_linear_that_cannot_keeps_all_from_float8(float8):
     tiny = get_preset("tiny")
     odd = perturbed(replace(tiny, decoder=replace(tiny.decoder, mlp_multiple_of=1)))
-    name = next(n for n, w in tier.linears(odd.decoder) if any(s % 16 for s in w.shape))
+    name = next(n for n, w in family_of(odd.config).quantizable(odd.decoder) if any(s % 16 for s in w.shape))
     with pytest.raises(
         BackendUnavailableError, match=rf"tier='fast' cannot be had: {name} is \(\d+, \d+\), and float8"
     ):
@@ -252,7 +252,7 @@ def test_linears_are_those_that_the_engine_packs(tok, float8):
     from msdd_fast.families.msdd.engine.weights import pack
 
     pack(tok.decoder, torch.float32, torch.device("cpu"), Counted)
-    assert sum(seen) == sum(w.numel() for _, w in tier.linears(tok.decoder))
+    assert sum(seen) == sum(w.numel() for _, w in family_of(tok.config).quantizable(tok.decoder))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

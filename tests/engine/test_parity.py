@@ -8,7 +8,7 @@ import torch
 from msdd_fast import Tokenizer, accelerate
 from msdd_fast.backends import extension_status, use_backend
 from msdd_fast.diffusion.config import ScheduleConfig
-from msdd_fast.families.presets import get_preset
+from msdd_fast.families import get_preset
 from tests.conftest import HAS_GPU
 from tests.perturbed import perturbed
 

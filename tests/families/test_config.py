@@ -7,9 +7,9 @@ import pytest
 
 from msdd_fast.diffusion.config import ScheduleConfig
 from msdd_fast.errors import ConfigError
+from msdd_fast.families import get_preset
 from msdd_fast.families.msdd.config import DecoderConfig, TokenizerConfig
 from msdd_fast.families.msdd.presets import PRESETS
-from msdd_fast.families.presets import get_preset
 
 
 @pytest.mark.parametrize("name", PRESETS)

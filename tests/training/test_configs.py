@@ -7,7 +7,7 @@ import pytest
 from msdd_fast.checkpoint import ASSETS
 from msdd_fast.commands.common import training_config
 from msdd_fast.errors import ConfigError
-from msdd_fast.families.presets import get_preset
+from msdd_fast.families import get_preset
 from msdd_fast.training.recipes.run_stage1 import TrainConfig
 from msdd_fast.training.recipes.run_stage2 import DistillConfig
 from msdd_fast.training.run import config_names, read_config

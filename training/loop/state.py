@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from msdd_fast.errors import CheckpointError
-from msdd_fast.families.presets import config_from_dict
+from msdd_fast.families import config_from_dict
 from msdd_fast.tokenizer import Tokenizer
 from msdd_fast.training.loop.distributed import agree, barrier, fail, is_first, outcome, world_size
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 import torch
 
 from msdd_fast.errors import ConfigError
+from msdd_fast.families import get_preset
 from msdd_fast.families.msdd.config import TokenizerConfig
-from msdd_fast.families.presets import get_preset
 from msdd_fast.tokenizer import Tokenizer
 from msdd_fast.training.loop.distributed import agree, is_first, process_group, world_size
 from msdd_fast.training.loop.trainer import Trainer, provenance

@@ -3,25 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
-from msdd_fast.diffusion.config import FloatName, SamplingConfig, ScheduleConfig, _from_dict, _require
+from msdd_fast.diffusion.config import FloatName, JsonConfig, SamplingConfig, ScheduleConfig, require
 
 Conditioning = Literal["cross", "joint"]
-
-
 ImageRope = Literal["rotary", "cosine"]
-
-
 ImagePositions = Literal["scaled", "centered"]
-
-
 ContextPositions = Literal["grid", "row"]
-
-
 VelocityInit = Literal["passthrough", "zero"]
 
 
@@ -74,7 +65,7 @@ class DecoderConfig:
 
 
 @dataclass(frozen=True)
-class TokenizerConfig:
+class TokenizerConfig(JsonConfig):
     """A whole tokenizer: image of ``image_size`` squared <-> ``num_latent_tokens`` x ``latent_dim``."""
 
     image_size: int = 256
@@ -89,44 +80,46 @@ class TokenizerConfig:
 
     def __post_init__(self) -> None:
         for name in ("image_size", "patch_size", "num_latent_tokens", "latent_dim"):
-            _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+            require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
         for name, part in (("encoder", self.encoder), ("decoder", self.decoder)):
-            _require(part.depth >= 1, f"{name}.depth must be at least 1, got {part.depth}")
-            _require(
+            require(part.depth >= 1, f"{name}.depth must be at least 1, got {part.depth}")
+            require(
                 part.hidden_size >= 1 and part.head_dim >= 4 and part.head_dim % 4 == 0,
                 f"{name}: hidden_size must be positive and head_dim a multiple of 4 (two rotary axes), "
                 f"got {part.hidden_size} and {part.head_dim}",
             )
-            _require(
+            require(
                 part.hidden_size % part.head_dim == 0,
                 f"{name}.hidden_size must be a multiple of head_dim={part.head_dim}, got {part.hidden_size}",
             )
-            _require(
-                part.mlp_multiple_of >= 1, f"{name}.mlp_multiple_of must be at least 1, got {part.mlp_multiple_of}"
-            )
+            require(part.mlp_multiple_of >= 1, f"{name}.mlp_multiple_of must be at least 1, got {part.mlp_multiple_of}")
         stages = self.schedule.num_stages
-        _require(1 <= stages <= 10, f"schedule.num_stages must be 1 to 10, got {stages}")
+        require(1 <= stages <= 10, f"schedule.num_stages must be 1 to 10, got {stages}")
         rho = self.schedule.block_correlation
-        _require(
+        require(
             -1.0 / 3.0 - 1e-6 <= rho < 1.0,
             f"schedule.block_correlation must be in [-1/3, 1), got {rho}: no 2x2 noise has it",
         )
         coarsest = self.patch_size * 2 ** (stages - 1)
-        _require(
+        require(
             self.image_size % coarsest == 0,
             f"image_size must be a multiple of patch_size * 2^(num_stages-1) = {coarsest} so that every stage "
             f"has a whole patch grid, got {self.image_size}",
         )
         start = self.image_size // 2 ** (stages - 1)
-        _require(
+        require(
             start % 2 == 0, f"the first stage must have an even resolution (noise comes in 2x2 blocks), got {start}"
         )
-        _require(self.sampling.steps >= 1, f"sampling.steps must be at least 1, got {self.sampling.steps}")
-        _require(self.sampling.cfg_scale >= 0, f"sampling.cfg_scale must be >= 0, got {self.sampling.cfg_scale}")
+        require(self.sampling.steps >= 1, f"sampling.steps must be at least 1, got {self.sampling.steps}")
+        require(self.sampling.cfg_scale >= 0, f"sampling.cfg_scale must be >= 0, got {self.sampling.cfg_scale}")
 
     @property
     def family(self) -> str:
         return "msdd"
+
+    @property
+    def has_null_context(self) -> bool:
+        return True
 
     @property
     def latent_shape(self) -> tuple[int, int]:
@@ -145,17 +138,6 @@ class TokenizerConfig:
     def stage_shapes(self, latents: Sequence[int]) -> list[tuple[int, int, int]]:
         """Shape (3, H, W) of the state in every stage, for latents of a shape (B, ...)."""
         return [(3, r, r) for r in map(self.stage_resolution, range(self.schedule.num_stages))]
-
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    def to_json(self) -> str:
-        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
-
-    @classmethod
-    def from_dict(cls, data: Any) -> TokenizerConfig:
-        """Inverse of ``to_dict``. Raises ConfigError for unknown fields and wrong types."""
-        return _from_dict(cls, data, "config")
 
 
 def authors_choices(config: TokenizerConfig) -> TokenizerConfig:

@@ -1,36 +1,40 @@
-"""MSDD for the engine."""
+"""MSDD, as ``families.base.Family`` asks for it."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import torch
+from torch import Tensor, nn
 
-from msdd_fast.diffusion.checks import check_sampling
+from msdd_fast.diffusion.checks import shape_of
+from msdd_fast.diffusion.config import Config
+from msdd_fast.diffusion.schedule import StageSchedule
 from msdd_fast.errors import InputError
+from msdd_fast.families.base import ReleasedFormat
 from msdd_fast.families.msdd.config import TokenizerConfig
 from msdd_fast.families.msdd.decoder import Decoder
+from msdd_fast.families.msdd.encoder import Encoder
 from msdd_fast.families.msdd.engine.memory import activation_bytes, tables_memory
 from msdd_fast.families.msdd.engine.network import Network
 from msdd_fast.families.msdd.engine.program import Program
 from msdd_fast.families.msdd.engine.tables import StageTables, stage_tables
 from msdd_fast.families.msdd.engine.weights import pack
-from msdd_fast.families.ssdd.config import SSDDConfig
-from msdd_fast.families.ssdd.decoder import UViTDecoder
+from msdd_fast.families.msdd.presets import PRESETS
+from msdd_fast.families.msdd.released import RELEASED
 from msdd_fast.layers.linear.dense import MakeLinear
-from msdd_fast.tokenizer import Tokenizer
-
-
-def msdd_parts(tokenizer: Tokenizer) -> tuple[TokenizerConfig, Decoder]:
-    """Config and decoder of an MSDD tokenizer, for what takes no other. Raises InputError for one of another family."""
-    config, decoder = tokenizer.config, tokenizer.decoder
-    if isinstance(config, SSDDConfig) or isinstance(decoder, UViTDecoder):
-        raise InputError(f"tokenizer must be of the family msdd, got {config.family}")
-    return config, decoder
 
 
 class MSDDFamily:
     """Token latents, several scales."""
+
+    name: ClassVar[str] = "msdd"
+    config_type: ClassVar[type[Any]] = TokenizerConfig
+    presets: ClassVar[Mapping[str, Config]] = PRESETS
+    released: ClassVar[ReleasedFormat | None] = RELEASED
+    no_fast_tier: ClassVar[str] = ""
 
     def __init__(self, config: TokenizerConfig) -> None:
         self.config = config
@@ -56,23 +60,37 @@ class MSDDFamily:
             "position tables",
         )
 
-    def check(self, steps: int, cfg_scale: float) -> None:
-        check_sampling(steps, cfg_scale)
+    def describe_sampling(self, steps: int, cfg_scale: float) -> str:
+        return f"{steps} step(s) per scale, CFG {cfg_scale:g}"
 
-    def tables(self, tokenizer: Tokenizer, steps: int, device: torch.device) -> list[StageTables]:
-        return stage_tables(msdd_parts(tokenizer)[1], tokenizer.schedule, steps, device)
+    def build(self) -> tuple[Encoder, Decoder]:
+        return Encoder(self.config), Decoder(self.config)
+
+    def check_images(self, images: Tensor) -> None:
+        size = self.config.image_size
+        if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1:] != (3, size, size):
+            raise InputError(f"images must have shape (B, 3, {size}, {size}), got {shape_of(images)}")
+
+    def tables(self, decoder: Decoder, schedule: StageSchedule, steps: int, device: torch.device) -> list[StageTables]:
+        return stage_tables(decoder, schedule, steps, device)
 
     def program(
         self,
-        tokenizer: Tokenizer,
+        decoder: Decoder,
+        schedule: StageSchedule,
         tables: list[StageTables],
         dtype: torch.dtype,
         device: torch.device,
         ops: SimpleNamespace,
         make: MakeLinear,
     ) -> Program:
-        weights = pack(msdd_parts(tokenizer)[1], dtype, device, make)
-        return Program(Network(weights, self.config.decoder.head_dim, ops), tables, tokenizer.schedule, self.config)
+        weights = pack(decoder, dtype, device, make)
+        return Program(Network(weights, self.config.decoder.head_dim, ops), tables, schedule, self.config)
+
+    def quantizable(self, decoder: Decoder) -> list[tuple[str, Tensor]]:
+        """The blocks' linears, but those that only see the time."""
+        modules = decoder.blocks.named_modules(prefix="decoder.blocks")
+        return [(n, m.weight) for n, m in modules if isinstance(m, nn.Linear) and "adaln" not in n.split(".")]
 
     def tables_memory(self, tables: list[StageTables]) -> int:
         return tables_memory(tables)

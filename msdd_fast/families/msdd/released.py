@@ -5,19 +5,17 @@ from __future__ import annotations
 import logging
 import os
 import re
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from msdd_fast.checkpoint import load_state
 from msdd_fast.diffusion.config import ScheduleConfig
 from msdd_fast.errors import CheckpointError, InputError, MsddFastError
+from msdd_fast.families.base import Option, Released, ReleasedFormat, read_released
 from msdd_fast.families.msdd.config import DecoderConfig, EncoderConfig, TokenizerConfig, authors_choices
 from msdd_fast.families.msdd.mmdit import swiglu_hidden_size
-from msdd_fast.io.files import read_torch_file
-from msdd_fast.tokenizer import Tokenizer
 
 _log = logging.getLogger(__name__)
 _MLP_MULTIPLE = 256
@@ -41,14 +39,6 @@ _RENAMES = (
 _UNUSED_ENCODER = re.compile(r"encoder\.(t_embedder|context_embedder)\.")
 # Stored as parameters, never trained, always zero: the encoder's disabled modulation.
 _ZERO = re.compile(r"encoder\.(blocks\.\d+\.(context|image)|final_layer)\.(shift|scale)$")
-
-
-def read_authors_file(path: Path) -> dict[str, Any]:
-    """The dict of a .pt file, without running anything in it."""
-    data = read_torch_file(path)
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path} must hold a dict, got {type(data).__name__}")
-    return data
 
 
 def translate_authors(
@@ -157,40 +147,38 @@ def _depth(state: dict[str, Tensor], side: str) -> int:
     return len(blocks)
 
 
-def import_authors(
-    source: str | os.PathLike[str] | dict[str, Any], weights: str = "ema", image_size: int = 256, num_stages: int = 4
-) -> Tokenizer:
-    """Build a tokenizer from a checkpoint of the authors' code (SPEC A8).
+def load_released(
+    source: str | os.PathLike[str] | Mapping[str, Any], weights: str = "ema", image_size: int = 256, num_stages: int = 4
+) -> Released:
+    """Read a checkpoint of the authors' code (SPEC A8).
 
     Args:
-        source: a .pt file (loaded with ``weights_only=True``; nothing in it can run), its dict, or a bare
-            state dict. ``module.`` and ``_orig_mod.`` prefixes are tolerated.
+        source: a .pt file (loaded with ``weights_only=True``; nothing in it can run), its dict, or a bare state dict.
+            ``module.`` and ``_orig_mod.`` prefixes are tolerated.
         weights: "ema" or "model": which of the two sets of a full checkpoint.
         image_size, num_stages: not stored in the weights; every other size is read off the tensors.
 
-    Returns the tokenizer in eval mode, float32, with the authors' choices (``config.authors_choices``).
-    Raises CheckpointError for a foreign, damaged or contradictory file.
+    The config has the authors' choices (``config.authors_choices``). Raises CheckpointError for a foreign, damaged or
+    contradictory file.
     """
-    return import_authors_verbose(source, weights, image_size, num_stages)[0]
-
-
-def import_authors_verbose(
-    source: str | os.PathLike[str] | dict[str, Any], weights: str, image_size: int, num_stages: int
-) -> tuple[Tokenizer, list[str]]:
-    """``import_authors``, and the authors' names of the tensors that were not used."""
-    if isinstance(source, dict):
-        name, state = "state dict", source
-    else:
-        name, state = str(source), read_authors_file(Path(source))
+    name, data = read_released(source)
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{name} must hold a dict, got {type(data).__name__}")
     try:
-        config, tensors, unused = translate_authors(state, weights, image_size, num_stages)
+        return Released(*translate_authors(data, weights, image_size, num_stages), name)
     except InputError:
         raise
     except MsddFastError as e:
         raise CheckpointError(f"{name}: {e}") from e
-    if isinstance(source, dict):  # the model must not share memory with the caller's tensors
-        tensors = {n: t.detach().clone() for n, t in tensors.items()}
-    with torch.device("meta"):
-        tokenizer = Tokenizer(config)
-    load_state(tokenizer, tensors, name)
-    return tokenizer.eval(), unused
+
+
+RELEASED = ReleasedFormat(
+    suffixes=(".pt", ".pth"),
+    load=load_released,
+    options={
+        "weights": Option("ema", "which weights", ("ema", "model")),
+        "image_size": Option(256, "pixels per side"),
+        "num_stages": Option(4, "scales of the decoder"),
+    },
+    export=None,
+)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
-from msdd_fast.diffusion.config import SamplingConfig, ScheduleConfig, _from_dict, _require
+from msdd_fast.diffusion.config import JsonConfig, SamplingConfig, ScheduleConfig, require
 
 
 @dataclass(frozen=True)
@@ -34,7 +32,7 @@ class UViTConfig:
 
 
 @dataclass(frozen=True)
-class SSDDConfig:
+class SSDDConfig(JsonConfig):
     """A whole SSDD tokenizer: images (3, H, W) <-> (latent_channels, H/factor, W/factor), any sides (SPEC-SSDD)."""
 
     image_size: int = 256
@@ -50,37 +48,41 @@ class SSDDConfig:
 
     def __post_init__(self) -> None:
         enc, dec = self.encoder, self.decoder
-        _require(
+        require(
             self.factor >= 8 and self.factor & (self.factor - 1) == 0,
             f"factor must be 8 or a larger power of two (the decoder halves three times), got {self.factor}",
         )
-        _require(self.latent_channels >= 1, f"latent_channels must be at least 1, got {self.latent_channels}")
-        _require(
+        require(self.latent_channels >= 1, f"latent_channels must be at least 1, got {self.latent_channels}")
+        require(
             self.image_size >= 1 and self.image_size % self.factor == 0,
             f"image_size must be a positive multiple of factor={self.factor}, got {self.image_size}",
         )
-        _require(
+        require(
             enc.channels >= 32 and enc.channels % 32 == 0,
             f"encoder.channels must be a positive multiple of 32 (its norms have 32 groups), got {enc.channels}",
         )
-        _require(
+        require(
             len(dec.widths) == 4 and all(w >= 2 and dec.groups >= 1 and w % dec.groups == 0 for w in dec.widths),
             f"decoder.widths must be 4 positive multiples of groups={dec.groups}, got {dec.widths}",
         )
-        _require(
+        require(
             dec.widths[0] % 2 == 0, f"decoder.widths[0] must be even (sines and cosines of time), got {dec.widths[0]}"
         )
-        _require(
+        require(
             dec.heads >= 1 and dec.widths[3] % dec.heads == 0,
             f"decoder.heads must divide the last width {dec.widths[3]}, got {dec.heads}",
         )
-        _require(dec.mid_layers >= 1, f"decoder.mid_layers must be at least 1, got {dec.mid_layers}")
-        _require(dec.window >= 1, f"decoder.window must be at least 1, got {dec.window}")
+        require(dec.mid_layers >= 1, f"decoder.mid_layers must be at least 1, got {dec.mid_layers}")
+        require(dec.window >= 1, f"decoder.window must be at least 1, got {dec.window}")
         stages = self.schedule.num_stages
-        _require(stages == 1, f"schedule.num_stages must be 1 for SSDD, got {stages}")
-        _require(self.sampling.steps >= 1, f"sampling.steps must be at least 1, got {self.sampling.steps}")
+        require(stages == 1, f"schedule.num_stages must be 1 for SSDD, got {stages}")
+        require(self.sampling.steps >= 1, f"sampling.steps must be at least 1, got {self.sampling.steps}")
         cfg = self.sampling.cfg_scale
-        _require(cfg == 1.0, f"sampling.cfg_scale must be 1 for SSDD (it has no null context), got {cfg}")
+        require(cfg == 1.0, f"sampling.cfg_scale must be 1 for SSDD (it has no null context), got {cfg}")
+
+    @property
+    def has_null_context(self) -> bool:
+        return False
 
     @property
     def latent_shape(self) -> tuple[int, None, None]:
@@ -90,14 +92,3 @@ class SSDDConfig:
     def stage_shapes(self, latents: Sequence[int]) -> list[tuple[int, int, int]]:
         """Shape (3, H, W) of the state in the one stage, for latents of a shape (B, C, h, w)."""
         return [(3, latents[2] * self.factor, latents[3] * self.factor)]
-
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    def to_json(self) -> str:
-        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
-
-    @classmethod
-    def from_dict(cls, data: Any) -> SSDDConfig:
-        """Inverse of ``to_dict``. Raises ConfigError for unknown fields and wrong types."""
-        return _from_dict(cls, data, "config")

@@ -1,34 +1,40 @@
-"""SSDD for the engine."""
+"""SSDD, as ``families.base.Family`` asks for it."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
-from msdd_fast.diffusion.checks import check_sampling, check_unguided
+from msdd_fast.diffusion.checks import shape_of
+from msdd_fast.diffusion.config import Config
+from msdd_fast.diffusion.schedule import StageSchedule
 from msdd_fast.errors import InputError
+from msdd_fast.families.base import ReleasedFormat
 from msdd_fast.families.ssdd.config import SSDDConfig
 from msdd_fast.families.ssdd.decoder import UViTDecoder
+from msdd_fast.families.ssdd.encoder import KLEncoder
 from msdd_fast.families.ssdd.engine.memory import ssdd_activation_bytes
 from msdd_fast.families.ssdd.engine.network import SSDDNetwork
 from msdd_fast.families.ssdd.engine.program import SSDDProgram
 from msdd_fast.families.ssdd.engine.tables import SSDDStep, ssdd_steps
 from msdd_fast.families.ssdd.engine.weights import pack_ssdd
+from msdd_fast.families.ssdd.presets import SSDD_PRESETS
+from msdd_fast.families.ssdd.released import RELEASED
 from msdd_fast.layers.linear.dense import MakeLinear
-from msdd_fast.tokenizer import Tokenizer
-
-
-def ssdd_parts(tokenizer: Tokenizer) -> tuple[SSDDConfig, UViTDecoder]:
-    """The same for an SSDD tokenizer."""
-    config, decoder = tokenizer.config, tokenizer.decoder
-    if not isinstance(config, SSDDConfig) or not isinstance(decoder, UViTDecoder):
-        raise InputError(f"tokenizer must be of the family ssdd, got {config.family}")
-    return config, decoder
 
 
 class SSDDFamily:
     """Spatial latents of any height and width, one scale, no guidance, no fast tier."""
+
+    name: ClassVar[str] = "ssdd"
+    config_type: ClassVar[type[Any]] = SSDDConfig
+    presets: ClassVar[Mapping[str, Config]] = SSDD_PRESETS
+    released: ClassVar[ReleasedFormat | None] = RELEASED
+    no_fast_tier: ClassVar[str] = "SSDD's products are convolutions, of which there is no 8-bit kind"
 
     def __init__(self, config: SSDDConfig) -> None:
         self.config = config
@@ -54,24 +60,38 @@ class SSDDFamily:
             "the latents' part of the first convolution: once per image",
         )
 
-    def check(self, steps: int, cfg_scale: float) -> None:
-        check_sampling(steps, cfg_scale)
-        check_unguided(cfg_scale)
+    def describe_sampling(self, steps: int, cfg_scale: float) -> str:
+        return f"{steps} step(s), no guidance"
 
-    def tables(self, tokenizer: Tokenizer, steps: int, device: torch.device) -> list[SSDDStep]:
-        return ssdd_steps(ssdd_parts(tokenizer)[1], tokenizer.schedule, steps, device)
+    def build(self) -> tuple[KLEncoder, UViTDecoder]:
+        return KLEncoder(self.config), UViTDecoder(self.config)
+
+    def check_images(self, images: Tensor) -> None:
+        f = self.config.factor
+        is_image = isinstance(images, Tensor) and images.ndim == 4 and images.shape[1] == 3
+        if not is_image or any(s < 1 or s % f for s in images.shape[2:]):
+            raise InputError(
+                f"images must have shape (B, 3, H, W), H and W positive multiples of {f}, got {shape_of(images)}"
+            )
+
+    def tables(self, decoder: UViTDecoder, schedule: StageSchedule, steps: int, device: torch.device) -> list[SSDDStep]:
+        return ssdd_steps(decoder, schedule, steps, device)
 
     def program(
         self,
-        tokenizer: Tokenizer,
+        decoder: UViTDecoder,
+        schedule: StageSchedule,
         tables: list[SSDDStep],
         dtype: torch.dtype,
         device: torch.device,
         ops: SimpleNamespace,
         make: MakeLinear,
     ) -> SSDDProgram:
-        weights, dec = pack_ssdd(ssdd_parts(tokenizer)[1], dtype, device), self.config.decoder
+        weights, dec = pack_ssdd(decoder, dtype, device), self.config.decoder
         return SSDDProgram(SSDDNetwork(weights, dec.groups, dec.heads, self.config.factor, ops), tables)
+
+    def quantizable(self, decoder: UViTDecoder) -> list[tuple[str, Tensor]]:
+        return []
 
     def tables_memory(self, tables: list[SSDDStep]) -> int:
         return sum(t.nbytes for step in tables for norm in step.norms for t in norm)

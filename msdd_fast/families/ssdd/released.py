@@ -9,21 +9,15 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
-from msdd_fast.checkpoint import load_state
 from msdd_fast.diffusion.config import SamplingConfig
-from msdd_fast.errors import CheckpointError, InputError, MsddFastError
+from msdd_fast.errors import CheckpointError, MsddFastError
+from msdd_fast.families.base import Option, Released, ReleasedFormat, read_released
 from msdd_fast.families.ssdd.config import KLEncoderConfig, SSDDConfig, UViTConfig
-from msdd_fast.io.files import atomic_write, read_torch_file
-from msdd_fast.io.safetensors import read_safetensors
-from msdd_fast.tokenizer import Tokenizer
 
 _NEGATED = ("decoder.conv_out.weight", "decoder.conv_out.bias")
 
@@ -90,10 +84,10 @@ def _infer_config(tensors: dict[str, Tensor], image_size: int, steps: int, group
     )
 
 
-def import_ssdd(
-    source: str | os.PathLike[str] | dict[str, Any], image_size: int = 256, steps: int = 8, groups: int = 32
-) -> Tokenizer:
-    """Build a tokenizer from SSDD's released weights (SPEC-SSDD 1.6, 2).
+def load_released(
+    source: str | os.PathLike[str] | Mapping[str, Any], image_size: int = 256, steps: int = 8, groups: int = 32
+) -> Released:
+    """Read SSDD's released weights (SPEC-SSDD 1.6, 2).
 
     Args:
         source: a .safetensors file, a .pt file (loaded with ``weights_only=True``), or a state dict with the names
@@ -102,36 +96,19 @@ def import_ssdd(
         steps: that ``decode`` takes by default: 1 for distilled weights.
         groups: of the decoder's GroupNorms, the only size that no shape shows; 32 in all released weights.
 
-    Returns the tokenizer in eval mode, float32. Raises CheckpointError for a foreign or damaged file and for one with a
-    missing, unexpected or misshapen tensor.
+    Raises CheckpointError for a foreign or damaged file.
     """
-    if isinstance(source, dict):
-        # The model must not share memory with the caller's tensors.
-        name, state = "state dict", {n: t.clone() if isinstance(t, Tensor) else t for n, t in source.items()}
-    else:
-        path = Path(source)
-        name = str(path)
-        state = read_safetensors(path) if path.suffix == ".safetensors" else read_torch_file(path)
+    name, state = read_released(source)
     try:
         config, tensors = translate_ssdd(state, image_size, steps, groups)
     except MsddFastError as e:
         raise CheckpointError(f"{name}: {e}") from e
-    with torch.device("meta"):
-        tokenizer = Tokenizer(config)
-    load_state(tokenizer, tensors, name)
-    return tokenizer.eval()
+    return Released(config, tensors, [], name)
 
 
-def export_ssdd(tokenizer: Tokenizer, path: str | os.PathLike[str]) -> None:
-    """Write an SSDD tokenizer as one .safetensors file that the authors' code loads: ``import_ssdd`` reversed.
-
-    Raises InputError for a tokenizer of another family, CheckpointError if the file cannot be written.
-    """
-    if tokenizer.config.family != "ssdd":
-        raise InputError(f"tokenizer must be of the family ssdd, got {tokenizer.config.family}")
-    tensors = release_ssdd(tokenizer.state_dict())
-    try:
-        with atomic_write(path) as temporary:
-            save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, temporary, {"format": "pt"})
-    except (OSError, SafetensorError) as e:
-        raise CheckpointError(f"cannot write {path}: {getattr(e, 'strerror', None) or e}") from e
+RELEASED = ReleasedFormat(
+    suffixes=(".safetensors",),
+    load=load_released,
+    options={"image_size": Option(256, "pixels per side"), "steps": Option(8, "steps of a decode, 1 if distilled")},
+    export=release_ssdd,
+)

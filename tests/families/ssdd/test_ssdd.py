@@ -10,13 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
-from msdd_fast import Tokenizer, checkpoint, ops
+from msdd_fast import Tokenizer, ops
 from msdd_fast.backends import use_backend
 from msdd_fast.diffusion.config import ScheduleConfig
 from msdd_fast.diffusion.noise import start_noise
 from msdd_fast.diffusion.schedule import StageSchedule
 from msdd_fast.errors import CheckpointError, ConfigError, InputError
-from msdd_fast.families.presets import config_from_dict, get_preset
+from msdd_fast.families import config_from_dict, get_preset
 from msdd_fast.families.ssdd.config import SSDDConfig
 from msdd_fast.families.ssdd.presets import SSDD_PRESETS
 from msdd_fast.families.ssdd.released import release_ssdd, translate_ssdd
@@ -167,16 +167,16 @@ def test_import_does_not_share_memory(released):
 def test_files_round_trip(tiny, tmp_path):
     """Their file -> ours -> their file: the same tensors; the sign of the last convolution is theirs in the file."""
     path = tmp_path / "a.safetensors"
-    checkpoint.export_ssdd(tiny, path)
+    tiny.export_released(path)
     assert torch.equal(load_file(path)["decoder.conv_out.weight"], -tiny.decoder.conv_out.weight)
     tok = imported(path)
-    checkpoint.export_ssdd(tok, tmp_path / "b.safetensors")
+    tok.export_released(tmp_path / "b.safetensors")
     a, b = load_file(path), load_file(tmp_path / "b.safetensors")
     assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
     torch.save(a, tmp_path / "a.pt")
     assert torch.equal(imported(tmp_path / "a.pt").decoder.conv_out.weight, tiny.decoder.conv_out.weight)
     with pytest.raises(InputError, match="tokenizer must be of the family ssdd, got msdd"):
-        checkpoint.export_ssdd(Tokenizer.from_config("tiny"), tmp_path / "c.safetensors")
+        Tokenizer.from_config("tiny").export_released(tmp_path / "c.safetensors")
 
 
 def test_half_precision_files_load_as_float32(released):
@@ -444,7 +444,7 @@ def test_impossible_configs(change, message):
         ({"family": "ssdd", "num_latent_tokens": 128}, "config has unknown field 'num_latent_tokens'"),
         ({"family": "ssdd", "decoder": {"widths": [32, 64]}}, "config.decoder.widths must be a list of 4 values"),
         ({"family": "ssdd", "decoder": {"widths": [32, 64, 96, "96"]}}, r"decoder.widths\[3\] must be of type int"),
-        ({"family": "vae"}, "config has unknown field 'family'"),
+        ({"family": "vae"}, "unknown family '"),
     ],
 )
 def test_bad_config_data(data, message):
