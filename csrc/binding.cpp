@@ -12,7 +12,7 @@
 #include "msdd_fast/cfg_euler.h"
 #include "msdd_fast/check.h"
 #include "msdd_fast/context_attention.h"
-#include "msdd_fast/group_norm.h"
+#include "msdd_fast/group_norm_modulate_silu.h"
 #include "msdd_fast/noise.h"
 #include "msdd_fast/norm_modulate.h"
 #include "msdd_fast/patch_rows.h"
@@ -226,7 +226,8 @@ PYBIND11_MODULE(_C, m) {
     m.def("group_norm_modulate_silu", &group_norm_modulate_silu, no_gil, py::arg("out"), py::arg("x"), py::arg("dtype"),
           py::arg("weight"), py::arg("bias"), py::arg("scale"), py::arg("shift"), py::arg("shape"), py::arg("groups"),
           py::arg("rows"), py::arg("columns"), py::arg("channels_last"), py::arg("silu"), py::arg("eps"),
-          py::arg("threads") = 1, "GroupNorm, affine, modulation by cells of (rows, columns), SiLU; see group_norm.h.");
+          py::arg("threads") = 1,
+          "GroupNorm, affine, modulation by cells of (rows, columns), SiLU; see group_norm_modulate_silu.h.");
     m.def("window_attention", &window_attention, no_gil, py::arg("out"), py::arg("q"), py::arg("k"), py::arg("v"),
           py::arg("table"), py::arg("dtype"), py::arg("batch"), py::arg("height"), py::arg("width"), py::arg("heads"),
           py::arg("head_size"), py::arg("window"), py::arg("threads") = 1,

@@ -2,10 +2,10 @@
 
 #include <algorithm>
 
-#include "lanes_avx2.h"
 #include "msdd_fast/check.h"
-#include "msdd_fast/parallel.h"
-#include "msdd_fast/simd.h"
+#include "msdd_fast/detail/lanes_avx2.h"
+#include "msdd_fast/detail/parallel.h"
+#include "msdd_fast/detail/simd.h"
 
 namespace msdd_fast {
 

@@ -1,12 +1,12 @@
 #include <algorithm>
 #include <string>
 
-#include "end_of_stage.h"
-#include "lanes_avx2.h"
 #include "msdd_fast/check.h"
-#include "msdd_fast/parallel.h"
+#include "msdd_fast/detail/end_of_stage.h"
+#include "msdd_fast/detail/lanes_avx2.h"
+#include "msdd_fast/detail/parallel.h"
+#include "msdd_fast/detail/simd.h"
 #include "msdd_fast/patch_rows.h"
-#include "msdd_fast/simd.h"
 
 namespace msdd_fast {
 

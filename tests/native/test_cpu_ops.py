@@ -278,7 +278,8 @@ def test_every_simd_level_gives_the_same_bits(level, tmp_path):
         pytest.skip(f"needs g++ and an x86 CPU of level {level}")
     (options,) = re.findall(r"-Wall -Wextra (-f[^>]*)>", (ROOT / "CMakeLists.txt").read_text())
     library = tmp_path / "one_level.so"
-    names = ("noise", "patch_rows", "final_step", "cfg_euler", "dtype", "parallel")
+    ops = ("renoise_upsample", "stage_transition", "final_step", "cfg_euler")
+    names = (*ops, "runtime/dtype", "runtime/parallel")
     sources = [*(ROOT / f"csrc/cpu/{name}.cpp" for name in names), ROOT / "csrc/tests/one_level.cpp"]
     options += f" -O3 -std=c++17 -shared -fPIC -pthread -march={level} -DMSDD_SIMD_CLONES= -I{ROOT / 'csrc/include'}"
     options += " -Wl,--no-undefined"

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "msdd_fast/bits.h"
+#include "msdd_fast/detail/bits.h"
 #include "msdd_fast/dtype.h"
 
 namespace msdd_fast {

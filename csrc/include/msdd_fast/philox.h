@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-#include "msdd_fast/bits.h"
+#include "msdd_fast/detail/bits.h"
 
 namespace msdd_fast {
 

@@ -1,11 +1,11 @@
 // Attention by AVX-512. The plain level runs the same panels and tiles on machines without it.
-#include "attention_job.h"
+#include "job.h"
 
 #ifdef MSDD_X86_LEVELS
 #define MSDD_SIMD __attribute__((target("avx512f,avx2,fma")))
 
-#include "attention_avx512.h"
-#include "attention_kernel.h"
+#include "avx512.h"
+#include "kernel.h"
 
 namespace msdd_fast {
 

@@ -1,13 +1,12 @@
-#include "msdd_fast/noise.h"
-
 #include <algorithm>
 #include <cmath>
 #include <string>
 
 #include "msdd_fast/check.h"
-#include "msdd_fast/parallel.h"
-#include "msdd_fast/renoise.h"
-#include "msdd_fast/simd.h"
+#include "msdd_fast/detail/parallel.h"
+#include "msdd_fast/detail/renoise.h"
+#include "msdd_fast/detail/simd.h"
+#include "msdd_fast/noise.h"
 
 namespace msdd_fast {
 

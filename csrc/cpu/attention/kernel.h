@@ -20,7 +20,7 @@
 #include <cstring>
 #include <type_traits>
 
-#include "attention_job.h"
+#include "job.h"
 
 namespace msdd_fast {
 namespace {

@@ -1,4 +1,4 @@
-// What csrc/cpu/attention.cpp hands to the code of a SIMD level.
+// What csrc/cpu/attention/attention.cpp hands to the code of a SIMD level.
 #pragma once
 
 #include "msdd_fast/attention.h"

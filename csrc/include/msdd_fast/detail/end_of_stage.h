@@ -4,8 +4,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "msdd_fast/detail/renoise.h"
 #include "msdd_fast/patch_rows.h"
-#include "msdd_fast/renoise.h"
 
 namespace msdd_fast {
 

@@ -1,7 +1,7 @@
 // Vectors for any machine, as wide as those of AVX-512.
 #include <cstring>
 
-#include "msdd_fast/bits.h"
+#include "msdd_fast/detail/bits.h"
 
 #define MSDD_SIMD
 

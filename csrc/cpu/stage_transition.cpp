@@ -1,13 +1,12 @@
-#include "msdd_fast/patch_rows.h"
-
 #include <algorithm>
 #include <string>
 
-#include "end_of_stage.h"
 #include "msdd_fast/check.h"
-#include "msdd_fast/parallel.h"
-#include "msdd_fast/renoise.h"
-#include "msdd_fast/simd.h"
+#include "msdd_fast/detail/end_of_stage.h"
+#include "msdd_fast/detail/parallel.h"
+#include "msdd_fast/detail/renoise.h"
+#include "msdd_fast/detail/simd.h"
+#include "msdd_fast/patch_rows.h"
 
 namespace msdd_fast {
 

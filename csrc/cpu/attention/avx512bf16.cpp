@@ -1,12 +1,12 @@
 // Attention by AVX-512 with products of pairs of bfloat16: twice the multiplications of an instruction. The level
 // plain_bf16 runs the same layout on machines without it.
-#include "attention_job.h"
+#include "job.h"
 
 #ifdef MSDD_X86_LEVELS
 #define MSDD_SIMD __attribute__((target("avx512f,avx512bf16,avx2,fma")))
 #define MSDD_PAIRS
 
-#include "attention_avx512.h"
+#include "avx512.h"
 
 namespace msdd_fast {
 namespace {
@@ -20,7 +20,7 @@ MSDD_SIMD inline Vec to_pairs(Vec a, Vec b) { return reinterpret_cast<Vec>(_mm51
 }  // namespace
 }  // namespace msdd_fast
 
-#include "attention_kernel.h"
+#include "kernel.h"
 
 namespace msdd_fast {
 

@@ -1,8 +1,8 @@
 // Attention for any machine: correct, not fast. Its vectors are as wide as those of AVX-512, so it also proves the
 // panels and tiles of that level where AVX-512 cannot run.
-#include "attention_plain.h"
+#include "plain.h"
 
-#include "attention_kernel.h"
+#include "kernel.h"
 
 namespace msdd_fast {
 

@@ -1,16 +1,16 @@
 // Statistics by chunks: in each, the mean and then the squares about it, while the chunk is in the cache; chunks are
 // put together exactly (their means about the common mean). So x is read from memory twice in all, not three times.
-#include "msdd_fast/group_norm.h"
+#include "msdd_fast/group_norm_modulate_silu.h"
 
 #include <algorithm>
 #include <cmath>
 #include <vector>
 
 #include "msdd_fast/check.h"
-#include "msdd_fast/exp.h"
-#include "msdd_fast/layer_norm.h"
-#include "msdd_fast/parallel.h"
-#include "msdd_fast/simd.h"
+#include "msdd_fast/detail/exp.h"
+#include "msdd_fast/detail/layer_norm.h"
+#include "msdd_fast/detail/parallel.h"
+#include "msdd_fast/detail/simd.h"
 
 namespace msdd_fast {
 

@@ -1,10 +1,10 @@
 // Attention by AVX2 and FMA: 6 x 16 sums in 12 of the 16 registers.
-#include "attention_job.h"
+#include "job.h"
 
 #ifdef MSDD_X86_LEVELS
 #define MSDD_SIMD __attribute__((target("avx2,fma")))
 
-#include "attention_x86.h"
+#include "x86.h"
 
 namespace msdd_fast {
 namespace {
@@ -41,7 +41,7 @@ MSDD_SIMD inline float reduce_add(Vec a) {
 }  // namespace
 }  // namespace msdd_fast
 
-#include "attention_kernel.h"
+#include "kernel.h"
 
 namespace msdd_fast {
 

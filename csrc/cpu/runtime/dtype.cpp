@@ -1,6 +1,6 @@
 #include "msdd_fast/dtype.h"
 
-#include "msdd_fast/simd.h"
+#include "msdd_fast/detail/simd.h"
 
 #ifdef MSDD_SIMD_DISPATCH
 #include <immintrin.h>

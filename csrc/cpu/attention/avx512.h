@@ -4,7 +4,7 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
-#include "attention_x86.h"
+#include "x86.h"
 
 namespace msdd_fast {
 namespace {

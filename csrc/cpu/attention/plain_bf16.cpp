@@ -1,6 +1,6 @@
 // The plain level with products of pairs: proves the layout of the level avx512bf16 on machines that cannot run it.
-#include "attention_plain.h"
 #include "msdd_fast/dtype.h"
+#include "plain.h"
 
 #define MSDD_PAIRS
 
@@ -38,7 +38,7 @@ inline Vec to_pairs(const Vec& a, const Vec& b) {
 }  // namespace
 }  // namespace msdd_fast
 
-#include "attention_kernel.h"
+#include "kernel.h"
 
 namespace msdd_fast {
 

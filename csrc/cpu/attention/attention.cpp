@@ -4,10 +4,10 @@
 #include <atomic>
 #include <cstdint>
 
-#include "attention_job.h"
+#include "job.h"
 #include "msdd_fast/check.h"
-#include "msdd_fast/parallel.h"
-#include "msdd_fast/scratch.h"
+#include "msdd_fast/detail/parallel.h"
+#include "msdd_fast/detail/scratch.h"
 
 namespace msdd_fast {
 namespace {

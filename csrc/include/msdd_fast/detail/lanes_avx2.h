@@ -2,8 +2,8 @@
 // operand.h goes through buffers. The bits are those of dtype.h.
 #pragma once
 
+#include "msdd_fast/detail/simd.h"
 #include "msdd_fast/dtype.h"
-#include "msdd_fast/simd.h"
 
 #ifdef MSDD_SIMD_DISPATCH
 #include <immintrin.h>

@@ -1,7 +1,7 @@
 // exp that any vector unit can do: no table, no branch, no call.
 #pragma once
 
-#include "msdd_fast/bits.h"
+#include "msdd_fast/detail/bits.h"
 
 namespace msdd_fast {
 

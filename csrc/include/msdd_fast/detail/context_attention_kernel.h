@@ -23,7 +23,7 @@
 #ifdef MSDD_EMULATE
 #include "emulated_warp.h"
 #else
-#include "msdd_fast/warp.h"
+#include "msdd_fast/detail/warp.h"
 #endif
 
 namespace msdd_fast {

@@ -1,4 +1,4 @@
-#include "msdd_fast/parallel.h"
+#include "msdd_fast/detail/parallel.h"
 
 #include <atomic>
 #include <condition_variable>
