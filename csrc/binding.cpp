@@ -12,12 +12,14 @@
 #include "msdd_fast/cfg_euler.h"
 #include "msdd_fast/check.h"
 #include "msdd_fast/context_attention.h"
+#include "msdd_fast/final_step.h"
 #include "msdd_fast/group_norm_modulate_silu.h"
-#include "msdd_fast/noise.h"
 #include "msdd_fast/norm_modulate.h"
-#include "msdd_fast/patch_rows.h"
 #include "msdd_fast/philox.h"
 #include "msdd_fast/qk_norm_rope.h"
+#include "msdd_fast/renoise_upsample.h"
+#include "msdd_fast/stage_transition.h"
+#include "msdd_fast/start_noise.h"
 #include "msdd_fast/swiglu.h"
 #include "msdd_fast/window_attention.h"
 
@@ -200,12 +202,12 @@ PYBIND11_MODULE(_C, m) {
     m.def("philox", &philox, py::arg("counter"), py::arg("key"), "The four words of Philox4x32-10.");
     m.def("start_noise", &start_noise, no_gil, py::arg("out"), py::arg("dtype"), py::arg("seeds"), py::arg("batch"),
           py::arg("channels"), py::arg("height"), py::arg("width"), py::arg("threads") = 1,
-          "White normals into (batch, channels, height, width) at address `out`; see noise.h.");
+          "White normals into (batch, channels, height, width) at address `out`; see start_noise.h.");
     m.def("renoise_upsample", &renoise_upsample, no_gil, py::arg("out"), py::arg("x"), py::arg("dtype"),
           py::arg("channels_last"), py::arg("seeds"), py::arg("batch"), py::arg("channels"), py::arg("height"),
           py::arg("width"), py::arg("alpha"), py::arg("beta"), py::arg("stage"), py::arg("correlation"),
           py::arg("threads") = 1,
-          "alpha * nearest_x2(x) + beta * noise into `out`; the sizes are those of x; see noise.h.");
+          "alpha * nearest_x2(x) + beta * noise into `out`; the sizes are those of x; see renoise_upsample.h.");
     m.def(
         "norm_modulate", &norm_modulate, no_gil, py::arg("h"), py::arg("x_new"), py::arg("x"), py::arg("y"),
         py::arg("gate"), py::arg("shift"), py::arg("scale"), py::arg("rows"), py::arg("width"), py::arg("run"),
@@ -242,13 +244,13 @@ PYBIND11_MODULE(_C, m) {
           py::arg("v_uncond"), py::arg("shape"), py::arg("dt"), py::arg("scale"), py::arg("seeds"), py::arg("alpha"),
           py::arg("beta"), py::arg("stage"), py::arg("correlation"), py::arg("threads") = 1,
           "Euler step, upsampling and renoising of patch rows: operands (address or 0, dtype, token stride, image "
-          "stride), shape (grid, batch, channels, patch); see patch_rows.h.");
+          "stride), shape (grid, batch, channels, patch); see stage_transition.h.");
     m.def("final_step", &final_step, no_gil, py::arg("out"), py::arg("type"), py::arg("channels_last"), py::arg("x"),
           py::arg("v"), py::arg("v_uncond"), py::arg("shape"), py::arg("dt"), py::arg("scale"), py::arg("threads") = 1,
-          "Euler step of patch rows to an image; type 3 is uint8; see patch_rows.h.");
+          "Euler step of patch rows to an image; type 3 is uint8; see final_step.h.");
     m.def("start_noise_rows", &start_noise_rows, no_gil, py::arg("out"), py::arg("dtype"), py::arg("seeds"),
           py::arg("batch"), py::arg("channels"), py::arg("height"), py::arg("width"), py::arg("patch"),
-          py::arg("threads") = 1, "The numbers of start_noise as patch rows; see patch_rows.h.");
+          py::arg("threads") = 1, "The numbers of start_noise as patch rows; see start_noise.h.");
 
 #ifdef MSDD_FAST_CUDA
     m.def("cuda_versions", &cuda_versions, "Versions of the driver (0: none) and of the linked runtime.");

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "msdd_fast/check.h"
+#include "msdd_fast/detail/floats.h"
 #include "msdd_fast/detail/lanes_avx2.h"
 #include "msdd_fast/detail/parallel.h"
 #include "msdd_fast/detail/simd.h"

@@ -1,3 +1,5 @@
+#include "msdd_fast/final_step.h"
+
 #include <algorithm>
 #include <string>
 
@@ -6,7 +8,6 @@
 #include "msdd_fast/detail/lanes_avx2.h"
 #include "msdd_fast/detail/parallel.h"
 #include "msdd_fast/detail/simd.h"
-#include "msdd_fast/patch_rows.h"
 
 namespace msdd_fast {
 

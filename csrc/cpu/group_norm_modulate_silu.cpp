@@ -8,6 +8,7 @@
 
 #include "msdd_fast/check.h"
 #include "msdd_fast/detail/exp.h"
+#include "msdd_fast/detail/floats.h"
 #include "msdd_fast/detail/layer_norm.h"
 #include "msdd_fast/detail/parallel.h"
 #include "msdd_fast/detail/simd.h"

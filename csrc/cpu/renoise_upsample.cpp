@@ -1,12 +1,13 @@
+#include "msdd_fast/renoise_upsample.h"
+
 #include <algorithm>
 #include <cmath>
 #include <string>
 
 #include "msdd_fast/check.h"
+#include "msdd_fast/detail/noise.h"
 #include "msdd_fast/detail/parallel.h"
-#include "msdd_fast/detail/renoise.h"
 #include "msdd_fast/detail/simd.h"
-#include "msdd_fast/noise.h"
 
 namespace msdd_fast {
 
@@ -65,11 +66,9 @@ MSDD_SIMD_CLONES void renoise_row(DType dtype, const BlockRow& row, const NoiseF
     }
 }
 
-namespace {
-
-// Both ops. The sizes are those of x, half of the output's; with x null, the noise alone.
-void fill(void* out, const void* x, DType dtype, bool channels_last, const std::int64_t* seeds, std::int64_t batch,
-          std::int64_t channels, std::int64_t height, std::int64_t width, const NoiseFormula& formula, int threads) {
+void noise_image(void* out, const void* x, DType dtype, bool channels_last, const std::int64_t* seeds,
+                 std::int64_t batch, std::int64_t channels, std::int64_t height, std::int64_t width,
+                 const NoiseFormula& formula, int threads) {
     expect(batch >= 0 && channels >= 0 && height >= 0 && width >= 0, "sizes must not be negative");
     expect_threads(threads);
     const std::int64_t rows = channels * height;  // of one image
@@ -96,8 +95,6 @@ void fill(void* out, const void* x, DType dtype, bool channels_last, const std::
     parallel_for(batch * rows, std::max<std::int64_t>(1, GRAIN_BLOCKS / width), threads, body);
 }
 
-}  // namespace
-
 NoiseFormula renoise_formula(const RenoiseScalars& scalars) {
     const double correlation = scalars.correlation;
     expect(scalars.stage >= 0 && scalars.stage <= 0xFFFFFFFF,
@@ -110,19 +107,12 @@ NoiseFormula renoise_formula(const RenoiseScalars& scalars) {
     return {static_cast<std::uint32_t>(scalars.stage), PURPOSE_RENOISE, a, b, scalars.alpha, scalars.beta};
 }
 
-void start_noise(void* out, DType dtype, const std::int64_t* seeds, std::int64_t batch, std::int64_t channels,
-                 std::int64_t height, std::int64_t width, int threads) {
-    expect(height % 2 == 0 && width % 2 == 0, "height and width must be even (noise comes in 2x2 blocks), got " +
-                                                  std::to_string(height) + "x" + std::to_string(width));
-    fill(out, nullptr, dtype, false, seeds, batch, channels, height / 2, width / 2, START_FORMULA, threads);
-}
-
 void renoise_upsample(void* out, const void* x, DType dtype, bool channels_last, const std::int64_t* seeds,
                       std::int64_t batch, std::int64_t channels, std::int64_t height, std::int64_t width,
                       const RenoiseScalars& scalars, int threads) {
     const NoiseFormula formula = renoise_formula(scalars);
     expect(x != nullptr || batch * channels * height * width == 0, "x is missing");
-    fill(out, x, dtype, channels_last, seeds, batch, channels, height, width, formula, threads);
+    noise_image(out, x, dtype, channels_last, seeds, batch, channels, height, width, formula, threads);
 }
 
 }  // namespace msdd_fast

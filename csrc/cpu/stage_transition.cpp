@@ -1,12 +1,13 @@
+#include "msdd_fast/stage_transition.h"
+
 #include <algorithm>
 #include <string>
 
 #include "msdd_fast/check.h"
 #include "msdd_fast/detail/end_of_stage.h"
+#include "msdd_fast/detail/noise.h"
 #include "msdd_fast/detail/parallel.h"
-#include "msdd_fast/detail/renoise.h"
 #include "msdd_fast/detail/simd.h"
-#include "msdd_fast/patch_rows.h"
 
 namespace msdd_fast {
 
@@ -67,19 +68,9 @@ MSDD_INLINE void euler_line(const EndOfStage& end, std::int64_t image, std::int6
     euler(end, read, pixels);
 }
 
-// Noise with the upsampled E below it, as contiguous patch rows of `rows` x `columns` tokens.
-struct Renoise {
-    EndOfStage end;
-    NoiseFormula formula;
-    const std::int64_t* seeds;
-    std::int64_t batch, channels, rows, columns, patch;
-    void* out;
-    DType dtype;
-};
-
 // A pair of lines of the output, counted in memory order: (row of tokens, image, channel, pair).
 template <class T>
-MSDD_INLINE void renoise_pair_of(const Renoise& job, std::int64_t index) {
+MSDD_INLINE void renoise_pair_of(const NoiseRows& job, std::int64_t index) {
     const std::int64_t pairs = job.patch / 2, features = job.channels * job.patch * job.patch;
     const std::int64_t pair = index % pairs, channel = index / pairs % job.channels;
     const std::int64_t image = index / (pairs * job.channels) % job.batch;
@@ -106,7 +97,7 @@ MSDD_INLINE void renoise_pair_of(const Renoise& job, std::int64_t index) {
 }
 
 // Not a template and not in an anonymous namespace, or it would get no clones.
-MSDD_SIMD_CLONES void renoise_pair(const Renoise& job, std::int64_t index) {
+MSDD_SIMD_CLONES void renoise_pair(const NoiseRows& job, std::int64_t index) {
     switch (job.dtype) {
         case DType::float32:
             return renoise_pair_of<float>(job, index);
@@ -117,9 +108,7 @@ MSDD_SIMD_CLONES void renoise_pair(const Renoise& job, std::int64_t index) {
     }
 }
 
-namespace {
-
-void run(const Renoise& job, int threads) {
+void noise_rows(const NoiseRows& job, int threads) {
     expect(job.batch >= 0 && job.channels >= 0 && job.rows >= 0 && job.columns >= 0, "sizes must not be negative");
     expect(job.patch >= 2 && job.patch % 2 == 0,
            "patch_size must be even (noise comes in 2x2 blocks), got " + std::to_string(job.patch));
@@ -134,24 +123,15 @@ void run(const Renoise& job, int threads) {
                  });
 }
 
-}  // namespace
-
 void stage_transition(void* out, const PatchRows& x, const PatchRows& v, const PatchRows& v_uncond,
                       const PatchShape& shape, const EulerScalars& euler, const std::int64_t* seeds,
                       const RenoiseScalars& renoise, int threads) {
     const auto& [grid, batch, channels, patch] = shape;
     const NoiseFormula formula = renoise_formula(renoise);
     expect((x.data != nullptr && v.data != nullptr) || grid * batch * channels == 0, "x or v is missing");
-    run({{x, v, v_uncond, shape, euler}, formula, seeds, batch, channels, 2 * grid, 2 * grid, patch, out, x.dtype},
+    noise_rows(
+        {{x, v, v_uncond, shape, euler}, formula, seeds, batch, channels, 2 * grid, 2 * grid, patch, out, x.dtype},
         threads);
-}
-
-void start_noise_rows(void* out, DType dtype, const std::int64_t* seeds, std::int64_t batch, std::int64_t channels,
-                      std::int64_t height, std::int64_t width, std::int64_t patch, int threads) {
-    expect(patch >= 1 && height % patch == 0 && width % patch == 0,
-           "height and width must be multiples of patch_size, got " + std::to_string(height) + "x" +
-               std::to_string(width) + " and " + std::to_string(patch));
-    run({{}, START_FORMULA, seeds, batch, channels, height / patch, width / patch, patch, out, dtype}, threads);
 }
 
 }  // namespace msdd_fast

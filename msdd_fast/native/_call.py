@@ -17,7 +17,7 @@ from msdd_fast.errors import InputError
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in csrc/include/msdd_fast/dtype.h
 
 
-_PIXEL_TYPES = {**_DTYPES, torch.uint8: 3}  # as in csrc/include/msdd_fast/patch_rows.h
+_PIXEL_TYPES = {**_DTYPES, torch.uint8: 3}  # as in csrc/include/msdd_fast/final_step.h
 
 
 def _norm_modulate(

@@ -4,15 +4,9 @@
 #include <cstdint>
 #include <string>
 
-#include "msdd_fast/dtype.h"
+#include "msdd_fast/operand.h"
 
 namespace msdd_fast {
-
-// (batch, tokens, heads, head size) in any memory order: the strides of the first three in elements, the last is 1.
-struct HeadsView {
-    void* data = nullptr;  // null where the tensor is absent
-    std::int64_t batch = 0, token = 0, head = 0;
-};
 
 struct AttentionShape {
     std::int64_t batch, queries, keys, heads, head_size;

@@ -3,7 +3,6 @@
 
 #include <cstdint>
 
-#include "msdd_fast/attention.h"
 #include "msdd_fast/operand.h"
 
 namespace msdd_fast {

@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <cstring>
 
-#include "msdd_fast/detail/renoise.h"
+#include "msdd_fast/detail/noise.h"
 #include "msdd_fast/patch_rows.h"
 
 namespace msdd_fast {
@@ -37,5 +37,18 @@ MSDD_INLINE void euler(const EndOfStage& end, const Read& read, float (&pixels)[
     }
     for (int i = 0; i < LANES; ++i) pixels[i] += dt * v[i];
 }
+
+// Noise with the upsampled E below it, as contiguous patch rows of `rows` x `columns` tokens.
+struct NoiseRows {
+    EndOfStage end;
+    NoiseFormula formula;
+    const std::int64_t* seeds;
+    std::int64_t batch, channels, rows, columns, patch;
+    void* out;
+    DType dtype;
+};
+
+// In csrc/cpu/stage_transition.cpp.
+void noise_rows(const NoiseRows& job, int threads);
 
 }  // namespace msdd_fast

@@ -1,5 +1,5 @@
 // Eight elements of any element type to and from float32 lanes, for ops that wait for memory: through registers, where
-// operand.h goes through buffers. The bits are those of dtype.h.
+// floats.h goes through buffers. The bits are those of dtype.h.
 #pragma once
 
 #include "msdd_fast/detail/simd.h"

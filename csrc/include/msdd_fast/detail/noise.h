@@ -3,8 +3,9 @@
 
 #include <cstdint>
 
-#include "msdd_fast/noise.h"
+#include "msdd_fast/dtype.h"
 #include "msdd_fast/philox.h"
+#include "msdd_fast/renoise_upsample.h"
 
 namespace msdd_fast {
 
@@ -37,5 +38,11 @@ MSDD_INLINE void renoise_blocks(const float (&pixel)[LANES], std::uint64_t seed,
         lines[1][2 * i + 1] = base + formula.beta * eps[3][i];
     }
 }
+
+// Noise over an image, in csrc/cpu/renoise_upsample.cpp: `out` (batch, channels, 2 height, 2 width) from x (batch,
+// channels, height, width), both dense in NHWC memory order if `channels_last`, else NCHW; x null: the noise alone.
+void noise_image(void* out, const void* x, DType dtype, bool channels_last, const std::int64_t* seeds,
+                 std::int64_t batch, std::int64_t channels, std::int64_t height, std::int64_t width,
+                 const NoiseFormula& formula, int threads);
 
 }  // namespace msdd_fast
