@@ -209,6 +209,7 @@ void final_step(void* out, PixelType type, bool channels_last, const PatchRows& 
     const std::int64_t side = grid * patch;
     if (side * batch * channels == 0) return;
     expect(x.data != nullptr && v.data != nullptr, "x or v is missing");
+    expect(out != nullptr, "out is missing");
     const FinalStep job{{x, v, v_uncond, shape, euler}, out, type, channels_last};
     const std::int64_t grain = GRAIN_PIXELS / (side * patch * channels);
 #ifdef MSDD_SIMD_DISPATCH

@@ -243,6 +243,7 @@ void group_norm_modulate_silu(void* out, const void* x, DType dtype, const Opera
            "rows and columns of scale and shift must divide height and width");
     expect_threads(threads);
     if (batch == 0 || channels == 0 || height == 0 || width == 0) return;
+    expect(out != nullptr, "out is missing");
     const GroupNormJob job{out, {x, dtype}, weight, bias, scale, shift, shape};
     const GroupChunks chunks(shape);
     std::vector<GroupPart> parts(static_cast<std::size_t>(batch * chunks.parts));

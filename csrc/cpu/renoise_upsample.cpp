@@ -74,6 +74,7 @@ void noise_image(void* out, const void* x, DType dtype, bool channels_last, cons
     const std::int64_t rows = channels * height;  // of one image
     if (batch == 0 || rows == 0 || width == 0) return;
     expect(rows <= (std::int64_t{1} << 32) / width, "an image must have at most 2^32 blocks of 2x2 pixels");
+    expect(out != nullptr && seeds != nullptr, "out or seeds is missing");
 
     const std::int64_t step = channels_last ? channels : 1;
     const std::int64_t size = dtype == DType::float32 ? 4 : 2;

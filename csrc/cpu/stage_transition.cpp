@@ -117,6 +117,7 @@ void noise_rows(const NoiseRows& job, int threads) {
     const std::int64_t lines = job.rows * job.channels * (job.patch / 2);
     if (job.batch == 0 || lines == 0 || blocks == 0) return;
     expect(lines <= (std::int64_t{1} << 32) / blocks, "an image must have at most 2^32 blocks of 2x2 pixels");
+    expect(job.out != nullptr && job.seeds != nullptr, "out or seeds is missing");
     parallel_for(job.batch * lines, std::max<std::int64_t>(1, GRAIN_BLOCKS / blocks), threads,
                  [&](std::int64_t begin, std::int64_t end) {
                      for (std::int64_t i = begin; i < end; ++i) renoise_pair(job, i);

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from msdd_fast import backends, native
 from msdd_fast.diffusion import noise
 from msdd_fast.errors import InputError
+from msdd_fast.native._call import _seeds, _view
 
 if not backends.extension_status()[0]:
     pytest.skip(f"msdd_fast._C {backends.extension_status()[1]}", allow_module_level=True)
@@ -55,7 +56,7 @@ def bits(x):
 def convert(x, dtype):
     """Through the extension: cfg_euler with nothing but v_cond."""
     x, out = x.contiguous(), torch.empty(x.shape, dtype=dtype)
-    none, source = (0, 0, 0), (x.data_ptr(), DTYPES[x.dtype], 0)
+    none, source = (0, 0, 0, 0), (x.data_ptr(), DTYPES[x.dtype], 0, x.numel())
     backends.load_extension().cfg_euler(out.data_ptr(), DTYPES[dtype], none, source, none, 1, x.numel(), 0.0, 0.0)
     return out
 
@@ -225,7 +226,7 @@ def work(threads):
     """A checksum of work for several threads."""
     out, x, seeds = torch.zeros(4, 3, 128, 128), torch.ones(4, 3, 64, 64), torch.arange(4)
     backends.load_extension().renoise_upsample(
-        *(out.data_ptr(), x.data_ptr(), 0, False, seeds.data_ptr(), *x.shape), 0.5, 1.0, 1, 0.0, threads
+        *(out.data_ptr(), _view(x), False, _seeds(seeds)), 0.5, 1.0, 1, 0.0, threads
     )
     return out
 
