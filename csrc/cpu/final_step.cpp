@@ -54,8 +54,8 @@ struct FinalStep {
     bool channels_last;
 };
 
-// A row of tokens of one image. Tokens are read from their first to their last feature, since memory that is read in
-// order comes before it is asked for; the lines of the image, which they are scattered to, stay in the cache meanwhile.
+// A row of tokens of one image. Features are read in memory order, so the hardware prefetches them; the image lines
+// that they scatter to stay in the cache.
 template <class T>
 MSDD_INLINE void final_tokens_of(const FinalStep& job, std::int64_t index) {
     const auto& [grid, batch, channels, patch] = job.end.shape;

@@ -1,5 +1,5 @@
-// Statistics by chunks: in each, the mean and then the squares about it, while the chunk is in the cache; chunks are
-// put together exactly (their means about the common mean). So x is read from memory twice in all, not three times.
+// Statistics are computed per chunk, mean first and then squared deviations, while the chunk is in the cache. Chunks
+// are combined exactly (parallel variance), so x is read from memory twice in all instead of three times.
 #include "msdd_fast/group_norm_modulate_silu.h"
 
 #include <algorithm>
@@ -109,7 +109,7 @@ MSDD_SIMD_CLONES void chunk_parts(const GroupNormJob& job, const GroupChunks& ch
 }
 
 // One group of one image from its `count` parts, `step` apart.
-static GroupNorm put_together(const GroupPart* parts, std::int64_t count, std::int64_t step, float eps) {
+static GroupNorm combine(const GroupPart* parts, std::int64_t count, std::int64_t step, float eps) {
     double elements = 0, sum = 0, squares = 0;
     for (std::int64_t i = 0; i < count; ++i) {
         const auto n = static_cast<double>(parts[i * step].count);
@@ -259,7 +259,7 @@ void group_norm_modulate_silu(void* out, const void* x, DType dtype, const Opera
     for (std::int64_t i = 0; i < batch * groups; ++i) {
         const std::int64_t image = i / groups, group = i % groups;
         const GroupPart* first = parts.data() + image * chunks.parts + (channels_last ? group : group * count);
-        norms[static_cast<std::size_t>(i)] = put_together(first, count, step, shape.eps);
+        norms[static_cast<std::size_t>(i)] = combine(first, count, step, shape.eps);
     }
     parallel_for(lines, grain(batch * elements / lines), threads, [&](std::int64_t begin, std::int64_t end) {
         (channels_last ? pixel_lines : plane_lines)(job, norms.data(), begin, end);

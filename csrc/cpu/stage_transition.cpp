@@ -11,7 +11,7 @@
 
 namespace msdd_fast {
 
-// A line of pixels of one channel lies in pieces of `patch` pixels, one in each token of a row of tokens.
+// A line of pixels of one channel is split into pieces of `patch` pixels, one per token of a row of tokens.
 struct Line {
     std::int64_t token_stride, patch;  // elements
 };

@@ -1,4 +1,4 @@
-// Launches of the context attention kernel (context_attention_kernel.h) and what they need of the CUDA runtime.
+// Host side of the context attention kernel (detail/context_attention_kernel.h): kernel choice, setup and launch.
 #include <cuda_runtime.h>
 
 #include <algorithm>

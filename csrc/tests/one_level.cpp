@@ -1,5 +1,5 @@
-// The ops with C names, for tests/native/test_cpu_ops.py: built for one SIMD level by -march, loaded with ctypes and compared
-// with the extension, which chooses its level itself.
+// The ops with C names, for tests/native/test_cpu_ops.py: built for one SIMD level by -march, loaded with ctypes and
+// compared with the extension, which chooses its level itself.
 #include "msdd_fast/cfg_euler.h"
 #include "msdd_fast/final_step.h"
 #include "msdd_fast/renoise_upsample.h"

@@ -1,4 +1,4 @@
-// What csrc/cpu/attention/attention.cpp hands to the code of a SIMD level.
+// The interface between csrc/cpu/attention/attention.cpp and the code of each SIMD level.
 #pragma once
 
 #include "msdd_fast/attention.h"

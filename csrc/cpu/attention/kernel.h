@@ -5,7 +5,7 @@
 //   load store set fma add sub mul max scale_by_power reduce_max reduce_add transpose_8x8
 //   MSDD_PAIRS           if it multiplies pairs of bfloat16, and then also dot and to_pairs
 //
-// All of it has internal linkage, so that the levels do not meet. For one task (up to 1152 queries of a head), block by
+// Everything has internal linkage, so levels do not clash. For one task (up to 1152 queries of a head), block by
 // block of keys: K^T and V are converted to float32 and packed in panels two vectors wide, then for each tile of 24
 // queries scores = q K^T, weights = exp(scores - maximum), sums = sums * correction + weights V. Both products are the
 // same routine. A row's arithmetic depends on nothing but the row and the keys.
@@ -13,7 +13,7 @@
 // With pairs, bfloat16 stays as it is: a float's place holds two numbers that are neighbours in the depth of the
 // product (of the head size, of the keys), and the weights are rounded. Sums and softmax are float32 either way.
 //
-// Included more than once by nobody: no guard.
+// No include guard: each level includes this exactly once.
 
 #include <algorithm>
 #include <cmath>

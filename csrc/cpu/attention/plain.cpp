@@ -1,5 +1,5 @@
-// Attention for any machine: correct, not fast. Its vectors are as wide as those of AVX-512, so it also proves the
-// panels and tiles of that level where AVX-512 cannot run.
+// Attention for any machine: correct, not fast. Its vectors are as wide as those of AVX-512, so it also
+// tests the panels and tiles of that level on machines without AVX-512.
 #include "plain.h"
 
 #include "kernel.h"

@@ -1,4 +1,4 @@
-// The plain level with products of pairs: proves the layout of the level avx512bf16 on machines that cannot run it.
+// The plain level with products of pairs: tests the layout of the avx512bf16 level on machines that cannot run it.
 #include "msdd_fast/dtype.h"
 #include "plain.h"
 

@@ -14,8 +14,8 @@
 namespace msdd_fast {
 namespace {
 
-// Helpers sleep until there is a task. The caller takes tasks like any helper, so it never waits for one that has not
-// begun: on a busy machine, where helpers wake late, it does all the work itself.
+// Helpers sleep until there is a task. The caller also takes tasks, so it never waits for one that has not started: on
+// a busy machine, where helpers wake late, it does all the work itself.
 class Pool {
   public:
     void run(std::int64_t count, const std::function<void(std::int64_t)>& task) {
@@ -41,7 +41,7 @@ class Pool {
         try {
             for (; helpers_ < wanted; ++helpers_) std::thread(&Pool::help, this).detach();
         } catch (const std::system_error&) {
-            // No more threads to be had: those that there are share the work.
+            // Out of threads: continue with those already running.
         }
     }
 
@@ -83,7 +83,7 @@ Pool& pool() {
         if (current.compare_exchange_strong(found, fresh))
             found = fresh;
         else
-            delete fresh;  // another thread was faster; this one has no helpers yet
+            delete fresh;  // another thread won the race; this pool has no helpers yet
     }
     return *found;
 }
@@ -114,8 +114,8 @@ void take_tasks(void* data) {
 std::atomic<bool> forked{false};
 
 #if defined(__unix__) || defined(__APPLE__)
-// A child of fork() has no helpers, and finds the mutexes as they happened to be. It forgets the pool, whose memory
-// stays behind, and makes a new one when it needs one. OpenMP's team does not survive either, and cannot be renewed.
+// After fork() the child has no helper threads, and mutexes may be locked. It leaks the old pool and creates a new one
+// on demand. The OpenMP team does not survive a fork either and cannot be restarted.
 [[maybe_unused]] const int at_fork = pthread_atfork(nullptr, nullptr, [] {
     current.store(nullptr);
     forked.store(true);

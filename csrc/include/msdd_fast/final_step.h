@@ -5,7 +5,7 @@
 
 namespace msdd_fast {
 
-// Elements of the final image; uint8 is clamp(127.5 E + 128, 0, 255) without its fraction, and 0 for NaN.
+// Pixel type of the image. uint8 is floor(clamp(127.5 E + 128, 0, 255)), and 0 for NaN (docs/spec.md#quantise-pixels).
 enum class PixelType : int { float32 = 0, bfloat16 = 1, float16 = 2, uint8 = 3 };
 
 // E as an image (batch, channels, grid * patch, grid * patch), in NHWC memory order if `channels_last`, else NCHW.

@@ -1,4 +1,4 @@
-// GroupNorm, affine, modulation at a lower resolution and SiLU on the CPU.
+// GroupNorm, affine, modulation at a lower resolution and SiLU on the CPU (docs/spec.md#ssdd-network).
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,7 @@
 
 namespace msdd_fast {
 
-constexpr std::int64_t MAX_NORM_CHANNELS = 4096;  // a pixel's buffers lie on the stack
+constexpr std::int64_t MAX_NORM_CHANNELS = 4096;  // the buffers of one pixel are on the stack
 
 // (batch, channels, rows, columns) in any memory order: strides in elements.
 struct Cells {
@@ -26,7 +26,8 @@ struct GroupNormShape {
 // out = f((x - mean) / sqrt(variance + eps) * weight + bias) with f(y) = silu(y * (1 + scale) + shift), mean and
 // variance of a group of channels of one image; a pixel (y, x) takes row y * rows / height of scale and shift, and the
 // column likewise. x and out of `dtype`, weight and bias `channels` elements. Absent weight, scale: ones and zeros;
-// absent bias, shift: zeros. float32 inside, rounded once. Neither threads nor other images change a bit.
+// absent bias, shift: zeros. float32 inside, rounded once. Results are bitwise independent of the number of
+// threads and of other images.
 // Throws std::invalid_argument on sizes that do not divide, more than MAX_NORM_CHANNELS channels or threads < 1.
 void group_norm_modulate_silu(void* out, const void* x, DType dtype, const Operand& weight, const Operand& bias,
                               const Cells& scale, const Cells& shift, const GroupNormShape& shape, int threads);

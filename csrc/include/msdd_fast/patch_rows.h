@@ -1,5 +1,5 @@
-// What the ops at the end of a stage share: patch rows (N, B, C*p*p): N = g*g tokens row by row, B images, features in
-// (c, py, px) order.
+// Types shared by the ops at the end of a stage. Patch rows are (N, B, C*p*p): N = g*g tokens in row-major order,
+// B images, features in (c, py, px) order.
 //
 // E = x + dt * v, or x + dt * (v_uncond + scale * (v - v_uncond)) if v_uncond is given. float32 inside, rounded once.
 #pragma once
@@ -10,7 +10,7 @@
 
 namespace msdd_fast {
 
-// Patch rows of which every row is contiguous. Strides count elements.
+// The last dimension is contiguous. Strides are in elements.
 struct PatchRows {
     const void* data = nullptr;  // null where the operand is absent
     DType dtype = DType::float32;

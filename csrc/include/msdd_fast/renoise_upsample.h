@@ -1,6 +1,7 @@
-// Upsampling and renoising on the CPU, with normals equal to those of msdd_fast/diffusion/noise.py.
+// Upsampling and renoising on the CPU, with the normals of msdd_fast/diffusion/noise.py
+// (docs/spec.md#renoise, docs/spec.md#noise).
 //
-// Neither the number of threads, nor the split into batches, nor the memory order changes a bit of a value.
+// Results are bitwise independent of the number of threads, the batch and the memory order.
 #pragma once
 
 #include <cstdint>

@@ -1,6 +1,6 @@
-// White noise on the CPU, equal to that of msdd_fast/diffusion/noise.py.
+// White noise on the CPU, equal to that of msdd_fast/diffusion/noise.py (docs/spec.md#noise).
 //
-// Neither the number of threads, nor the split into batches, nor the layout changes a bit of a value.
+// Results are bitwise independent of the number of threads, the batch and the layout.
 #pragma once
 
 #include <cstdint>

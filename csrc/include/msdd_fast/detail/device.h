@@ -1,4 +1,4 @@
-// The CUDA runtime's side of a launch: errors, the current device, what is done once on each device.
+// Helpers for the CUDA runtime: errors, the current device, one-time initialisation per device.
 //
 // The runtime is linked statically. It shares contexts, streams and memory with the one inside torch.
 #pragma once
@@ -15,7 +15,7 @@ namespace msdd_fast {
 // Throws std::runtime_error with CUDA's text.
 inline void cuda_check(cudaError_t status, const char* what) {
     if (status == cudaSuccess) return;
-    cudaGetLastError();  // or the next call would hear of it again
+    cudaGetLastError();  // clear it, or the next call would report it again
     throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status) + " (" + cudaGetErrorName(status) +
                              ")");
 }

@@ -1,4 +1,4 @@
-// The Euler step at the end of a stage, LANES pixels at a time, wherever their operands are read from.
+// The Euler step at the end of a stage, LANES pixels at a time, for any way of reading the operands.
 #pragma once
 
 #include <algorithm>
@@ -9,7 +9,7 @@
 
 namespace msdd_fast {
 
-// The usual patch gets a copy of known length, which is a few instructions instead of a call.
+// A patch width of 8 is the usual case: a copy of constant length compiles to a few instructions instead of a call.
 template <class T>
 MSDD_INLINE void copy(T* target, const T* source, std::int64_t count) {
     if (count == 8)
@@ -24,7 +24,7 @@ struct EndOfStage {
     EulerScalars scalars;
 };
 
-// E where `read` takes the operands from.
+// E of LANES pixels; read(rows, target) loads the pixels of one operand.
 template <class Read>
 MSDD_INLINE void euler(const EndOfStage& end, const Read& read, float (&pixels)[LANES]) {
     float v[LANES], uncond[LANES];

@@ -1,4 +1,4 @@
-// exp that any vector unit can do: no table, no branch, no call.
+// A vectorisable exp: no table, no branch, no call.
 #pragma once
 
 #include "msdd_fast/detail/bits.h"
@@ -13,7 +13,7 @@ MSDD_INLINE float exp_float(float x) {
     const float shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: rounds to an integer, in the last bits
     const float n = shifted - 12582912.0f;
     const float r = (x - n * 0.693359375f) - n * -2.12194440e-4f;  // ln 2 in two parts, the first exact times n
-    // Pairs side by side: half as long a chain of operations that wait for each other.
+    // Estrin's scheme: half the dependency chain of Horner's.
     const float r2 = r * r;
     const float high = (1.9875691500e-4f * r + 1.3981999507e-3f) * r2 + (8.3334519073e-3f * r + 4.1665795894e-2f);
     const float p = (high * r2 + (1.6666665459e-1f * r + 5.0000001201e-1f)) * r2 + (r + 1.0f);

@@ -1,5 +1,5 @@
-// Eight elements of any element type to and from float32 lanes, for ops that wait for memory: through registers, where
-// floats.h goes through buffers. The bits are those of dtype.h.
+// Eight elements of any element type to and from float32 lanes, for memory-bound ops. Converts in registers, where
+// floats.h uses buffers. Bitwise equal to dtype.h.
 #pragma once
 
 #include "msdd_fast/detail/simd.h"

@@ -29,7 +29,7 @@ struct Moments {
     float mean, rstd;  // rstd: 1 / sqrt(variance + eps)
 };
 
-// `count` at least 1. What is left over after whole groups of LANES is added one by one.
+// `count` must be at least 1. The tail after whole groups of LANES is summed sequentially.
 template <int LANES>
 MSDD_INLINE Squares centred_squares(const float* x, std::int64_t count) {
     const std::int64_t whole = count - count % LANES;

@@ -1,4 +1,4 @@
-// The arithmetic of all noise ops, LANES blocks of 2x2 pixels at a time, whatever the layout in memory.
+// The arithmetic shared by all noise ops: LANES blocks of 2x2 pixels at a time, independent of the memory layout.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,7 @@
 
 namespace msdd_fast {
 
-constexpr int LANES = 32;  // blocks at a time: vectors enough to hide the latency of Philox, on which one waits
+constexpr int LANES = 32;  // blocks at a time: enough independent vectors to hide the latency of Philox
 constexpr std::int64_t GRAIN_BLOCKS = 1 << 12;  // about 0.05 ms of work with AVX2
 
 struct NoiseFormula {
@@ -23,8 +23,8 @@ constexpr NoiseFormula START_FORMULA{0, PURPOSE_START, 1.0f, 1.0f, 0.0f, 1.0f};
 // The formula of renoising. Throws when the stage or the correlation is out of range.
 NoiseFormula renoise_formula(const RenoiseScalars& scalars);
 
-// alpha * pixel + beta * n for the blocks from `first_block` on: their upper and their lower line. All lanes are always
-// computed, also past the end of a line, so that a value never depends on where a line ends or a batch is cut.
+// alpha * pixel + beta * n for LANES blocks from `first_block` on, as an upper and a lower line. All lanes are always
+// computed, even past the end of a line, so a value does not depend on the image width or the batch.
 MSDD_INLINE void renoise_blocks(const float (&pixel)[LANES], std::uint64_t seed, std::uint32_t first_block,
                                 const NoiseFormula& formula, float (&lines)[2][2 * LANES]) {
     float eps[4][LANES];

@@ -2,8 +2,8 @@
 //
 // Why not link OpenMP: torch ships its own libgomp inside the wheel. The system's would be a second OpenMP runtime in
 // the process, whose spinning pool competes with torch's for the same cores. The team that is there is found when the
-// library is first used; without one (no torch, another runtime, after fork()) the pool serves. Why not a std::thread
-// each time: starting one costs 20 to 50 us, one after the other, more than the work of small images.
+// library is first used; without one (no torch, another runtime, after fork()) the pool serves. Why not start
+// std::thread per call: each start costs 20 to 50 us, more than the work of a small image.
 #pragma once
 
 #include <algorithm>

@@ -1,4 +1,5 @@
-// Memory of the calling thread that its next call finds again: fresh pages would cost as much as a small attention.
+// Scratch memory that each thread keeps between calls: page faults of a fresh allocation cost as much as a small
+// attention.
 #pragma once
 
 #include <cstddef>
@@ -7,7 +8,7 @@
 
 namespace msdd_fast {
 
-// At least `floats` of them, aligned to 64 bytes, with any contents.
+// At least `floats` floats, aligned to 64 bytes, uninitialised.
 inline float* scratch_of(std::int64_t floats) {
     thread_local std::unique_ptr<float[]> memory;
     thread_local std::int64_t size = 0;

@@ -1,7 +1,7 @@
-// The instructions of a warp that CUDA C++ has no word for: asynchronous copies, matrix loads, tensor cores (sm_80 on).
+// Warp instructions that CUDA C++ does not expose: asynchronous copies, matrix loads, tensor cores (sm_80 on).
 //
 // Shared memory is addressed by 32-bit numbers (shared_address). csrc/tests/emulated_warp.h defines the same functions
-// for the CPU, which is how the kernels are proven where there is no GPU.
+// for the CPU, so that kernels can be tested without a GPU.
 #pragma once
 
 #include <cstdint>
@@ -16,8 +16,8 @@ using Word = std::uint32_t;  // two 16-bit elements, the lower index in the lowe
 
 MSDD_DEVICE Word shared_address(const void* pointer) { return static_cast<Word>(__cvta_generic_to_shared(pointer)); }
 
-// The same number, of which the compiler knows nothing more: what is computed from it inside a loop stays there,
-// instead of being kept in registers around it.
+// Returns `value` opaquely to the compiler, so that expressions of it are recomputed inside a loop instead of being
+// hoisted and kept in registers.
 MSDD_DEVICE unsigned hide(unsigned value) {
     asm volatile("" : "+r"(value));
     return value;
@@ -27,7 +27,7 @@ MSDD_DEVICE void sync_block() { __syncthreads(); }
 MSDD_DEVICE void sync_warp() { __syncwarp(); }
 MSDD_DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xFFFFFFFFu, value, mask); }
 
-// 16 bytes from global to shared memory, behind the back of the registers; zeros if not `valid` (nothing is read then).
+// Copies 16 bytes from global to shared memory, bypassing registers; writes zeros and reads nothing if not `valid`.
 MSDD_DEVICE void copy_async(Word shared, const void* global, bool valid) {
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n" ::"r"(shared),
                  "l"(__cvta_generic_to_global(global)), "r"(valid ? 16 : 0)
