@@ -242,7 +242,7 @@ def test_a_forked_child_makes_threads_of_its_own():
     """In a process of its own and with one thread in torch, whose OpenMP does not survive a fork."""
     source = f"""
 import os, sys, torch
-sys.path.insert(0, {str(ROOT / "tests")!r})
+sys.path.insert(0, {str(ROOT / "tests/native")!r})
 from test_cpu_ops import work
 torch.set_num_threads(1)
 expected = work(4)
