@@ -119,7 +119,7 @@ def build_extension(directory: Path, target: Path) -> dict:
         try:
             module, facts = cmake_build(directory, cuda, *tools)
         except BuildError as error:
-            has_cuda = any((ROOT / "csrc" / "cuda").glob("*.cu"))
+            has_cuda = any((ROOT / "csrc" / "cuda").rglob("*.cu"))
             if cuda != "auto" or not has_cuda:
                 raise
             print(f"msdd-fast: trying again without CUDA, since {error}", file=sys.stderr)

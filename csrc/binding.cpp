@@ -1,23 +1,30 @@
-// The only pybind11 file. Tensors come as integer addresses and sizes: no torch headers, so one build serves every
-// torch version. The Python wrappers (msdd_fast/native/_call.py) check dtype, device and layout before they call.
+// The only pybind11 file. A tensor is a tuple of its address, dtype, shape and strides: no torch headers, so one build
+// serves every torch version. Dtypes, shapes and strides are checked here; that a tensor is on the right device, and
+// that its memory is as large as its shape and strides say, is up to the caller (msdd_fast/native).
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
+#include <initializer_list>
+#include <stdexcept>
 #include <string>
 #include <tuple>
+#include <utility>
 
 #include "msdd_fast/attention.h"
 #include "msdd_fast/cfg_euler.h"
 #include "msdd_fast/check.h"
 #include "msdd_fast/context_attention.h"
-#include "msdd_fast/group_norm.h"
-#include "msdd_fast/noise.h"
+#include "msdd_fast/final_step.h"
+#include "msdd_fast/group_norm_modulate_silu.h"
 #include "msdd_fast/norm_modulate.h"
-#include "msdd_fast/patch_rows.h"
 #include "msdd_fast/philox.h"
 #include "msdd_fast/qk_norm_rope.h"
+#include "msdd_fast/renoise_upsample.h"
+#include "msdd_fast/stage_transition.h"
+#include "msdd_fast/start_noise.h"
 #include "msdd_fast/swiglu.h"
 #include "msdd_fast/window_attention.h"
 
@@ -25,11 +32,64 @@ namespace py = pybind11;
 
 namespace {
 
+constexpr int MAX_DIMENSIONS = 8;
+
+// A tensor as Python passes it: (address, dtype, shape, strides in elements), or None where it is absent.
+struct Tensor {
+    std::uintptr_t address = 0;  // 0: absent, or empty
+    int dtype = 0, dimensions = 0;
+    std::int64_t shape[MAX_DIMENSIONS] = {}, strides[MAX_DIMENSIONS] = {};
+
+    std::int64_t elements() const {
+        std::int64_t count = 1;
+        for (int i = 0; i < dimensions; ++i) count *= shape[i];
+        return count;
+    }
+};
+
+bool read_integers(PyObject* tuple, std::int64_t* to, int count) {
+    if (!PyTuple_Check(tuple) || PyTuple_GET_SIZE(tuple) != count) return false;
+    for (int i = 0; i < count; ++i) to[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(tuple, i));
+    return true;
+}
+
+}  // namespace
+
+template <>
+struct pybind11::detail::type_caster<Tensor> {
+    PYBIND11_TYPE_CASTER(Tensor, const_name("tuple[int, int, tuple[int, ...], tuple[int, ...]] | None"));
+
+    bool load(handle source, bool) {
+        if (source.is_none()) return true;
+        PyObject* const tuple = source.ptr();
+        if (!PyTuple_Check(tuple) || PyTuple_GET_SIZE(tuple) != 4) return false;
+        PyObject* const shape = PyTuple_GET_ITEM(tuple, 2);
+        if (!PyTuple_Check(shape) || PyTuple_GET_SIZE(shape) > MAX_DIMENSIONS) return false;
+        value.address = PyLong_AsSize_t(PyTuple_GET_ITEM(tuple, 0));
+        value.dtype = static_cast<int>(PyLong_AsLong(PyTuple_GET_ITEM(tuple, 1)));
+        value.dimensions = static_cast<int>(PyTuple_GET_SIZE(shape));
+        const bool read = read_integers(shape, value.shape, value.dimensions) &&
+                          read_integers(PyTuple_GET_ITEM(tuple, 3), value.strides, value.dimensions);
+        if (PyErr_Occurred() == nullptr) return read;
+        PyErr_Clear();
+        return false;
+    }
+};
+
+namespace {
+
+using msdd_fast::expect;
 using Address = std::uintptr_t;
 
 template <class T>
 T* pointer(Address address) {
     return reinterpret_cast<T*>(address);
+}
+
+msdd_fast::DType dtype_of(int code) {
+    expect(code >= 0 && code <= 2,
+           "dtype must be 0 (float32), 1 (bfloat16) or 2 (float16), got " + std::to_string(code));
+    return static_cast<msdd_fast::DType>(code);
 }
 
 std::array<std::uint32_t, 4> philox(const std::array<std::uint32_t, 4>& counter,
@@ -39,148 +99,300 @@ std::array<std::uint32_t, 4> philox(const std::array<std::uint32_t, 4>& counter,
     return {words[0][0], words[1][0], words[2][0], words[3][0]};
 }
 
-msdd_fast::DType dtype_of(int code) {
-    msdd_fast::expect(code >= 0 && code <= 2,
-                      "dtype must be 0 (float32), 1 (bfloat16) or 2 (float16), got " + std::to_string(code));
-    return static_cast<msdd_fast::DType>(code);
+// --- Checks: nothing below lets an op read or write outside the tensors that it is given. ---
+
+std::string text(const std::int64_t* values, int count) {
+    std::string result = "(";
+    for (int i = 0; i < count; ++i) result += (i == 0 ? "" : ", ") + std::to_string(values[i]);
+    return result + ")";
 }
 
-void start_noise(Address out, int dtype, Address seeds, std::int64_t batch, std::int64_t channels, std::int64_t height,
-                 std::int64_t width, int threads) {
-    msdd_fast::start_noise(pointer<void>(out), dtype_of(dtype), pointer<const std::int64_t>(seeds), batch, channels,
-                           height, width, threads);
+[[noreturn]] void refuse(const char* name, const std::string& expected, const std::string& got) {
+    throw std::invalid_argument(std::string(name) + " must be " + expected + ", got " + got);
 }
 
-void renoise_upsample(Address out, Address x, int dtype, bool channels_last, Address seeds, std::int64_t batch,
-                      std::int64_t channels, std::int64_t height, std::int64_t width, float alpha, float beta,
+const char* name_of(int dtype) {
+    constexpr const char* names[] = {"float32", "bfloat16", "float16"};
+    return names[static_cast<int>(dtype_of(dtype))];
+}
+
+void expect_present(const char* name, const Tensor& x) {
+    if (x.address == 0 && x.elements() != 0) throw std::invalid_argument(std::string(name) + " is missing");
+    dtype_of(x.dtype);
+}
+
+void expect_dimensions(const char* name, const Tensor& x, int dimensions) {
+    expect_present(name, x);
+    if (x.dimensions == dimensions) return;
+    refuse(name, "of " + std::to_string(dimensions) + " dimensions", "shape " + text(x.shape, x.dimensions));
+}
+
+void expect_shape(const char* name, const Tensor& x, std::initializer_list<std::int64_t> shape) {
+    expect_present(name, x);
+    const auto dimensions = static_cast<int>(shape.size());
+    if (x.dimensions == dimensions && std::equal(shape.begin(), shape.end(), x.shape)) return;
+    refuse(name, "of shape " + text(shape.begin(), dimensions), text(x.shape, x.dimensions));
+}
+
+void expect_like(const char* name, const Tensor& x, const Tensor& other) {
+    expect_present(name, x);
+    if (x.dimensions == other.dimensions && std::equal(x.shape, x.shape + x.dimensions, other.shape)) return;
+    refuse(name, "of shape " + text(other.shape, other.dimensions), text(x.shape, x.dimensions));
+}
+
+void expect_dtype(const char* name, const Tensor& x, int dtype) {
+    if (x.dtype != dtype) refuse(name, name_of(dtype), name_of(x.dtype));
+}
+
+// Whether dimensions order[0], order[1], ... of x are dense, the last of them innermost.
+bool is_dense(const Tensor& x, const int* order, int count) {
+    if (x.elements() == 0) return true;
+    std::int64_t stride = 1;
+    for (int i = count - 1; i >= 0; --i) {
+        const int d = order[i];
+        if (x.shape[d] != 1 && x.strides[d] != stride) return false;
+        stride *= x.shape[d];
+    }
+    return true;
+}
+
+constexpr int ORDER[MAX_DIMENSIONS] = {0, 1, 2, 3, 4, 5, 6, 7};
+
+// The innermost `count` dimensions are contiguous.
+void expect_inner(const char* name, const Tensor& x, int count) {
+    if (is_dense(x, ORDER + x.dimensions - count, count)) return;
+    refuse(name, "contiguous in its last " + (count == 1 ? "dimension" : std::to_string(count) + " dimensions"),
+           "strides " + text(x.strides, x.dimensions));
+}
+
+void expect_contiguous(const char* name, const Tensor& x) {
+    if (is_dense(x, ORDER, x.dimensions)) return;
+    refuse(name, "contiguous", "shape " + text(x.shape, x.dimensions) + ", strides " + text(x.strides, x.dimensions));
+}
+
+// (batch, channels, height, width), dense in NHWC memory order if `channels_last`, else NCHW.
+void expect_image(const char* name, const Tensor& x, bool channels_last) {
+    expect_dimensions(name, x, 4);
+    constexpr int last[] = {0, 2, 3, 1};
+    if (is_dense(x, channels_last ? last : ORDER, 4)) return;
+    refuse(name, channels_last ? "channels-last" : "contiguous",
+           "shape " + text(x.shape, 4) + ", strides " + text(x.strides, 4));
+}
+
+using Seeds = std::tuple<Address, std::int64_t>;  // address and count
+
+const std::int64_t* seeds_of(const Seeds& seeds, std::int64_t batch) {
+    const auto& [address, count] = seeds;
+    expect(batch < 0 || count == batch,
+           "seeds must be one per image, " + std::to_string(batch) + ", got " + std::to_string(count));
+    return pointer<const std::int64_t>(address);
+}
+
+msdd_fast::Operand operand_of(const Tensor& x) { return {pointer<const void>(x.address), dtype_of(x.dtype)}; }
+
+// --- The ops. Results come as addresses where their shape and order follow from the operands: dense, no gaps. ---
+
+void start_noise(Address out, int dtype, const Seeds& seeds, std::int64_t batch, std::int64_t channels,
+                 std::int64_t height, std::int64_t width, int threads) {
+    msdd_fast::start_noise(pointer<void>(out), dtype_of(dtype), seeds_of(seeds, batch), batch, channels, height, width,
+                           threads);
+}
+
+void start_noise_rows(Address out, int dtype, const Seeds& seeds, std::int64_t batch, std::int64_t channels,
+                      std::int64_t height, std::int64_t width, std::int64_t patch, int threads) {
+    msdd_fast::start_noise_rows(pointer<void>(out), dtype_of(dtype), seeds_of(seeds, batch), batch, channels, height,
+                                width, patch, threads);
+}
+
+void renoise_upsample(Address out, const Tensor& x, bool channels_last, const Seeds& seeds, float alpha, float beta,
                       std::int64_t stage, double correlation, int threads) {
-    msdd_fast::renoise_upsample(pointer<void>(out), pointer<const void>(x), dtype_of(dtype), channels_last,
-                                pointer<const std::int64_t>(seeds), batch, channels, height, width,
-                                {alpha, beta, stage, correlation}, threads);
+    expect_image("x", x, channels_last);
+    const auto* s = x.shape;
+    msdd_fast::renoise_upsample(pointer<void>(out), pointer<const void>(x.address), dtype_of(x.dtype), channels_last,
+                                seeds_of(seeds, s[0]), s[0], s[1], s[2], s[3], {alpha, beta, stage, correlation},
+                                threads);
 }
 
-using Operand = std::tuple<Address, int>;             // address (0: absent) and dtype
-using Rows = std::tuple<Address, int, std::int64_t>;  // the same and the stride between rows
-
-msdd_fast::Operand operand_of(const Operand& operand) {
-    return {pointer<const void>(std::get<0>(operand)), dtype_of(std::get<1>(operand))};
-}
-
-msdd_fast::Rows rows_of(const Rows& rows) {
-    const auto& [address, dtype, stride] = rows;
-    return {operand_of({address, dtype}), stride};
-}
+// Rows of a tensor: address (0: absent), dtype, stride between rows, elements of the tensor.
+using Rows = std::tuple<Address, int, std::int64_t, std::int64_t>;
 
 void cfg_euler(Address out, int dtype, const Rows& x, const Rows& v_cond, const Rows& v_uncond, std::int64_t rows,
                std::int64_t columns, float scale, float dt, int threads) {
-    msdd_fast::cfg_euler(pointer<void>(out), dtype_of(dtype), rows_of(x), rows_of(v_cond), rows_of(v_uncond), rows,
-                         columns, scale, dt, threads);
+    const auto rows_of = [&](const char* name, const Rows& operand) -> msdd_fast::Rows {
+        const auto& [address, kind, stride, elements] = operand;
+        if (address != 0 && (elements != rows * columns || stride < 0))
+            refuse(name, std::to_string(rows) + " rows of " + std::to_string(columns),
+                   std::to_string(elements) + " elements, rows " + std::to_string(stride) + " apart");
+        return {{pointer<const void>(address), dtype_of(kind)}, stride};
+    };
+    msdd_fast::cfg_euler(pointer<void>(out), dtype_of(dtype), rows_of("x", x), rows_of("v_cond", v_cond),
+                         rows_of("v_uncond", v_uncond), rows, columns, scale, dt, threads);
 }
 
-using PatchRows = std::tuple<Address, int, std::int64_t, std::int64_t>;  // address (0: absent), dtype, two strides
-using PatchShape = std::array<std::int64_t, 4>;                          // grid, batch, channels, patch
+using PatchShape = std::array<std::int64_t, 4>;  // grid, batch, channels, patch
 
-msdd_fast::PatchRows patch_rows_of(const PatchRows& rows) {
-    const auto& [address, dtype, token_stride, image_stride] = rows;
-    return {pointer<const void>(address), dtype_of(dtype), token_stride, image_stride};
+msdd_fast::PatchRows patch_rows_of(const char* name, const Tensor& x, const PatchShape& shape) {
+    if (x.address == 0) return {};
+    const auto& [grid, batch, channels, patch] = shape;
+    expect_shape(name, x, {grid * grid, batch, channels * patch * patch});
+    expect_inner(name, x, 1);
+    return {pointer<const void>(x.address), dtype_of(x.dtype), x.strides[0], x.strides[1]};
 }
 
-void stage_transition(Address out, const PatchRows& x, const PatchRows& v, const PatchRows& v_uncond,
-                      const PatchShape& shape, float dt, float scale, Address seeds, float alpha, float beta,
-                      std::int64_t stage, double correlation, int threads) {
-    msdd_fast::stage_transition(pointer<void>(out), patch_rows_of(x), patch_rows_of(v), patch_rows_of(v_uncond),
-                                {shape[0], shape[1], shape[2], shape[3]}, {dt, scale},
-                                pointer<const std::int64_t>(seeds), {alpha, beta, stage, correlation}, threads);
+void stage_transition(Address out, const Tensor& x, const Tensor& v, const Tensor& v_uncond, const PatchShape& shape,
+                      float dt, float scale, const Seeds& seeds, float alpha, float beta, std::int64_t stage,
+                      double correlation, int threads) {
+    msdd_fast::stage_transition(pointer<void>(out), patch_rows_of("x", x, shape), patch_rows_of("v", v, shape),
+                                patch_rows_of("v_uncond", v_uncond, shape), {shape[0], shape[1], shape[2], shape[3]},
+                                {dt, scale}, seeds_of(seeds, shape[1]), {alpha, beta, stage, correlation}, threads);
 }
 
-void final_step(Address out, int type, bool channels_last, const PatchRows& x, const PatchRows& v,
-                const PatchRows& v_uncond, const PatchShape& shape, float dt, float scale, int threads) {
-    msdd_fast::expect(type >= 0 && type <= 3, "type must be 0 to 3, got " + std::to_string(type));
-    msdd_fast::final_step(pointer<void>(out), static_cast<msdd_fast::PixelType>(type), channels_last, patch_rows_of(x),
-                          patch_rows_of(v), patch_rows_of(v_uncond), {shape[0], shape[1], shape[2], shape[3]},
+void final_step(Address out, int type, bool channels_last, const Tensor& x, const Tensor& v, const Tensor& v_uncond,
+                const PatchShape& shape, float dt, float scale, int threads) {
+    expect(type >= 0 && type <= 3, "type must be 0 to 3, got " + std::to_string(type));
+    msdd_fast::final_step(pointer<void>(out), static_cast<msdd_fast::PixelType>(type), channels_last,
+                          patch_rows_of("x", x, shape), patch_rows_of("v", v, shape),
+                          patch_rows_of("v_uncond", v_uncond, shape), {shape[0], shape[1], shape[2], shape[3]},
                           {dt, scale}, threads);
 }
 
-void start_noise_rows(Address out, int dtype, Address seeds, std::int64_t batch, std::int64_t channels,
-                      std::int64_t height, std::int64_t width, std::int64_t patch, int threads) {
-    msdd_fast::start_noise_rows(pointer<void>(out), dtype_of(dtype), pointer<const std::int64_t>(seeds), batch,
-                                channels, height, width, patch, threads);
+void norm_modulate(Address h, Address x_new, const Tensor& x, const Tensor& y, const Tensor& gate, const Tensor& shift,
+                   const Tensor& scale, std::int64_t run, float eps, int threads) {
+    expect_present("x", x);
+    expect(x.dimensions >= 1, "x must have a dimension");
+    expect_contiguous("x", x);
+    if (y.address != 0) {
+        expect_like("y", y, x);
+        expect_contiguous("y", y);
+    }
+    const std::int64_t width = x.shape[x.dimensions - 1], groups = shift.shape[0];
+    const auto table_of = [&](const char* name, const Tensor& table) -> msdd_fast::Table {
+        if (table.address == 0) return {};
+        expect_shape(name, table, {groups, width});
+        expect_inner(name, table, 1);
+        return {operand_of(table), table.strides[0]};
+    };
+    msdd_fast::norm_modulate(pointer<void>(h), pointer<void>(x_new), pointer<const void>(x.address), dtype_of(x.dtype),
+                             operand_of(y), table_of("gate", gate), table_of("shift", shift), table_of("scale", scale),
+                             {width == 0 ? 0 : x.elements() / width, width, run, groups, eps}, threads);
 }
 
-void norm_modulate(Address h, Address x_new, const Operand& x, const Operand& y, const Rows& gate, const Rows& shift,
-                   const Rows& scale, std::int64_t rows, std::int64_t width, std::int64_t run, std::int64_t groups,
-                   float eps, int threads) {
-    msdd_fast::norm_modulate(pointer<void>(h), pointer<void>(x_new), pointer<const void>(std::get<0>(x)),
-                             dtype_of(std::get<1>(x)), operand_of(y), rows_of(gate), rows_of(shift), rows_of(scale),
-                             {rows, width, run, groups, eps}, threads);
-}
-
-void qk_norm_rope(Address out, Address x, int dtype, Address weight, Address bias, Address cos, Address sin,
-                  std::int64_t batch, std::int64_t tokens, std::int64_t parts, std::int64_t heads, int head_dim,
-                  std::int64_t stride_batch, std::int64_t stride_token, bool token_major, std::int64_t split, float eps,
-                  int threads) {
+void qk_norm_rope(const Tensor& out, const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& cos,
+                  const Tensor& sin, std::int64_t split, float eps, int threads) {
+    expect_dimensions("x", x, 5);
+    expect_inner("x", x, 3);
+    const std::int64_t batch = x.shape[0], tokens = x.shape[1], parts = x.shape[2] - 1, heads = x.shape[3];
+    const std::int64_t size = x.shape[4];
+    expect_shape("out", out, {batch, tokens, parts, heads, size});
+    expect_dtype("out", out, x.dtype);
+    constexpr int token_order[] = {1, 0, 2, 3, 4};
+    const bool token_major = !is_dense(out, ORDER, 5);
+    if (token_major && !is_dense(out, token_order, 5))
+        refuse("out", "dense in (B, N, P, H, d) or (N, B, P, H, d) order", "strides " + text(out.strides, 5));
+    const auto table_of = [&](const char* name, const Tensor& table, std::int64_t elements) {
+        expect_present(name, table);
+        expect_dtype(name, table, 0);
+        expect_contiguous(name, table);
+        if (table.elements() < elements)
+            refuse(name, "at least " + std::to_string(elements) + " elements",
+                   "shape " + text(table.shape, table.dimensions));
+        return pointer<const float>(table.address);
+    };
+    const std::int64_t weights = (split >= tokens ? 1 : 2) * parts * size, angles = tokens * (size / 2);
+    const msdd_fast::HeadsTables tables{table_of("weight", weight, weights), table_of("bias", bias, weights),
+                                        table_of("cos", cos, angles),
+                                        sin.address == 0 ? nullptr : table_of("sin", sin, angles)};
     msdd_fast::qk_norm_rope(
-        pointer<void>(out), pointer<const void>(x), dtype_of(dtype),
-        {pointer<const float>(weight), pointer<const float>(bias), pointer<const float>(cos),
-         pointer<const float>(sin)},
-        {batch, tokens, parts, heads, head_dim, stride_batch, stride_token, token_major, split, eps}, threads);
+        pointer<void>(out.address), pointer<const void>(x.address), dtype_of(x.dtype), tables,
+        {batch, tokens, parts, heads, static_cast<int>(size), x.strides[0], x.strides[1], token_major, split, eps},
+        threads);
 }
 
-void swiglu(Address out, Address a, Address b, int dtype, std::int64_t rows, std::int64_t width, std::int64_t stride_a,
-            std::int64_t stride_b, int threads) {
-    msdd_fast::swiglu(pointer<void>(out), pointer<const void>(a), pointer<const void>(b), dtype_of(dtype), rows, width,
-                      stride_a, stride_b, threads);
+void swiglu(Address out, const Tensor& a, const Tensor& b, int threads) {
+    expect_dimensions("a", a, 2);
+    expect_inner("a", a, 1);
+    expect_like("b", b, a);
+    expect_dtype("b", b, a.dtype);
+    expect_inner("b", b, 1);
+    msdd_fast::swiglu(pointer<void>(out), pointer<const void>(a.address), pointer<const void>(b.address),
+                      dtype_of(a.dtype), a.shape[0], a.shape[1], a.strides[0], b.strides[0], threads);
 }
 
-using Heads = std::tuple<Address, std::int64_t, std::int64_t, std::int64_t>;  // address (0: absent) and three strides
-
-msdd_fast::HeadsView heads_of(const Heads& heads) {
-    const auto& [address, batch, token, head] = heads;
-    return {pointer<void>(address), batch, token, head};
+// A tensor of heads of this shape and dtype.
+msdd_fast::HeadsView heads_of(const char* name, const Tensor& x, int dtype, std::initializer_list<std::int64_t> shape) {
+    expect_shape(name, x, shape);
+    expect_dtype(name, x, dtype);
+    expect_inner(name, x, 1);
+    return {pointer<void>(x.address), x.strides[0], x.strides[1], x.strides[2]};
 }
 
-void attention(const Heads& out, const Heads& q, const Heads& k, const Heads& v, const Heads& accumulate, int dtype,
-               std::int64_t batch, std::int64_t queries, std::int64_t keys, std::int64_t heads, std::int64_t head_size,
+void attention(const Tensor& out, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& accumulate,
                const std::string& level, int threads) {
-    msdd_fast::attention(heads_of(out), heads_of(q), heads_of(k), heads_of(v), heads_of(accumulate), dtype_of(dtype),
-                         {batch, queries, keys, heads, head_size}, level, threads);
+    expect_dimensions("q", q, 4);
+    expect_dimensions("k", k, 4);
+    const std::int64_t batch = q.shape[0], queries = q.shape[1], keys = k.shape[1], heads = q.shape[2];
+    const std::int64_t size = q.shape[3];
+    const std::initializer_list<std::int64_t> ours = {batch, queries, heads, size}, theirs = {batch, keys, heads, size};
+    msdd_fast::attention(
+        heads_of("out", out, q.dtype, ours), heads_of("q", q, q.dtype, ours), heads_of("k", k, q.dtype, theirs),
+        heads_of("v", v, q.dtype, theirs),
+        accumulate.address == 0 ? msdd_fast::HeadsView{} : heads_of("accumulate", accumulate, q.dtype, ours),
+        dtype_of(q.dtype), {batch, queries, keys, heads, size}, level, threads);
 }
 
-using Cells = std::tuple<Address, int, std::array<std::int64_t, 4>>;      // address (0: absent), dtype, strides
-using BiasTable = std::tuple<Address, int, std::array<std::int64_t, 3>>;  // the same
-
-msdd_fast::Cells cells_of(const Cells& cells) {
-    const auto& [address, dtype, strides] = cells;
-    return {operand_of({address, dtype}), strides[0], strides[1], strides[2], strides[3]};
-}
-
-void group_norm_modulate_silu(Address out, Address x, int dtype, const Operand& weight, const Operand& bias,
-                              const Cells& scale, const Cells& shift, const std::array<std::int64_t, 4>& shape,
-                              std::int64_t groups, std::int64_t rows, std::int64_t columns, bool channels_last,
+void group_norm_modulate_silu(Address out, const Tensor& x, const Tensor& weight, const Tensor& bias,
+                              const Tensor& scale, const Tensor& shift, std::int64_t groups, bool channels_last,
                               bool silu, float eps, int threads) {
+    expect_image("x", x, channels_last);
+    const std::int64_t batch = x.shape[0], channels = x.shape[1];
+    for (const auto& [name, table] : {std::pair<const char*, const Tensor&>{"weight", weight}, {"bias", bias}}) {
+        if (table.address == 0) continue;
+        expect_shape(name, table, {channels});
+        expect_contiguous(name, table);
+    }
+    const Tensor& modulation = scale.address != 0 ? scale : shift;
+    const bool modulated = modulation.address != 0;
+    if (modulated) expect_dimensions("scale", modulation, 4);
+    const std::int64_t rows = modulated ? modulation.shape[2] : 1, columns = modulated ? modulation.shape[3] : 1;
+    const auto cells_of = [&](const char* name, const Tensor& cells) -> msdd_fast::Cells {
+        if (cells.address == 0) return {};
+        expect_shape(name, cells, {batch, channels, rows, columns});
+        return {operand_of(cells), cells.strides[0], cells.strides[1], cells.strides[2], cells.strides[3]};
+    };
     msdd_fast::group_norm_modulate_silu(
-        pointer<void>(out), pointer<const void>(x), dtype_of(dtype), operand_of(weight), operand_of(bias),
-        cells_of(scale), cells_of(shift),
-        {shape[0], shape[1], shape[2], shape[3], groups, rows, columns, channels_last, silu, eps}, threads);
+        pointer<void>(out), pointer<const void>(x.address), dtype_of(x.dtype), operand_of(weight), operand_of(bias),
+        cells_of("scale", scale), cells_of("shift", shift),
+        {batch, channels, x.shape[2], x.shape[3], groups, rows, columns, channels_last, silu, eps}, threads);
 }
 
-void window_attention(const Heads& out, const Heads& q, const Heads& k, const Heads& v, const BiasTable& table,
-                      int dtype, std::int64_t batch, std::int64_t height, std::int64_t width, std::int64_t heads,
-                      std::int64_t head_size, std::int64_t window, int threads) {
-    const auto& [address, kind, strides] = table;
-    msdd_fast::window_attention(heads_of(out), heads_of(q), heads_of(k), heads_of(v),
-                                {operand_of({address, kind}), strides[0], strides[1], strides[2]}, dtype_of(dtype),
-                                {batch, height, width, heads, head_size, window}, threads);
+void window_attention(const Tensor& out, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& table,
+                      std::int64_t height, std::int64_t width, int threads) {
+    expect_dimensions("q", q, 4);
+    const std::int64_t batch = q.shape[0], heads = q.shape[2], size = q.shape[3];
+    expect(height >= 0 && width >= 0, "sizes must not be negative");
+    const std::initializer_list<std::int64_t> shape = {batch, height * width, heads, size};
+    expect_dimensions("table", table, 3);
+    const std::int64_t window = (table.shape[0] + 1) / 2;
+    expect_shape("table", table, {2 * window - 1, 2 * window - 1, heads});
+    msdd_fast::window_attention(heads_of("out", out, q.dtype, shape), heads_of("q", q, q.dtype, shape),
+                                heads_of("k", k, q.dtype, shape), heads_of("v", v, q.dtype, shape),
+                                {operand_of(table), table.strides[0], table.strides[1], table.strides[2]},
+                                dtype_of(q.dtype), {batch, height, width, heads, size, window}, threads);
 }
 
 #ifdef MSDD_FAST_CUDA
 
-void context_attention(const Heads& q, const Heads& k, const Heads& v, const Heads& accumulate, const Heads& out,
-                       int dtype, std::int64_t images, std::int64_t heads, std::int64_t queries, std::int64_t keys,
-                       Address stream, int device) {
+void context_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& accumulate, const Tensor& out,
+                       std::uintptr_t stream, int device) {
+    expect_dimensions("q", q, 4);
+    expect_dimensions("k", k, 4);
+    const std::int64_t images = q.shape[0], queries = q.shape[1], heads = q.shape[2], keys = k.shape[1];
+    const std::initializer_list<std::int64_t> ours = {images, queries, heads, 64}, theirs = {images, keys, heads, 64};
     msdd_fast::context_attention(
-        {heads_of(q), heads_of(k), heads_of(v), heads_of(accumulate), heads_of(out), images, heads, queries, keys},
-        dtype_of(dtype), stream, device);
+        {heads_of("q", q, q.dtype, ours), heads_of("k", k, q.dtype, theirs), heads_of("v", v, q.dtype, theirs),
+         accumulate.address == 0 ? msdd_fast::HeadsView{} : heads_of("accumulate", accumulate, q.dtype, ours),
+         heads_of("out", out, q.dtype, ours), images, heads, queries, keys},
+        dtype_of(q.dtype), stream, device);
 }
 
 std::tuple<int, int> cuda_versions() {
@@ -193,70 +405,58 @@ std::tuple<int, int> cuda_versions() {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-    m.doc() = "Compiled kernels of msdd-fast. Call them through msdd_fast.native._call or the ops, not directly.";
+    m.doc() = "Compiled kernels of msdd-fast. Call them through msdd_fast.native or the ops, not directly.";
     // pybind11 turns std::invalid_argument into ValueError, after the GIL is taken back.
     const py::call_guard<py::gil_scoped_release> no_gil;
 
     m.def("philox", &philox, py::arg("counter"), py::arg("key"), "The four words of Philox4x32-10.");
     m.def("start_noise", &start_noise, no_gil, py::arg("out"), py::arg("dtype"), py::arg("seeds"), py::arg("batch"),
           py::arg("channels"), py::arg("height"), py::arg("width"), py::arg("threads") = 1,
-          "White normals into (batch, channels, height, width) at address `out`; see noise.h.");
-    m.def("renoise_upsample", &renoise_upsample, no_gil, py::arg("out"), py::arg("x"), py::arg("dtype"),
-          py::arg("channels_last"), py::arg("seeds"), py::arg("batch"), py::arg("channels"), py::arg("height"),
-          py::arg("width"), py::arg("alpha"), py::arg("beta"), py::arg("stage"), py::arg("correlation"),
-          py::arg("threads") = 1,
-          "alpha * nearest_x2(x) + beta * noise into `out`; the sizes are those of x; see noise.h.");
-    m.def(
-        "norm_modulate", &norm_modulate, no_gil, py::arg("h"), py::arg("x_new"), py::arg("x"), py::arg("y"),
-        py::arg("gate"), py::arg("shift"), py::arg("scale"), py::arg("rows"), py::arg("width"), py::arg("run"),
-        py::arg("groups"), py::arg("eps"), py::arg("threads") = 1,
-        "LayerNorm and adaLN of x, or of x + gate * y; tables are (address or 0, dtype, stride); see norm_modulate.h.");
-    m.def("qk_norm_rope", &qk_norm_rope, no_gil, py::arg("out"), py::arg("x"), py::arg("dtype"), py::arg("weight"),
-          py::arg("bias"), py::arg("cos"), py::arg("sin"), py::arg("batch"), py::arg("tokens"), py::arg("parts"),
-          py::arg("heads"), py::arg("head_dim"), py::arg("stride_batch"), py::arg("stride_token"),
-          py::arg("token_major"), py::arg("split"), py::arg("eps"), py::arg("threads") = 1,
-          "Per-head LayerNorm and rotary embedding of the leading parts of x; see qk_norm_rope.h.");
-    m.def("swiglu", &swiglu, no_gil, py::arg("out"), py::arg("a"), py::arg("b"), py::arg("dtype"), py::arg("rows"),
-          py::arg("width"), py::arg("stride_a"), py::arg("stride_b"), py::arg("threads") = 1,
+          "White normals into (batch, channels, height, width) at address `out`; see start_noise.h.");
+    m.def("start_noise_rows", &start_noise_rows, no_gil, py::arg("out"), py::arg("dtype"), py::arg("seeds"),
+          py::arg("batch"), py::arg("channels"), py::arg("height"), py::arg("width"), py::arg("patch"),
+          py::arg("threads") = 1, "The numbers of start_noise as patch rows; see start_noise.h.");
+    m.def("renoise_upsample", &renoise_upsample, no_gil, py::arg("out"), py::arg("x"), py::arg("channels_last"),
+          py::arg("seeds"), py::arg("alpha"), py::arg("beta"), py::arg("stage"), py::arg("correlation"),
+          py::arg("threads") = 1, "alpha * nearest_x2(x) + beta * noise into `out`; see renoise_upsample.h.");
+    m.def("norm_modulate", &norm_modulate, no_gil, py::arg("h"), py::arg("x_new"), py::arg("x"), py::arg("y"),
+          py::arg("gate"), py::arg("shift"), py::arg("scale"), py::arg("run"), py::arg("eps"), py::arg("threads") = 1,
+          "LayerNorm and adaLN of x, or of x + gate * y; see norm_modulate.h.");
+    m.def("qk_norm_rope", &qk_norm_rope, no_gil, py::arg("out"), py::arg("x"), py::arg("weight"), py::arg("bias"),
+          py::arg("cos"), py::arg("sin"), py::arg("split"), py::arg("eps"), py::arg("threads") = 1,
+          "Per-head LayerNorm and rotary embedding of all parts of x but the last; see qk_norm_rope.h.");
+    m.def("swiglu", &swiglu, no_gil, py::arg("out"), py::arg("a"), py::arg("b"), py::arg("threads") = 1,
           "silu(a) * b; see swiglu.h.");
     m.def("attention", &attention, no_gil, py::arg("out"), py::arg("q"), py::arg("k"), py::arg("v"),
-          py::arg("accumulate"), py::arg("dtype"), py::arg("batch"), py::arg("queries"), py::arg("keys"),
-          py::arg("heads"), py::arg("head_size"), py::arg("level") = "", py::arg("threads") = 1,
-          "softmax(q k^T / sqrt(d)) v; tensors are (address, strides of batch, token, head); see attention.h.");
-    m.def("group_norm_modulate_silu", &group_norm_modulate_silu, no_gil, py::arg("out"), py::arg("x"), py::arg("dtype"),
-          py::arg("weight"), py::arg("bias"), py::arg("scale"), py::arg("shift"), py::arg("shape"), py::arg("groups"),
-          py::arg("rows"), py::arg("columns"), py::arg("channels_last"), py::arg("silu"), py::arg("eps"),
-          py::arg("threads") = 1, "GroupNorm, affine, modulation by cells of (rows, columns), SiLU; see group_norm.h.");
+          py::arg("accumulate"), py::arg("level") = "", py::arg("threads") = 1,
+          "softmax(q k^T / sqrt(d)) v (+ accumulate); see attention.h.");
+    m.def("attention_level", &msdd_fast::attention_level, "The SIMD level that attention uses on this machine.");
+    m.def("group_norm_modulate_silu", &group_norm_modulate_silu, no_gil, py::arg("out"), py::arg("x"),
+          py::arg("weight"), py::arg("bias"), py::arg("scale"), py::arg("shift"), py::arg("groups"),
+          py::arg("channels_last"), py::arg("silu"), py::arg("eps"), py::arg("threads") = 1,
+          "GroupNorm, affine, modulation by cells, SiLU; see group_norm_modulate_silu.h.");
     m.def("window_attention", &window_attention, no_gil, py::arg("out"), py::arg("q"), py::arg("k"), py::arg("v"),
-          py::arg("table"), py::arg("dtype"), py::arg("batch"), py::arg("height"), py::arg("width"), py::arg("heads"),
-          py::arg("head_size"), py::arg("window"), py::arg("threads") = 1,
+          py::arg("table"), py::arg("height"), py::arg("width"), py::arg("threads") = 1,
           "Attention over the window round each pixel, with a bias by displacement; see window_attention.h.");
-    m.def("attention_level", &msdd_fast::attention_level, "SIMD level that attention takes here; see attention.h.");
     m.def("cfg_euler", &cfg_euler, no_gil, py::arg("out"), py::arg("dtype"), py::arg("x"), py::arg("v_cond"),
           py::arg("v_uncond"), py::arg("rows"), py::arg("columns"), py::arg("scale"), py::arg("dt"),
           py::arg("threads") = 1,
-          "x + dt * (v_uncond + scale * (v_cond - v_uncond)); operands are (address or 0, dtype, row stride); see "
-          "cfg_euler.h.");
+          "x + dt * (v_uncond + scale * (v_cond - v_uncond)); operands are (address or 0, dtype, row stride, "
+          "elements); see cfg_euler.h.");
     m.def("stage_transition", &stage_transition, no_gil, py::arg("out"), py::arg("x"), py::arg("v"),
           py::arg("v_uncond"), py::arg("shape"), py::arg("dt"), py::arg("scale"), py::arg("seeds"), py::arg("alpha"),
           py::arg("beta"), py::arg("stage"), py::arg("correlation"), py::arg("threads") = 1,
-          "Euler step, upsampling and renoising of patch rows: operands (address or 0, dtype, token stride, image "
-          "stride), shape (grid, batch, channels, patch); see patch_rows.h.");
+          "Euler step, upsampling and renoising of patch rows; shape is (grid, batch, channels, patch); see "
+          "stage_transition.h.");
     m.def("final_step", &final_step, no_gil, py::arg("out"), py::arg("type"), py::arg("channels_last"), py::arg("x"),
           py::arg("v"), py::arg("v_uncond"), py::arg("shape"), py::arg("dt"), py::arg("scale"), py::arg("threads") = 1,
-          "Euler step of patch rows to an image; type 3 is uint8; see patch_rows.h.");
-    m.def("start_noise_rows", &start_noise_rows, no_gil, py::arg("out"), py::arg("dtype"), py::arg("seeds"),
-          py::arg("batch"), py::arg("channels"), py::arg("height"), py::arg("width"), py::arg("patch"),
-          py::arg("threads") = 1, "The numbers of start_noise as patch rows; see patch_rows.h.");
+          "Euler step of patch rows to an image; type 3 is uint8; see final_step.h.");
 
 #ifdef MSDD_FAST_CUDA
     m.def("cuda_versions", &cuda_versions, "Versions of the driver (0: none) and of the linked runtime.");
-    m.def(
-        "context_attention", &context_attention, no_gil, py::arg("q"), py::arg("k"), py::arg("v"),
-        py::arg("accumulate"), py::arg("out"), py::arg("dtype"), py::arg("images"), py::arg("heads"),
-        py::arg("queries"), py::arg("keys"), py::arg("stream"), py::arg("device"),
-        "softmax(q k^T / 8) v (+ accumulate) on a GPU; tensors are (address or 0, strides of image, token, head); see "
-        "context_attention.h.");
+    m.def("context_attention", &context_attention, no_gil, py::arg("q"), py::arg("k"), py::arg("v"),
+          py::arg("accumulate"), py::arg("out"), py::arg("stream"), py::arg("device"),
+          "softmax(q k^T / 8) v (+ accumulate) on a GPU; see context_attention.h.");
     m.def("context_attention_splits", &msdd_fast::context_attention_splits, py::arg("pairs"), py::arg("queries"),
           py::arg("keys"), py::arg("multiprocessors"), "Thread blocks for one image and head.");
 #endif

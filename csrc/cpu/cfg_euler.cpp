@@ -2,10 +2,11 @@
 
 #include <algorithm>
 
-#include "lanes_avx2.h"
 #include "msdd_fast/check.h"
-#include "msdd_fast/parallel.h"
-#include "msdd_fast/simd.h"
+#include "msdd_fast/detail/floats.h"
+#include "msdd_fast/detail/lanes_avx2.h"
+#include "msdd_fast/detail/parallel.h"
+#include "msdd_fast/detail/simd.h"
 
 namespace msdd_fast {
 
@@ -131,6 +132,7 @@ void cfg_euler(void* out, DType out_dtype, const Rows& x, const Rows& v_cond, co
     const std::int64_t count = rows * columns;
     if (count == 0) return;
     expect(v_cond.values.data != nullptr, "v_cond is missing");
+    expect(out != nullptr, "out is missing");
     const CfgEuler job{out, out_dtype, x, v_cond, v_uncond, columns, scale, dt};
     const auto run = range_for(job);
     parallel_for(count, GRAIN_ELEMENTS, threads, [&](std::int64_t begin, std::int64_t end) { run(job, begin, end); });

@@ -1,12 +1,13 @@
+#include "msdd_fast/final_step.h"
+
 #include <algorithm>
 #include <string>
 
-#include "end_of_stage.h"
-#include "lanes_avx2.h"
 #include "msdd_fast/check.h"
-#include "msdd_fast/parallel.h"
-#include "msdd_fast/patch_rows.h"
-#include "msdd_fast/simd.h"
+#include "msdd_fast/detail/end_of_stage.h"
+#include "msdd_fast/detail/lanes_avx2.h"
+#include "msdd_fast/detail/parallel.h"
+#include "msdd_fast/detail/simd.h"
 
 namespace msdd_fast {
 
@@ -53,8 +54,8 @@ struct FinalStep {
     bool channels_last;
 };
 
-// A row of tokens of one image. Tokens are read from their first to their last feature, since memory that is read in
-// order comes before it is asked for; the lines of the image, which they are scattered to, stay in the cache meanwhile.
+// A row of tokens of one image. Features are read in memory order, so the hardware prefetches them; the image lines
+// that they scatter to stay in the cache.
 template <class T>
 MSDD_INLINE void final_tokens_of(const FinalStep& job, std::int64_t index) {
     const auto& [grid, batch, channels, patch] = job.end.shape;
@@ -208,6 +209,7 @@ void final_step(void* out, PixelType type, bool channels_last, const PatchRows& 
     const std::int64_t side = grid * patch;
     if (side * batch * channels == 0) return;
     expect(x.data != nullptr && v.data != nullptr, "x or v is missing");
+    expect(out != nullptr, "out is missing");
     const FinalStep job{{x, v, v_uncond, shape, euler}, out, type, channels_last};
     const std::int64_t grain = GRAIN_PIXELS / (side * patch * channels);
 #ifdef MSDD_SIMD_DISPATCH

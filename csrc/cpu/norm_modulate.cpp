@@ -3,9 +3,10 @@
 #include <algorithm>
 
 #include "msdd_fast/check.h"
-#include "msdd_fast/layer_norm.h"
-#include "msdd_fast/parallel.h"
-#include "msdd_fast/simd.h"
+#include "msdd_fast/detail/floats.h"
+#include "msdd_fast/detail/layer_norm.h"
+#include "msdd_fast/detail/parallel.h"
+#include "msdd_fast/detail/simd.h"
 
 namespace msdd_fast {
 
@@ -62,6 +63,7 @@ void norm_modulate(void* h, void* x_new, const void* x, DType dtype, const Opera
     expect_threads(threads);
     if (shape.rows == 0 || shape.width == 0) return;
     expect(shift.values.data != nullptr && scale.values.data != nullptr, "shift or scale is missing");
+    expect(h != nullptr && (y.data == nullptr || x_new != nullptr), "h or x_new is missing");
     expect(y.data == nullptr || gate.values.data != nullptr, "gate is missing");
     const NormModulate job{h, x_new, x, dtype, y, gate, shift, scale, shape};
     parallel_for(shape.rows, std::max<std::int64_t>(1, NORM_GRAIN_ELEMENTS / shape.width), threads,

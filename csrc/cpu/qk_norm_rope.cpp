@@ -3,9 +3,10 @@
 #include <algorithm>
 
 #include "msdd_fast/check.h"
-#include "msdd_fast/layer_norm.h"
-#include "msdd_fast/parallel.h"
-#include "msdd_fast/simd.h"
+#include "msdd_fast/detail/floats.h"
+#include "msdd_fast/detail/layer_norm.h"
+#include "msdd_fast/detail/parallel.h"
+#include "msdd_fast/detail/simd.h"
 
 namespace msdd_fast {
 

@@ -3,9 +3,10 @@
 #include <algorithm>
 
 #include "msdd_fast/check.h"
-#include "msdd_fast/exp.h"
-#include "msdd_fast/parallel.h"
-#include "msdd_fast/simd.h"
+#include "msdd_fast/detail/exp.h"
+#include "msdd_fast/detail/floats.h"
+#include "msdd_fast/detail/parallel.h"
+#include "msdd_fast/detail/simd.h"
 
 namespace msdd_fast {
 
@@ -36,6 +37,7 @@ void swiglu(void* out, const void* a, const void* b, DType dtype, std::int64_t r
     expect(rows >= 0 && width >= 0, "sizes must not be negative");
     expect_threads(threads);
     if (rows == 0 || width == 0) return;
+    expect(out != nullptr, "out is missing");
     const Swiglu job{out, {a, dtype}, {b, dtype}, width, stride_a, stride_b};
     parallel_for(rows, std::max<std::int64_t>(1, SWIGLU_GRAIN_ELEMENTS / width), threads,
                  [&](std::int64_t begin, std::int64_t end) { swiglu_rows(job, begin, end); });

@@ -11,10 +11,11 @@
 #include <limits>
 
 #include "msdd_fast/check.h"
-#include "msdd_fast/exp.h"
-#include "msdd_fast/parallel.h"
-#include "msdd_fast/scratch.h"
-#include "msdd_fast/simd.h"
+#include "msdd_fast/detail/exp.h"
+#include "msdd_fast/detail/floats.h"
+#include "msdd_fast/detail/parallel.h"
+#include "msdd_fast/detail/scratch.h"
+#include "msdd_fast/detail/simd.h"
 
 namespace msdd_fast {
 

@@ -1,4 +1,4 @@
-// Launches of the context attention kernel (context_attention_kernel.h) and what they need of the CUDA runtime.
+// Host side of the context attention kernel (detail/context_attention_kernel.h): kernel choice, setup and launch.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -8,9 +8,9 @@
 
 #include "msdd_fast/check.h"
 #include "msdd_fast/context_attention.h"
-#include "msdd_fast/context_attention_kernel.h"
-#include "msdd_fast/device.h"
-#include "msdd_fast/warp.h"
+#include "msdd_fast/detail/context_attention_kernel.h"
+#include "msdd_fast/detail/device.h"
+#include "msdd_fast/detail/warp.h"
 
 namespace msdd_fast {
 namespace {

@@ -5,7 +5,7 @@
 #include <cstdlib>
 #include <functional>
 
-#include "msdd_fast/context_attention_kernel.h"
+#include "msdd_fast/detail/context_attention_kernel.h"
 
 namespace {
 

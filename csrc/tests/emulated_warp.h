@@ -1,9 +1,9 @@
 // warp.h on the CPU: the same functions, executed by 32 fibers a warp that meet at every instruction of the warp.
 //
-// It proves a kernel's source, with no GPU: whatever the lanes address and exchange, they do here. Beyond the result it
-// counts what hardware would not forgive: addresses outside the tensors or misaligned, bank conflicts, and accesses to
-// shared memory that no barrier or wait orders. Fragment layouts are those of the PTX ISA ("Matrix Fragments for
-// mma.m16n8k16", "ldmatrix"); tests/csrc/test_context_attention.py checks them against a second writing.
+// It tests a kernel's source without a GPU: lanes address and exchange data as on hardware. Besides the result it
+// counts errors and hazards: addresses outside the tensors or misaligned, bank conflicts, and accesses to shared memory
+// that no barrier or wait orders. Fragment layouts are those of the PTX ISA ("Matrix Fragments for mma.m16n8k16",
+// "ldmatrix"); tests/csrc/test_context_attention.py checks them against an independent implementation.
 #pragma once
 
 #include <ucontext.h>

@@ -1,8 +1,9 @@
-// The ops with C names, for tests/native/test_cpu_ops.py: built for one SIMD level by -march, loaded with ctypes and compared
-// with the extension, which chooses its level itself.
+// The ops with C names, for tests/native/test_cpu_ops.py: built for one SIMD level by -march, loaded with ctypes and
+// compared with the extension, which chooses its level itself.
 #include "msdd_fast/cfg_euler.h"
-#include "msdd_fast/noise.h"
-#include "msdd_fast/patch_rows.h"
+#include "msdd_fast/final_step.h"
+#include "msdd_fast/renoise_upsample.h"
+#include "msdd_fast/stage_transition.h"
 
 extern "C" void renoise_upsample(void* out, const void* x, int dtype, int channels_last, const std::int64_t* seeds,
                                  std::int64_t batch, std::int64_t channels, std::int64_t height, std::int64_t width,

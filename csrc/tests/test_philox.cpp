@@ -4,8 +4,9 @@
 #include <stdexcept>
 #include <vector>
 
-#include "msdd_fast/noise.h"
 #include "msdd_fast/philox.h"
+#include "msdd_fast/renoise_upsample.h"
+#include "msdd_fast/start_noise.h"
 
 namespace {
 

@@ -17,7 +17,7 @@ from msdd_fast.errors import InputError
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in csrc/include/msdd_fast/dtype.h
 
 
-_PIXEL_TYPES = {**_DTYPES, torch.uint8: 3}  # as in csrc/include/msdd_fast/patch_rows.h
+_PIXEL_TYPES = {**_DTYPES, torch.uint8: 3}  # as in csrc/include/msdd_fast/final_step.h
 
 
 def _norm_modulate(
@@ -36,7 +36,6 @@ def _norm_modulate(
         _check_contiguous("y", y)
         if y.shape != x.shape:
             raise InputError(f"y must have the shape of x, {tuple(x.shape)}, got {tuple(y.shape)}")
-    tables = []
     for name, t in (("gate", gate), ("shift", shift), ("scale", scale)):
         if t is not None:
             _check_cpu(name, t)
@@ -45,38 +44,32 @@ def _norm_modulate(
                     f"{name} must be {(len(shift), width)} with adjacent elements in a row, "
                     f"got {tuple(t.shape)}, strides {t.stride()}"
                 )
-        tables.append((0, 0, 0) if t is None else (*_operand(t), t.stride(0)))
     if x.numel():
         out = 0 if x_new is None else x_new.data_ptr()
-        y_operand = (0, 0) if y is None else _operand(y)
-        sizes = (x.numel() // width, width, run, len(shift), eps)
-        _call("norm_modulate", h.data_ptr(), out, _operand(x), y_operand, *tables, *sizes)
+        _call("norm_modulate", h.data_ptr(), out, *map(_view, (x, y, gate, shift, scale)), run, eps)
 
 
-_PatchOperand = tuple[int, int, int, int]
+_View = tuple[int, int, tuple[int, ...], tuple[int, ...]]
 
 
 def _patch_operands(
     x: Tensor, v: Tensor, v_uncond: Tensor | None, scale: Tensor | None, patch_size: int
-) -> tuple[list[_PatchOperand], tuple[int, int, int, int]]:
-    """(address, dtype, strides) of the three, and (grid, batch, channels, patch). Raises InputError."""
+) -> tuple[list[_View | None], tuple[int, int, int, int]]:
+    """The views of the three, and (grid, batch, channels, patch). Raises InputError."""
     if (v_uncond is None) != (scale is None):
         raise InputError("v_uncond and scale must be given or left out together")
-    operands: list[_PatchOperand] = []
     for name, t in (("x", x), ("v", v), ("v_uncond", v_uncond)):
         if t is None:
-            operands.append((0, 0, 0, 0))
             continue
         _check_cpu(name, t)
         if t.ndim != 3 or t.shape != x.shape or (t.shape[2] > 1 and t.stride(2) != 1):
             expected = f"(N, B, C*p*p) of {tuple(x.shape)} with contiguous features"
             raise InputError(f"{name} must be {expected}, got {tuple(t.shape)}, strides {t.stride()}")
-        operands.append((t.data_ptr(), _DTYPES[t.dtype], t.stride(0), t.stride(1)))
     tokens, batch, features = x.shape
     grid = math.isqrt(tokens)
     if patch_size < 1 or grid**2 != tokens or features % patch_size**2:
         raise InputError(f"x must be (g*g, B, C*p*p) with p = {patch_size}, got {tuple(x.shape)}")
-    return operands, (grid, batch, features // patch_size**2, patch_size)
+    return [_view(t) for t in (x, v, v_uncond)], (grid, batch, features // patch_size**2, patch_size)
 
 
 def _call(name: str, *args: Any) -> None:
@@ -117,8 +110,14 @@ def _like(x: Tensor) -> Tensor:
     return torch.empty_like(x)
 
 
-def _operand(x: Tensor) -> tuple[int, int]:
-    return x.data_ptr(), _DTYPES[x.dtype]
+def _view(x: Tensor | None) -> _View | None:
+    """Address, dtype, shape and strides, as binding.cpp takes a tensor."""
+    return None if x is None else (x.data_ptr(), _DTYPES[x.dtype], x.shape, x.stride())
+
+
+def _seeds(seeds: Tensor) -> tuple[int, int]:
+    """Address and count."""
+    return seeds.data_ptr(), len(seeds)
 
 
 def _check_seeds(seeds: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from msdd_fast.errors import InputError
 from msdd_fast.layout import attention_result
-from msdd_fast.native._call import _DTYPES, _call, _check_cpu
+from msdd_fast.native._call import _call, _check_cpu, _view
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, accumulate: Tensor | None = None, level: str = "") -> Tensor:
@@ -25,7 +25,5 @@ def attention(q: Tensor, k: Tensor, v: Tensor, accumulate: Tensor | None = None,
         if name != "q" and x.shape != shape:
             raise InputError(f"{name} must have the shape {tuple(shape)}, got {tuple(x.shape)}")
     out = attention_result(q)
-    views = [(0, 0, 0, 0) if x is None else (x.data_ptr(), *x.stride()[:3]) for x in (out, q, k, v, accumulate)]
-    b, n, h, d = q.shape
-    _call("attention", *views, _DTYPES[q.dtype], b, n, k.shape[1], h, d, level)
+    _call("attention", *map(_view, (out, q, k, v, accumulate)), level)
     return out

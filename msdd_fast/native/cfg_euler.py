@@ -38,7 +38,7 @@ def cfg_euler(
     out = torch.empty_like(first, memory_format=order)
     strides = dict(zip(given, layout.strides, strict=True))
     operands = [
-        (given[n].data_ptr(), _DTYPES[given[n].dtype], strides[n]) if n in given else (0, 0, 0)
+        (given[n].data_ptr(), _DTYPES[given[n].dtype], strides[n], given[n].numel()) if n in given else (0, 0, 0, 0)
         for n in ("x", "v_cond", "v_uncond")
     ]
     scalars = [0.0 if s is None else s.item() for s in (scale, dt)]

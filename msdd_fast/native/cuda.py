@@ -40,14 +40,15 @@ def context_attention(q: Tensor, k: Tensor, v: Tensor, accumulate: Tensor | None
     out = attention_result(q)
     if out.numel() == 0:
         return out
-    views = [(0, 0, 0, 0) if x is None else (x.data_ptr(), *x.stride()[:3]) for x in (q, k, v, accumulate, out)]
-    b, n, h, _ = q.shape
+    views = [
+        None if x is None else (x.data_ptr(), _DTYPES[x.dtype], x.shape, x.stride()) for x in (q, k, v, accumulate, out)
+    ]
     stream = torch.cuda.current_stream(q.device).cuda_stream
     function = getattr(load_extension(), "context_attention", None)
     if function is None:
         raise BackendUnavailableError("context_attention: msdd_fast._C was built without CUDA")
     try:
-        function(*views, _DTYPES[q.dtype], b, h, n, k.shape[1], stream, q.get_device())
+        function(*views, stream, q.get_device())
     except ValueError as error:
         raise InputError(f"context_attention: {error}") from None
     except RuntimeError as error:

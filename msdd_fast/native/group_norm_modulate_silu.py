@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from msdd_fast.errors import InputError
-from msdd_fast.native._call import _call, _check, _check_contiguous, _check_cpu, _operand
+from msdd_fast.native._call import _call, _check, _check_contiguous, _check_cpu, _view
 
 
 def group_norm_modulate_silu(
@@ -40,8 +40,6 @@ def group_norm_modulate_silu(
                 raise InputError(f"{name} must be {(b, c, rows, columns)}, got {tuple(t.shape)}")
     out = torch.empty_like(x, memory_format=order)
     if out.numel():
-        vectors = [(0, 0) if t is None else _operand(t) for t in (weight, bias)]
-        cells = [(0, 0, (0, 0, 0, 0)) if t is None else (*_operand(t), t.stride()) for t in (scale, shift)]
-        sizes = (x.shape, groups, rows, columns, order is torch.channels_last, silu, eps)
-        _call("group_norm_modulate_silu", out.data_ptr(), *_operand(x), *vectors, *cells, *sizes)
+        operands = map(_view, (x, weight, bias, scale, shift))
+        _call("group_norm_modulate_silu", out.data_ptr(), *operands, groups, order is torch.channels_last, silu, eps)
     return out

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from msdd_fast.errors import InputError
-from msdd_fast.native._call import _DTYPES, _call, _check_contiguous, _check_cpu
+from msdd_fast.native._call import _call, _check_contiguous, _check_cpu, _view
 
 
 def qk_norm_rope(
@@ -26,9 +26,8 @@ def qk_norm_rope(
     """
     _check_cpu("qkv", qkv)
     b, n, parts, heads, d = qkv.shape
-    token_major = not out.is_contiguous()
     fits = out.shape == (b, n, parts - 1, heads, d) and out.dtype == qkv.dtype
-    if not fits or not (out.transpose(0, 1) if token_major else out).is_contiguous():
+    if not fits or not (out.is_contiguous() or out.transpose(0, 1).is_contiguous()):
         raise InputError(f"out must be {(b, n, parts - 1, heads, d)} {qkv.dtype}, dense, got {tuple(out.shape)}")
     if qkv.stride()[2:] != (heads * d, d, 1):
         raise InputError(f"qkv must be contiguous in (P, H, d), got strides {qkv.stride()}")
@@ -44,7 +43,4 @@ def qk_norm_rope(
             rows = (entries,) if t.ndim == 3 else ()
             if t.dtype != torch.float32 or t.shape[-2:] != shape or (rows and len(t) < entries):
                 raise InputError(f"{name} must be float32 {(*rows, *shape)}, got {t.dtype} {tuple(t.shape)}")
-    addresses = [0 if t is None else t.data_ptr() for t in (weight, bias, cos, sin)]
-    strides = (qkv.stride(0), qkv.stride(1), token_major, split, eps)
-    sizes = (b, n, parts - 1, heads, d)
-    _call("qk_norm_rope", out.data_ptr(), qkv.data_ptr(), _DTYPES[qkv.dtype], *addresses, *sizes, *strides)
+    _call("qk_norm_rope", *map(_view, (out, qkv, weight, bias, cos, sin)), split, eps)

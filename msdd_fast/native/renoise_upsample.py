@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from msdd_fast.errors import InputError
-from msdd_fast.native._call import _DTYPES, _call, _check, _check_seeds
+from msdd_fast.native._call import _call, _check, _check_seeds, _seeds, _view
 
 
 def renoise_upsample(x: Tensor, alpha: Tensor, beta: Tensor, seeds: Tensor, stage: int, correlation: float) -> Tensor:
@@ -20,7 +20,6 @@ def renoise_upsample(x: Tensor, alpha: Tensor, beta: Tensor, seeds: Tensor, stag
         raise InputError(f"x must be (B, C, H, W) with one seed per image, got {tuple(x.shape)}, {len(seeds)} seeds")
     b, c, h, w = x.shape
     out = torch.empty(b, c, 2 * h, 2 * w, dtype=x.dtype, device="cpu", memory_format=order)
-    last = order is torch.channels_last
-    addresses = (out.data_ptr(), x.data_ptr(), _DTYPES[x.dtype], last, seeds.data_ptr())
-    _call("renoise_upsample", *addresses, *x.shape, alpha.item(), beta.item(), stage, correlation)
+    operands = (out.data_ptr(), _view(x), order is torch.channels_last, _seeds(seeds))
+    _call("renoise_upsample", *operands, alpha.item(), beta.item(), stage, correlation)
     return out

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from msdd_fast.errors import InputError
-from msdd_fast.native._call import _call, _check_seeds, _patch_operands
+from msdd_fast.native._call import _call, _check_seeds, _patch_operands, _seeds
 
 
 def stage_transition(
@@ -33,6 +33,6 @@ def stage_transition(
     out = torch.empty(4 * x.shape[0], *x.shape[1:], dtype=x.dtype, device="cpu")
     if out.numel():
         euler = (dt.item(), 0.0 if scale is None else scale.item())
-        noise = (seeds.data_ptr(), alpha.item(), beta.item(), stage, correlation)
+        noise = (_seeds(seeds), alpha.item(), beta.item(), stage, correlation)
         _call("stage_transition", out.data_ptr(), *operands, shape, *euler, *noise)
     return out

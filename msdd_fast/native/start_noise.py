@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from msdd_fast.errors import InputError
-from msdd_fast.native._call import _DTYPES, _call, _check_seeds
+from msdd_fast.native._call import _DTYPES, _call, _check_seeds, _seeds
 
 
 def start_noise(
@@ -25,11 +25,11 @@ def start_noise(
     sizes = (len(seeds), channels, height, width)
     if patch_size is None:
         out = torch.empty(sizes, dtype=dtype, device="cpu")
-        _call("start_noise", out.data_ptr(), _DTYPES[dtype], seeds.data_ptr(), *sizes)
+        _call("start_noise", out.data_ptr(), _DTYPES[dtype], _seeds(seeds), *sizes)
         return out
     if patch_size < 2 or patch_size % 2 or height % patch_size or width % patch_size:
         raise InputError(f"patch_size must be an even divisor of {height} and {width}, got {patch_size}")
     tokens = height // patch_size * (width // patch_size)
     out = torch.empty(tokens, len(seeds), channels * patch_size**2, dtype=dtype, device="cpu")
-    _call("start_noise_rows", out.data_ptr(), _DTYPES[dtype], seeds.data_ptr(), *sizes, patch_size)
+    _call("start_noise_rows", out.data_ptr(), _DTYPES[dtype], _seeds(seeds), *sizes, patch_size)
     return out

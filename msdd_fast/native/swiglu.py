@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from msdd_fast.errors import InputError
-from msdd_fast.native._call import _DTYPES, _call, _check_cpu
+from msdd_fast.native._call import _call, _check_cpu, _view
 
 
 def swiglu(a: Tensor, b: Tensor) -> Tensor:
@@ -17,6 +17,5 @@ def swiglu(a: Tensor, b: Tensor) -> Tensor:
             expected = "(R, I), of the shape and dtype of a, with adjacent elements in a row"
             raise InputError(f"{name} must be {expected}, got {x.dtype} {tuple(x.shape)}, strides {x.stride()}")
     out = torch.empty(a.shape, dtype=a.dtype, device="cpu")
-    addresses = (out.data_ptr(), a.data_ptr(), b.data_ptr(), _DTYPES[a.dtype])
-    _call("swiglu", *addresses, *a.shape, a.stride(0), b.stride(0))
+    _call("swiglu", out.data_ptr(), _view(a), _view(b))
     return out

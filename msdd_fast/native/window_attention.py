@@ -6,7 +6,7 @@ from torch import Tensor
 
 from msdd_fast.errors import InputError
 from msdd_fast.layout import attention_result
-from msdd_fast.native._call import _DTYPES, _call, _check_cpu, _operand
+from msdd_fast.native._call import _call, _check_cpu, _view
 
 
 def window_attention(q: Tensor, k: Tensor, v: Tensor, table: Tensor, height: int, width: int) -> Tensor:
@@ -27,7 +27,5 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, table: Tensor, height: int
         raise InputError(f"table must be (2w - 1, 2w - 1, {q.shape[2]}), got {tuple(table.shape)}")
     out = attention_result(q)
     if out.numel():
-        views = [(x.data_ptr(), *x.stride()[:3]) for x in (out, q, k, v)]
-        sizes = (q.shape[0], height, width, *q.shape[2:], (span + 1) // 2)
-        _call("window_attention", *views, (*_operand(table), table.stride()), _DTYPES[q.dtype], *sizes)
+        _call("window_attention", *map(_view, (out, q, k, v, table)), height, width)
     return out

@@ -25,7 +25,7 @@ COMPILER = next((c for c in (os.environ.get("CXX"), "c++", "g++", "clang++") if 
 if COMPILER is None:
     pytest.skip("no C++ compiler", allow_module_level=True)
 
-KERNEL = ROOT / "csrc/include/msdd_fast/context_attention_kernel.h"
+KERNEL = ROOT / "csrc/include/msdd_fast/detail/context_attention_kernel.h"
 FAULTS = ("divergences", "outside", "misaligned", "conflicts", "races")
 D = 64
 
@@ -35,8 +35,8 @@ def compile_kernel(folder: Path, source: str | None = None) -> ctypes.CDLL:
     library = folder / "emulated.so"
     overlay = folder / "include"
     if source is not None:
-        (overlay / "msdd_fast").mkdir(parents=True)
-        (overlay / "msdd_fast/context_attention_kernel.h").write_text(source)
+        (overlay / "msdd_fast/detail").mkdir(parents=True)
+        (overlay / "msdd_fast/detail/context_attention_kernel.h").write_text(source)
     includes = [f"-I{p}" for p in (overlay, ROOT / "csrc/include", ROOT / "csrc/tests")]
     flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-DMSDD_EMULATE"]
     text = ROOT / "csrc/tests/emulate_context_attention.cpp"

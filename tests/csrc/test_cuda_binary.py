@@ -147,23 +147,32 @@ print(*module.cuda_versions())
 def test_the_extension_itself_refuses_what_it_cannot_do():
     """Before it touches a device: there may be none here."""
     call = backends.load_extension().context_attention
-    good, none = (16, 64, 64, 64), (0, 0, 0, 0)
-    sizes = dict(dtype=1, images=1, heads=1, queries=1, keys=128, stream=0, device=0)
-    views = dict(q=good, k=good, v=good, accumulate=none, out=good)
-    for change, message in (
-        (dict(dtype=0), "dtype must be bfloat16 or float16"),
-        (dict(keys=0), "keys must be 1 to 256, got 0"),
-        (dict(keys=257), "keys must be 1 to 256, got 257"),
-        (dict(images=-1), "sizes must not be negative"),
-        (dict(images=2**20, heads=2**10), r"images \* heads and queries must be below 2\^24"),
-        (dict(q=(8, 64, 64, 64)), "q must have rows at multiples of 16 bytes, got address 8, strides 64, 64, 64"),
-        (dict(v=(16, 64, 4, 64)), "v must have rows at multiples of 16 bytes, got address 16, strides 64, 4, 64"),
-        (dict(accumulate=(16, 1, 64, 64)), "accumulate must have rows at multiples of 16 bytes"),
-        (dict(out=none), "out must have rows at multiples of 16 bytes, got address 0"),
+
+    def heads(images=1, tokens=1, heads=1, size=64, strides=(64, 64, 64, 1), address=16, dtype=1):
+        return address, dtype, (images, tokens, heads, size), strides
+
+    def every(keys=128, tokens=1, **of):
+        q, k = heads(tokens=tokens, **of), heads(tokens=keys, **of)
+        return dict(q=q, k=k, v=k, accumulate=None, out=q, stream=0, device=0)
+
+    aligned = "must have rows at multiples of 16 bytes, got address"
+    for arguments, message in (
+        (every(dtype=0), "dtype must be bfloat16 or float16"),
+        (every(keys=0), "keys must be 1 to 256, got 0"),
+        (every(keys=257), "keys must be 1 to 256, got 257"),
+        (every(images=2**20, heads=2**10), r"images \* heads and queries must be below 2\^24"),
+        (every() | dict(q=heads(address=8)), f"q {aligned} 8, strides 64, 64, 64"),
+        (every() | dict(v=heads(tokens=128, strides=(64, 4, 64, 1))), f"v {aligned} 16, strides 64, 4, 64"),
+        (every() | dict(accumulate=heads(strides=(1, 64, 64, 1))), f"accumulate {aligned} 16"),
+        (every() | dict(v=heads(tokens=127)), r"v must be of shape \(1, 128, 1, 64\), got \(1, 127, 1, 64\)"),
+        (every() | dict(v=heads(tokens=128, dtype=2)), "v must be bfloat16, got float16"),
+        (every() | dict(out=heads(strides=(64, 64, 64, 2))), "out must be contiguous in its last dimension"),
+        (every() | dict(out=heads(address=0)), "out is missing"),
+        (every(size=32), r"q must be of shape \(1, 1, 1, 64\), got \(1, 1, 1, 32\)"),
     ):
         with pytest.raises(ValueError, match=message):
-            call(**{**views, **sizes, **change})
-    call(**{**views, **sizes, "queries": 0})  # nothing to do
+            call(**arguments)
+    call(**every(tokens=0))  # nothing to do
 
 
 def test_blocks_of_an_image_and_head():

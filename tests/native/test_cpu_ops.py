@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from msdd_fast import backends, native
 from msdd_fast.diffusion import noise
 from msdd_fast.errors import InputError
+from msdd_fast.native._call import _seeds, _view
 
 if not backends.extension_status()[0]:
     pytest.skip(f"msdd_fast._C {backends.extension_status()[1]}", allow_module_level=True)
@@ -55,7 +56,7 @@ def bits(x):
 def convert(x, dtype):
     """Through the extension: cfg_euler with nothing but v_cond."""
     x, out = x.contiguous(), torch.empty(x.shape, dtype=dtype)
-    none, source = (0, 0, 0), (x.data_ptr(), DTYPES[x.dtype], 0)
+    none, source = (0, 0, 0, 0), (x.data_ptr(), DTYPES[x.dtype], 0, x.numel())
     backends.load_extension().cfg_euler(out.data_ptr(), DTYPES[dtype], none, source, none, 1, x.numel(), 0.0, 0.0)
     return out
 
@@ -225,7 +226,7 @@ def work(threads):
     """A checksum of work for several threads."""
     out, x, seeds = torch.zeros(4, 3, 128, 128), torch.ones(4, 3, 64, 64), torch.arange(4)
     backends.load_extension().renoise_upsample(
-        *(out.data_ptr(), x.data_ptr(), 0, False, seeds.data_ptr(), *x.shape), 0.5, 1.0, 1, 0.0, threads
+        *(out.data_ptr(), _view(x), False, _seeds(seeds)), 0.5, 1.0, 1, 0.0, threads
     )
     return out
 
@@ -241,7 +242,7 @@ def test_a_forked_child_makes_threads_of_its_own():
     """In a process of its own and with one thread in torch, whose OpenMP does not survive a fork."""
     source = f"""
 import os, sys, torch
-sys.path.insert(0, {str(ROOT / "tests")!r})
+sys.path.insert(0, {str(ROOT / "tests/native")!r})
 from test_cpu_ops import work
 torch.set_num_threads(1)
 expected = work(4)
@@ -278,7 +279,8 @@ def test_every_simd_level_gives_the_same_bits(level, tmp_path):
         pytest.skip(f"needs g++ and an x86 CPU of level {level}")
     (options,) = re.findall(r"-Wall -Wextra (-f[^>]*)>", (ROOT / "CMakeLists.txt").read_text())
     library = tmp_path / "one_level.so"
-    names = ("noise", "patch_rows", "final_step", "cfg_euler", "dtype", "parallel")
+    ops = ("renoise_upsample", "stage_transition", "final_step", "cfg_euler")
+    names = (*ops, "runtime/dtype", "runtime/parallel")
     sources = [*(ROOT / f"csrc/cpu/{name}.cpp" for name in names), ROOT / "csrc/tests/one_level.cpp"]
     options += f" -O3 -std=c++17 -shared -fPIC -pthread -march={level} -DMSDD_SIMD_CLONES= -I{ROOT / 'csrc/include'}"
     options += " -Wl,--no-undefined"

@@ -11,6 +11,7 @@ import torch
 from msdd_fast import backends, native
 from msdd_fast.diffusion import noise
 from msdd_fast.errors import InputError
+from msdd_fast.native._call import _seeds, _view
 
 if not backends.extension_status()[0]:
     pytest.skip(f"msdd_fast._C {backends.extension_status()[1]}", allow_module_level=True)
@@ -74,7 +75,7 @@ def test_an_image_does_not_depend_on_batch_or_threads():
     for threads in (1, 3, 64):
         out = torch.empty_like(whole)
         backends.load_extension().renoise_upsample(
-            *(out.data_ptr(), x.data_ptr(), 0, False, SEEDS.data_ptr(), *x.shape),
+            *(out.data_ptr(), _view(x), False, _seeds(SEEDS)),
             **dict(alpha=0.0, beta=1.0, stage=2, correlation=-1 / 3, threads=threads),
         )
         assert torch.equal(whole, out)
@@ -152,25 +153,143 @@ def test_bad_renoise_arguments_are_refused():
 
 def test_the_extension_itself_refuses_what_it_cannot_do():
     """Before it touches memory: the null addresses here would crash otherwise."""
-    extension = backends.load_extension()
+    extension, none = backends.load_extension(), (0, 0, 0, 0)
     with pytest.raises(ValueError, match=r"even.*3x4"):
-        extension.start_noise(0, 0, 0, 1, 1, 3, 4)
+        extension.start_noise(0, 0, (0, 1), 1, 1, 3, 4)
     with pytest.raises(ValueError, match="negative"):
-        extension.start_noise(0, 0, 0, -1, 1, 4, 4)
+        extension.start_noise(0, 0, (0, 0), -1, 1, 4, 4)
     with pytest.raises(ValueError, match="threads must be at least 1, got 0"):
-        extension.start_noise(0, 0, 0, 1, 1, 4, 4, threads=0)
+        extension.start_noise(0, 0, (0, 1), 1, 1, 4, 4, threads=0)
     with pytest.raises(ValueError, match=r"2\^32 blocks"):
-        extension.start_noise(0, 0, 0, 1, 2**40, 2**20, 2**20)
+        extension.start_noise(0, 0, (0, 1), 1, 2**40, 2**20, 2**20)
     with pytest.raises(ValueError, match=r"dtype must be 0 .* got 3"):
-        extension.start_noise(0, 3, 0, 1, 1, 4, 4)
+        extension.start_noise(0, 3, (0, 1), 1, 1, 4, 4)
     with pytest.raises(ValueError, match="stage"):
-        extension.renoise_upsample(0, 0, 0, False, 0, 1, 1, 4, 4, 1.0, 1.0, 2**32, 0.0)
+        extension.renoise_upsample(0, (16, 0, (1, 1, 4, 4), (16, 16, 4, 1)), False, (0, 1), 1.0, 1.0, 2**32, 0.0)
     with pytest.raises(ValueError, match="x is missing"):
-        extension.renoise_upsample(0, 0, 0, False, 0, 1, 1, 4, 4, 1.0, 1.0, 1, 0.0)
+        extension.renoise_upsample(0, (0, 0, (1, 1, 4, 4), (16, 16, 4, 1)), False, (0, 1), 1.0, 1.0, 1, 0.0)
     with pytest.raises(ValueError, match="v_cond is missing"):
-        extension.cfg_euler(0, 0, (0, 0, 0), (0, 0, 0), (0, 0, 0), 1, 1, 1.0, 1.0)
+        extension.cfg_euler(0, 0, none, none, none, 1, 1, 1.0, 1.0)
     with pytest.raises(ValueError, match="negative"):
-        extension.cfg_euler(0, 0, (0, 0, 0), (0, 0, 0), (0, 0, 0), -1, 1, 1.0, 1.0)
+        extension.cfg_euler(0, 0, none, none, none, -1, 1, 1.0, 1.0)
+
+
+def tensor(*shape, strides=None, dtype=0):
+    """A tensor as the extension takes it, at an address that nothing may read."""
+    return 16, dtype, shape, strides or torch.empty(shape, device="meta").stride()
+
+
+IMAGE, HEADS = tensor(2, 4, 8, 8), tensor(1, 4, 2, 16)
+REFUSED = {
+    "renoise_upsample": (
+        dict(out=16, x=IMAGE, channels_last=False, seeds=(16, 2), alpha=1.0, beta=1.0, stage=1, correlation=0.0),
+        (dict(seeds=(16, 1)), "seeds must be one per image, 2, got 1"),
+        (dict(x=tensor(2, 4, 8)), r"x must be of 4 dimensions, got shape \(2, 4, 8\)"),
+        (dict(channels_last=True), r"x must be channels-last, got shape \(2, 4, 8, 8\), strides \(256, 64, 8, 1\)"),
+        (dict(out=0), "out or seeds is missing"),
+    ),
+    "cfg_euler": (
+        dict(out=16, dtype=0, x=(16, 0, 4, 8), v_cond=(16, 0, 4, 8), v_uncond=(0, 0, 0, 0), rows=2, columns=4)
+        | dict(scale=1.0, dt=1.0),
+        (dict(x=(16, 0, 4, 7)), "x must be 2 rows of 4, got 7 elements, rows 4 apart"),
+        (dict(v_cond=(16, 0, -4, 8)), "v_cond must be 2 rows of 4, got 8 elements, rows -4 apart"),
+        (dict(out=0), "out is missing"),
+    ),
+    "norm_modulate": (
+        dict(h=16, x_new=16, x=tensor(6, 8), y=tensor(6, 8), gate=tensor(2, 8), shift=tensor(2, 8))
+        | dict(scale=tensor(2, 8), run=3, eps=1e-6),
+        (dict(x=tensor(6, 8, strides=(16, 1))), r"x must be contiguous, got shape \(6, 8\), strides \(16, 1\)"),
+        (dict(y=tensor(5, 8)), r"y must be of shape \(6, 8\), got \(5, 8\)"),
+        (dict(gate=tensor(1, 8)), r"gate must be of shape \(2, 8\), got \(1, 8\)"),
+        (dict(scale=tensor(2, 7)), r"scale must be of shape \(2, 8\), got \(2, 7\)"),
+        (dict(shift=tensor(2, 8, strides=(1, 2))), "shift must be contiguous in its last dimension"),
+        (dict(x_new=0), "h or x_new is missing"),
+        (dict(gate=None), "gate is missing"),
+    ),
+    "qk_norm_rope": (
+        dict(out=tensor(2, 5, 2, 3, 16), x=tensor(2, 5, 3, 3, 16), weight=tensor(2, 2, 16), bias=tensor(2, 2, 16))
+        | dict(cos=tensor(5, 8), sin=tensor(5, 8), split=2, eps=1e-6),
+        (dict(weight=tensor(2, 16)), r"weight must be at least 64 elements, got shape \(2, 16\)"),
+        (dict(bias=tensor(1, 2, 16)), r"bias must be at least 64 elements, got shape \(1, 2, 16\)"),
+        (dict(cos=tensor(4, 8)), r"cos must be at least 40 elements, got shape \(4, 8\)"),
+        (dict(sin=tensor(5, 8, dtype=1)), "sin must be float32, got bfloat16"),
+        (dict(cos=None), "cos is missing"),
+        (dict(out=tensor(2, 5, 3, 3, 16)), r"out must be of shape \(2, 5, 2, 3, 16\), got \(2, 5, 3, 3, 16\)"),
+        (dict(out=tensor(2, 5, 2, 3, 16, dtype=1)), "out must be float32, got bfloat16"),
+        (dict(out=tensor(2, 5, 2, 3, 16, strides=(960, 192, 96, 32, 1))), r"out must be dense in"),
+        (dict(x=tensor(2, 5, 3, 3, 16, strides=(720, 144, 16, 48, 1))), "x must be contiguous in its last 3"),
+    ),
+    "swiglu": (
+        dict(out=16, a=tensor(4, 6), b=tensor(4, 6)),
+        (dict(b=tensor(4, 5)), r"b must be of shape \(4, 6\), got \(4, 5\)"),
+        (dict(b=tensor(4, 6, dtype=2)), "b must be float32, got float16"),
+        (dict(a=tensor(4, 6, strides=(1, 4))), "a must be contiguous in its last dimension"),
+        (dict(a=(0, 0, (4, 6), (6, 1))), "a is missing"),
+    ),
+    "attention": (
+        dict(out=HEADS, q=HEADS, k=tensor(1, 7, 2, 16), v=tensor(1, 7, 2, 16), accumulate=None),
+        (dict(k=tensor(1, 7, 1, 16)), r"k must be of shape \(1, 7, 2, 16\), got \(1, 7, 1, 16\)"),
+        (dict(v=tensor(1, 6, 2, 16)), r"v must be of shape \(1, 7, 2, 16\), got \(1, 6, 2, 16\)"),
+        (dict(v=tensor(1, 7, 2, 16, dtype=1)), "v must be float32, got bfloat16"),
+        (dict(accumulate=tensor(1, 3, 2, 16)), "accumulate must be of shape"),
+        (dict(out=tensor(1, 4, 2, 8)), "out must be of shape"),
+        (dict(q=tensor(1, 4, 2, 16, strides=(128, 32, 16, 2))), "q must be contiguous in its last dimension"),
+    ),
+    "group_norm_modulate_silu": (
+        dict(out=16, x=IMAGE, weight=tensor(4), bias=tensor(4), scale=tensor(2, 4, 2, 2), shift=tensor(2, 4, 2, 2))
+        | dict(groups=2, channels_last=False, silu=True, eps=1e-6),
+        (dict(weight=tensor(3)), r"weight must be of shape \(4\), got \(3\)"),
+        (dict(bias=tensor(4, strides=(2,))), "bias must be contiguous"),
+        (dict(scale=tensor(2, 3, 2, 2)), r"scale must be of shape \(2, 4, 2, 2\), got \(2, 3, 2, 2\)"),
+        (dict(shift=tensor(2, 4, 1, 2)), r"shift must be of shape \(2, 4, 2, 2\), got \(2, 4, 1, 2\)"),
+        (dict(scale=None, shift=tensor(2, 4, 3, 2)), "must divide height and width"),
+        (dict(out=0), "out is missing"),
+    ),
+    "window_attention": (
+        dict(out=HEADS, q=HEADS, k=HEADS, v=HEADS, table=tensor(3, 3, 2), height=2, width=2),
+        (dict(table=tensor(3, 3, 1)), r"table must be of shape \(3, 3, 2\), got \(3, 3, 1\)"),
+        (dict(table=tensor(4, 4, 2)), r"table must be of shape \(3, 3, 2\), got \(4, 4, 2\)"),
+        (dict(height=3), r"must be of shape \(1, 6, 2, 16\), got \(1, 4, 2, 16\)"),
+        (dict(height=-2, width=-2), "sizes must not be negative"),
+    ),
+    "stage_transition": (
+        dict(out=16, x=tensor(4, 2, 12), v=tensor(4, 2, 12), v_uncond=None, shape=(2, 2, 3, 2), dt=1.0, scale=1.0)
+        | dict(seeds=(16, 2), alpha=1.0, beta=1.0, stage=1, correlation=0.0),
+        (dict(v=tensor(4, 1, 12)), r"v must be of shape \(4, 2, 12\), got \(4, 1, 12\)"),
+        (dict(shape=(3, 2, 3, 2)), r"must be of shape \(9, 2, 12\), got \(4, 2, 12\)"),
+        (dict(seeds=(16, 3)), "seeds must be one per image, 2, got 3"),
+        (dict(x=None), "x or v is missing"),
+    ),
+    "final_step": (
+        dict(out=16, type=0, channels_last=False, x=tensor(4, 2, 12), v=tensor(4, 2, 12), v_uncond=None)
+        | dict(shape=(2, 2, 3, 2), dt=1.0, scale=1.0),
+        (dict(v_uncond=tensor(4, 2, 11)), r"v_uncond must be of shape \(4, 2, 12\), got \(4, 2, 11\)"),
+        (dict(x=tensor(4, 2, 12, strides=(2, 1, 8))), "x must be contiguous in its last dimension"),
+        (dict(out=0), "out is missing"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name, arguments, message",
+    [(name, {**good, **change}, message) for name, (good, *cases) in REFUSED.items() for change, message in cases],
+)
+def test_the_extension_refuses_what_would_leave_a_tensor(name, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        getattr(backends.load_extension(), name)(**arguments)
+
+
+def test_two_entries_of_weights_are_needed_where_tokens_are_split():
+    out, qkv = torch.empty(1, 4, 2, 1, 16), torch.empty(1, 4, 3, 1, 16)
+    weight, angles = torch.ones(2, 16), torch.ones(4, 8)
+    with pytest.raises(InputError, match=r"qk_norm_rope: weight must be at least 64 elements, got shape \(2, 16\)"):
+        native.qk_norm_rope(out, qkv, weight, weight, angles, None, 2, 1e-6)
+
+
+def test_the_extension_takes_tensors_as_tuples_only():
+    for wrong in (0, (16, 0, (4, 6)), (16, 0, [4, 6], [6, 1]), (16, 0, (4, 6), (6,)), (16, 0, (4, "6"), (6, 1))):
+        with pytest.raises(TypeError, match="incompatible function arguments"):
+            backends.load_extension().swiglu(16, wrong, tensor(4, 6))
 
 
 def test_constants_of_the_header_equal_those_of_noise_py():

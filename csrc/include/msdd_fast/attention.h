@@ -4,15 +4,9 @@
 #include <cstdint>
 #include <string>
 
-#include "msdd_fast/dtype.h"
+#include "msdd_fast/operand.h"
 
 namespace msdd_fast {
-
-// (batch, tokens, heads, head size) in any memory order: the strides of the first three in elements, the last is 1.
-struct HeadsView {
-    void* data = nullptr;  // null where the tensor is absent
-    std::int64_t batch = 0, token = 0, head = 0;
-};
 
 struct AttentionShape {
     std::int64_t batch, queries, keys, heads, head_size;
@@ -20,16 +14,16 @@ struct AttentionShape {
 
 constexpr std::int64_t MAX_HEAD_SIZE = 128;
 
-// The best of these that this machine can run: "avx512bf16", "avx512", "avx2", "plain". There is also "plain_bf16",
-// which does what "avx512bf16" does, for tests.
+// The first of "avx512bf16", "avx512", "avx2" and "plain" that this machine can run. Tests also use "plain_bf16", which
+// emulates "avx512bf16".
 std::string attention_level();
 
 // out = softmax(q k^T / sqrt(head size)) v, plus `accumulate` where it is given (it may be `out`). All of one dtype,
-// float32 inside, rounded once; but that the bf16 levels round the weights of bfloat16 attention, as SDPA does. `out`
-// must not overlap q, k or v.
+// Computed in float32 and rounded once, except that the bf16 levels round the softmax weights to bfloat16, as SDPA
+// does. `out` must not overlap q, k or v.
 //
-// `level` names the code to run, for tests; empty means attention_level(). Neither the number of threads nor the other
-// images and heads change a bit of the result. Allocates some 0.4 MB a thread, whatever the shape, and keeps it.
+// `level` names the code to run, for tests; empty means attention_level(). Results are bitwise independent
+// of the number of threads and of other images and heads. Keeps about 0.4 MB of scratch per thread, whatever the shape.
 // Throws std::invalid_argument on negative sizes, no keys, a head size that is not a multiple of 16 up to 128,
 // threads < 1 or a level that cannot run here.
 void attention(HeadsView out, HeadsView q, HeadsView k, HeadsView v, HeadsView accumulate, DType dtype,

@@ -1,4 +1,4 @@
-// Guidance and Euler step on the CPU, together or alone.
+// Classifier-free guidance and Euler step on the CPU, together or alone (docs/spec.md#cfg, docs/spec.md#sampler).
 #pragma once
 
 #include <cstdint>

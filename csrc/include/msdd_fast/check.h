@@ -1,4 +1,4 @@
-// Refusal of impossible arguments, before memory is touched.
+// Argument checks, run before any memory is touched.
 #pragma once
 
 #include <stdexcept>

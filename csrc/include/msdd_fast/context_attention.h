@@ -8,8 +8,7 @@
 
 #include <cstdint>
 
-#include "msdd_fast/attention.h"
-#include "msdd_fast/dtype.h"
+#include "msdd_fast/operand.h"
 
 namespace msdd_fast {
 

@@ -8,7 +8,7 @@
 
 #include <cstdint>
 
-#include "msdd_fast/bits.h"
+#include "msdd_fast/detail/bits.h"
 
 namespace msdd_fast {
 
@@ -91,7 +91,7 @@ MSDD_INLINE void narrow(const float* __restrict source, std::int64_t count, T* _
     for (std::int64_t i = 0; i < count; ++i) target[i] = from_float<T>(source[i]);
 }
 
-// In csrc/cpu/dtype.cpp; a call each, so best with some tens of elements or more.
+// In csrc/cpu/runtime/dtype.cpp; a call each, so best with some tens of elements or more.
 void widen(const Float16* source, std::int64_t count, float* target);
 void narrow(const float* source, std::int64_t count, Float16* target);
 

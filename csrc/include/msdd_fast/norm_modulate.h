@@ -1,4 +1,4 @@
-// LayerNorm and adaLN modulation on the CPU, with or without the gated residual before it.
+// LayerNorm and adaLN modulation on the CPU, optionally preceded by a gated residual (docs/spec.md#adaln).
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,7 @@ using Table = Rows;
 
 struct NormShape {
     std::int64_t rows, width;
-    std::int64_t run, groups;  // row r takes row min(r / run, groups - 1) of the tables
+    std::int64_t run, groups;  // row r uses row min(r / run, groups - 1) of the tables
     float eps;
 };
 

@@ -1,13 +1,13 @@
-// Counter-based normals, the C++ (and later CUDA) twin of msdd_fast/diffusion/noise.py: the same integers bit for bit,
-// the same formulas for the normals. A test compares every constant below with noise.py.
+// Counter-based normals in C++ and CUDA: the same integers as msdd_fast/diffusion/noise.py bit for bit, and the same
+// formulas for the normals (docs/spec.md#noise). A test compares every constant below with noise.py.
 //
-// Everything works on arrays of N lanes, structure of arrays: on a CPU N = 16 lets the compiler turn each loop
-// into vector instructions, in a CUDA thread N = 1 and the loops vanish.
+// Everything works on arrays of N lanes, structure of arrays: on a CPU the compiler vectorises each loop,
+// and in a CUDA thread N = 1.
 #pragma once
 
 #include <cstdint>
 
-#include "msdd_fast/bits.h"
+#include "msdd_fast/detail/bits.h"
 
 namespace msdd_fast {
 

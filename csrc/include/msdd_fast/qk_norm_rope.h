@@ -1,4 +1,4 @@
-// Per-head LayerNorm and rotary position embedding on the CPU.
+// Per-head LayerNorm and rotary position embedding on the CPU (docs/spec.md#qk-norm, docs/spec.md#rope).
 #pragma once
 
 #include <cstdint>
@@ -8,11 +8,11 @@
 namespace msdd_fast {
 
 struct HeadsShape {
-    std::int64_t batch, tokens, parts, heads;  // parts: those that are normalised, q and k or k alone
+    std::int64_t batch, tokens, parts, heads;  // parts to normalise: q and k, or k alone
     int head_dim;                              // 16, 32, 64 or 128
     std::int64_t stride_batch, stride_token;   // of the input; parts, heads and head_dim are contiguous
     bool token_major;    // memory order of the output: (tokens, batch, ...) or (batch, tokens, ...)
-    std::int64_t split;  // tokens before it take entry 0 of the weights, the others entry 1
+    std::int64_t split;  // tokens before it use entry 0 of the weights, the others entry 1
     float eps;
 };
 

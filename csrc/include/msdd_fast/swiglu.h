@@ -1,4 +1,4 @@
-// The activation of the SwiGLU MLP on the CPU.
+// The activation of the SwiGLU MLP on the CPU (docs/spec.md#swiglu).
 #pragma once
 
 #include <cstdint>

@@ -1,9 +1,8 @@
-// Attention of every pixel of a grid over the square window round it, on the CPU.
+// Attention of each pixel over the square window around it, on the CPU (docs/spec.md#ssdd-network).
 #pragma once
 
 #include <cstdint>
 
-#include "msdd_fast/attention.h"
 #include "msdd_fast/operand.h"
 
 namespace msdd_fast {
@@ -21,8 +20,8 @@ struct WindowShape {
 
 // out = softmax(q k^T / sqrt(head size) + table[qy - ky + window - 1, qx - kx + window - 1]) v over the keys with
 // |qy - ky| < window and |qx - kx| < window. q, k, v and out of `dtype`, float32 inside, rounded once; `out` must not
-// overlap the others. Neither the number of threads nor the other images and heads change a bit. Needs, and keeps, some
-// 4 (2 window + 1) head_size (width + 2 window) x 2 bytes a thread: nothing that grows with the number of pixels.
+// overlap the others. Results are bitwise independent of the number of threads and of other images and heads. Keeps
+// about 4 (2 window + 1) head_size (width + 2 window) x 2 bytes per thread, independent of the image height.
 // Throws std::invalid_argument on negative sizes, window < 1 or threads < 1.
 void window_attention(HeadsView out, HeadsView q, HeadsView k, HeadsView v, const BiasTable& table, DType dtype,
                       const WindowShape& shape, int threads);

@@ -1,0 +1,28 @@
+// A parallel loop on the threads of PyTorch's OpenMP team, or else on a pool of our own.
+//
+// Why not link OpenMP: torch ships its own libgomp inside the wheel. The system's would be a second OpenMP runtime in
+// the process, whose spinning pool competes with torch's for the same cores. The team that is there is found when the
+// library is first used; without one (no torch, another runtime, after fork()) the pool serves. Why not start
+// std::thread per call: each start costs 20 to 50 us, more than the work of a small image.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <functional>
+
+namespace msdd_fast {
+
+// Runs task(0) .. task(count - 1), each once, on the caller and on up to count - 1 other threads. Returns when all are
+// done. `task` must not throw.
+void run_tasks(std::int64_t count, const std::function<void(std::int64_t)>& task);
+
+// Calls body(begin, end) on contiguous parts of [0, count), at least `grain` items each, on at most `threads`
+// threads, the caller's included. `body` must not throw.
+template <class Body>
+void parallel_for(std::int64_t count, std::int64_t grain, int threads, const Body& body) {
+    const std::int64_t parts = std::min<std::int64_t>(threads, count / grain);
+    if (parts <= 1) return body(std::int64_t{0}, count);
+    run_tasks(parts, [&](std::int64_t part) { body(count * part / parts, count * (part + 1) / parts); });
+}
+
+}  // namespace msdd_fast
