@@ -64,7 +64,10 @@ class Tokenizer(nn.Module):
         image_size: int = 256,
         num_stages: int = 4,
     ) -> Tokenizer:
-        """Import a checkpoint of the authors' code (SPEC A8). See ``families.msdd.released.import_authors``."""
+        """Import a checkpoint of the authors' code (docs/spec.md#authors-checkpoint).
+
+        See ``families.msdd.released.import_authors``.
+        """
         from msdd_fast.families.msdd.released import import_authors
 
         return import_authors(path_or_state_dict, weights, image_size, num_stages)
@@ -77,7 +80,7 @@ class Tokenizer(nn.Module):
         steps: int = 8,
         groups: int = 32,
     ) -> Tokenizer:
-        """Import SSDD's released weights (SPEC-SSDD 1.6). See ``families.ssdd.released.import_ssdd``."""
+        """Import SSDD's released weights (docs/spec.md#ssdd-network). See ``families.ssdd.released.import_ssdd``."""
         from msdd_fast.families.ssdd.released import import_ssdd
 
         return import_ssdd(path_or_state_dict, image_size, steps, groups)

@@ -2,7 +2,7 @@
 
 A ``TokenizerConfig`` (MSDD) or an ``SSDDConfig`` is everything needed to build a tokenizer apart from its weights; it
 is what ``config.json`` beside a checkpoint holds, and its ``family`` says which of the two it is. Where MSDD's paper
-and its authors' code disagree, the two choices are values of one field (SPEC, table in the head; A7).
+and its authors' code disagree, the two choices are values of one field (docs/spec.md).
 ``authors_choices`` lists the values that reproduce the authors' published network.
 """
 

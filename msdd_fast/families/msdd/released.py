@@ -1,4 +1,4 @@
-"""Reading checkpoints of the MSDD authors' code (SPEC A8): names, sizes and dead tensors."""
+"""Reading checkpoints of the MSDD authors' code (docs/spec.md#authors-checkpoint): names, sizes and dead tensors."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def _depth(state: dict[str, Tensor], side: str) -> int:
 def import_authors(
     source: str | os.PathLike[str] | dict[str, Any], weights: str = "ema", image_size: int = 256, num_stages: int = 4
 ) -> Tokenizer:
-    """Build a tokenizer from a checkpoint of the authors' code (SPEC A8).
+    """Build a tokenizer from a checkpoint of the authors' code (docs/spec.md#authors-checkpoint).
 
     Args:
         source: a .pt file (loaded with ``weights_only=True``; nothing in it can run), its dict, or a bare
