@@ -21,7 +21,7 @@ def gflop(size, **options):
     return total(ssdd_decode_work(SSDD_PRESETS[f"ssdd-{size}-f8c4"], **options)).flops / 1e9
 
 
-def test_sizes_of_the_spec():
+def test_gflop_of_every_size():
     for size, expected in EXPECTED.items():
         assert gflop(size, hoisted=False) == pytest.approx(expected, rel=0.001)
     for side, expected in EXPECTED_M.items():
