@@ -71,7 +71,7 @@ def _mean_scale(config: TokenizerConfig) -> float:
 
 
 def _restarted(config: TokenizerConfig, scales: list[int]) -> float:
-    """Mean over u of the stages from the one whose timesteps hold 1000 u to the last (SPEC A6)."""
+    """Mean over u of the stages from the one whose timesteps hold 1000 u to the last (docs/spec.md#stage2-loss)."""
     tops = [s.timestep_max for s in StageSchedule(config.schedule).stages] + [0.0]
     return sum((tops[s] - tops[s + 1]) / NUM_TIMESTEPS * sum(scales[s:]) for s in range(len(scales)))
 

@@ -1,4 +1,4 @@
-"""The few exception types a user of msdd-fast can meet (DESIGN section 8).
+"""The few exception types a user of msdd-fast can meet.
 
 Every message names the argument, what was expected and what came.
 """

@@ -1,4 +1,5 @@
-"""The sampler: from noise to pixels, coarse to fine (SPEC A4), or in one stage (SPEC-SSDD 3)."""
+"""The sampler: from noise to pixels, coarse to fine (docs/spec.md#sampler), or in one stage
+(docs/spec.md#ssdd-schedule)."""
 
 from __future__ import annotations
 
@@ -115,7 +116,7 @@ def sample(
 def velocity(
     decoder: VelocityModel, x: Tensor, t: Tensor, z: Tensor, cfg_scale: float, backend: str | None = None
 ) -> Tensor:
-    """Velocity with classifier-free guidance (paper Eq. 4); float32."""
+    """Velocity with classifier-free guidance (docs/spec.md#cfg; paper Eq. 4); float32."""
     v = decoder(x, t, z).float()
     if cfg_scale != 1.0:
         v = ops.cfg_combine(v, decoder(x, t, None).float(), cfg_scale, backend=backend)
@@ -128,7 +129,7 @@ def clean_estimate(x_t: Tensor, v: Tensor, t: float, stage: Stage) -> Tensor:
     The line through x_t with slope v gives both ends of the stage, S = x_t + (1-t) v at level start_t
     and E = x_t - t v at level end_t. They share one noise; in the mean over 2x2 blocks the clean image
     of both is the same, which gives it and the noise's block mean; that in turn removes the noise from
-    the fine detail (SPEC, head, "Clean estimate of a stage").
+    the fine detail (docs/spec.md#clean-estimate).
     """
     s0, e = stage.start_t, stage.end_t
     start, end = x_t + (1.0 - t) * v, x_t - t * v

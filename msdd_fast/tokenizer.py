@@ -82,7 +82,7 @@ class Tokenizer(nn.Module):
         image_size: int = 256,
         num_stages: int = 4,
     ) -> Tokenizer:
-        """A checkpoint of the MSDD authors' code (SPEC A8).
+        """A checkpoint of the MSDD authors' code (docs/spec.md#authors-checkpoint).
 
         ``weights`` is "ema" or "model"; ``image_size`` and ``num_stages`` are not stored in the file. Otherwise as
         ``from_released_checkpoint``.
@@ -98,7 +98,7 @@ class Tokenizer(nn.Module):
         steps: int = 8,
         groups: int = 32,
     ) -> Tokenizer:
-        """SSDD's released weights (SPEC-SSDD 1.6).
+        """SSDD's released weights (docs/spec.md#ssdd-network).
 
         ``image_size`` is the side of the crops that the command line takes, ``steps`` what ``decode`` takes by default
         (1 for distilled weights), ``groups`` that of the decoder's GroupNorms (32 in all released weights). Otherwise

@@ -8,7 +8,10 @@ import torch
 
 from msdd_fast import Tokenizer
 from msdd_fast.checkpoint import bundled_names
+from msdd_fast.diffusion.config import ScheduleConfig
+from msdd_fast.diffusion.schedule import StageSchedule, build_stages
 from msdd_fast.families.msdd.presets import PRESETS
+from msdd_fast.training.recipes.stage1 import time_weight
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -61,11 +64,28 @@ def test_the_table_of_models():
             assert f"{count:.1f}" == millions, name
 
 
-def test_links_of_the_documents_lead_somewhere():
-    for document in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
-        for target in re.findall(r"\]\(([^)#]+)\)", document.read_text()):
-            if "://" not in target:
-                assert (document.parent / target).exists(), f"{document.name}: {target}"
+def test_the_tables_of_the_specification():
+    """Schedules of three and four stages, times of one step and the weighting of stage 1 are what the code computes."""
+    spec = (ROOT / "docs/spec.md").read_text()
+    for stages in (3, 4):
+        table = re.search(rf"\(`num_stages={stages}`\):\n\n.*\n.*\n((?:\|.*\n)+)", spec)[1]
+        rows = [[c.strip() for c in line.strip("|").split("|")] for line in table.splitlines()]
+        assert len(rows) == stages
+        for row, s in zip(rows, build_stages(stages), strict=True):
+            levels = [s.start_t, s.end_t, s.start_t - s.end_t, s.timestep_max, s.timestep_min, s.timestep_last]
+            values = [s.index, *levels, *((s.alpha, s.beta) if s.index else ())]
+            for text, value in zip([c for c in row if c], values, strict=True):
+                assert text == f"{value:.{len(text.partition('.')[2])}f}"
+        times = re.search(rf"^\| {stages} \| (1, [\d., ]+) \| (1, [\d., ]+) \|$", spec, re.M).groups()
+        for dtype, text in zip(("float32", "bfloat16"), times, strict=True):
+            schedule = StageSchedule(ScheduleConfig(num_stages=stages, timestep_dtype=dtype))
+            expected = [schedule.time_grid(s, 1)[0].item() for s in range(stages)]
+            assert [float(v) for v in text.split(", ")] == pytest.approx(expected, abs=1e-7)
+    t, weights = (
+        [float(v) for v in re.search(rf"^\| {re.escape(name)} \| ([\d.| ]+) \|$", spec, re.M)[1].split(" | ")]
+        for name in ("t", "w(t)")
+    )
+    assert time_weight(torch.tensor(t)).tolist() == pytest.approx(weights, rel=0.005)
 
 
 def test_commands_in_the_readme_exist():

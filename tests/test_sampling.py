@@ -27,11 +27,11 @@ def z():
     return torch.randn(7, 16, 32, generator=torch.Generator().manual_seed(1))
 
 
-# SPEC A4: correlation of the renoised state inside a 2x2 block for each correlation of the noise.
+# Correlation of the renoised state inside a 2x2 block for each correlation of the noise (docs/spec.md#renoise).
 @pytest.mark.parametrize(("correlation", "expected"), [(-1 / 3, 0.0), (0.0, 0.25), (1 / 3, 0.5)])
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_renoised_state(correlation, expected, stage):
-    """Upsampled end noise plus renoising: level start_t per pixel, and the block correlation SPEC gives."""
+    """Upsampled end noise plus renoising: level start_t per pixel, and the block correlation of the table above."""
     s, e = build_stages(4)[stage], build_stages(4)[stage - 1].end_t
     batch, size = 64, 64
     generator = torch.Generator().manual_seed(stage)

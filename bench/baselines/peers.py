@@ -2,7 +2,7 @@
 
     python -m msdd_fast.bench.baselines.peers [--batch 1] [--dtype fp32] [--only NAME ...] [--json FILE]
 
-The others are built by diffusers (``pip install 'msdd-fast[peers]'``) at the configurations of SPEC section C with
+The others are built by diffusers (``pip install 'msdd-fast[peers]'``) at the configurations below, with
 random weights: speed does not depend on them. Same dtype, batch and timer for all. The ways to run one decoder take
 turns, and each has at least one call after its first; the decoders come one after the other, since together they would
 not fit into a small memory. FLOP are counted by torch while one image is decoded.

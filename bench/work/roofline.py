@@ -1,4 +1,4 @@
-"""FLOP and bytes of a decode by formula: per op, layer, scale and as a whole (SPEC section E).
+"""FLOP and bytes of a decode by formula: per op, layer, scale and as a whole.
 
 A multiply-add is 2 FLOP; only matrix products and attention are counted, as ``torch.utils.flop_counter`` does. Bytes
 are the least that the engine's ops can move: every op reads its inputs and its weights once and writes its result once.

@@ -1,4 +1,4 @@
-"""FLOP and bytes of an SSDD decode by formula, op by op (SPEC-SSDD 7): what ``roofline`` is for MSDD.
+"""FLOP and bytes of an SSDD decode by formula, op by op: what ``roofline`` is for MSDD.
 
 Products, convolutions and attention are counted, as ``torch.utils.flop_counter`` does. ``layer`` is the index of the
 residual or transformer block in its order of use, -1 for neither; ``scale`` is the height of the image, 0 for what the

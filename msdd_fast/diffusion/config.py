@@ -75,7 +75,7 @@ class JsonConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """Multi-scale noise schedule (SPEC A3, A4)."""
+    """Multi-scale noise schedule (docs/spec.md#schedule)."""
 
     num_stages: int = 4
     block_correlation: float = -1.0 / 3.0
@@ -84,8 +84,8 @@ class ScheduleConfig:
     timestep_dtype: FloatName = "float32"
     """dtype in which model times T/1000 are rounded; "bfloat16" is parity with bf16 checkpoints."""
     time_grid: TimeGrid = "uniform"
-    """Step times inside a stage: "uniform" in [1, 0]; "authors" ends with a step of 0.001; "power" is the uniform
-    grid raised to ``time_power``, with the time itself as the model time (SPEC-SSDD 3): for one stage."""
+    """Step times inside a stage (docs/spec.md#time-grids): "uniform" in [1, 0]; "authors" ends with a step of 0.001;
+    "power" is the uniform grid raised to ``time_power``, with the time itself as the model time: for one stage."""
     time_power: float = 2.0
     """Exponent of the grid "power"; the others have none."""
 

@@ -1,4 +1,4 @@
-"""Counter-based normal noise: the one definition of the random numbers (DESIGN section 7).
+"""Counter-based normal noise: the one definition of the random numbers (docs/spec.md#noise).
 
 Philox4x32-10 with key = the image's seed (64 bit) and counter = (block, stage, 0, purpose), where
 ``block`` is the index of a 2x2 block of pixels in logical (channel, row, column) order and ``purpose``
@@ -139,7 +139,7 @@ def correlate_blocks(eps: Tensor, correlation: float) -> Tensor:
     """Unit normals (..., 4) to unit normals with the given correlation inside each group of four.
 
     n = sqrt(1 - rho) * (eps - m) + sqrt(1 + 3 rho) * m with m the mean of the four: exact for every
-    rho in [-1/3, 1) (SPEC A4). rho = 0 returns ``eps`` itself.
+    rho in [-1/3, 1) (docs/spec.md#renoise). rho = 0 returns ``eps`` itself.
     """
     if correlation == 0.0:
         return eps

@@ -1,4 +1,4 @@
-"""Two-axis rotary position embedding (SPEC A0).
+"""Two-axis rotary position embedding (docs/spec.md#rope).
 
 A head of size d is d/2 interleaved (even, odd) pairs. The first half of the pairs turns with the row
 index, the second half with the column index, both with frequencies base^(-2i/(d/2)), i < d/4. Angles
@@ -63,7 +63,7 @@ def apply_rope(x: Tensor, table: RopeTable) -> Tensor:
 def image_grid_positions(grid: int, max_grid: int, kind: str, device: torch.device) -> tuple[Tensor, Tensor]:
     """Row and column positions of a ``grid`` x ``grid`` patch grid, row-major, in units of the final grid.
 
-    "centered": the middle crop of the ``max_grid`` squared table (SPEC A0). "scaled": token i of g sits at
+    "centered": the middle crop of the ``max_grid`` squared table. "scaled": token i of g sits at
     (i + 0.5) * M / g - 0.5, the centre of the pixels that it covers.
     """
     index = torch.arange(grid, device=device, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""The multi-scale noise schedule (SPEC A3, A4).
+"""The multi-scale noise schedule (docs/spec.md#schedule).
 
 Three different numbers, never mixed:
 
@@ -19,7 +19,7 @@ from msdd_fast.diffusion.config import ScheduleConfig
 from msdd_fast.errors import InputError
 
 NUM_TIMESTEPS = 1000
-# gamma of the paper's renoising; alpha and beta keep it whatever block_correlation is (SPEC A3).
+# gamma of the paper's renoising; alpha and beta keep it whatever block_correlation is (docs/spec.md#schedule).
 GAMMA = 1.0 / 3.0
 
 
@@ -41,7 +41,7 @@ class Stage:
         return self.timestep_max + (1 - 1 / NUM_TIMESTEPS) * (self.timestep_min - self.timestep_max)
 
 
-# One stage from noise to image, whose model time is the time itself (SPEC-SSDD 3).
+# One stage from noise to image, whose model time is the time itself (docs/spec.md#ssdd-schedule).
 CONTINUOUS = Stage(0, start_t=1.0, end_t=0.0, timestep_max=1000.0, timestep_min=0.0, alpha=1.0, beta=0.0)
 
 
@@ -59,7 +59,7 @@ class StageSchedule:
         return self.stages[index]
 
     def round_model_time(self, timesteps: Tensor) -> Tensor:
-        """Timesteps (0..1000) to float32 model times, rounded as ``timestep_dtype`` asks (SPEC A4)."""
+        """Timesteps (0..1000) to float32 model times, rounded as ``timestep_dtype`` asks (docs/spec.md#time-grids)."""
         dtype = getattr(torch, self.config.timestep_dtype)
         return (timesteps.to(dtype) / NUM_TIMESTEPS).float()
 
@@ -86,8 +86,8 @@ class StageSchedule:
 
 
 def build_stages(num_stages: int) -> tuple[Stage, ...]:
-    """Levels, model timesteps, alpha and beta of every stage (SPEC A3)."""
-    # e[i]: level at which stage i would start on the plain grid 1.000, 0.999, ... (SPEC: orig_start_t).
+    """Levels, model timesteps, alpha and beta of every stage (docs/spec.md#schedule)."""
+    # e[i]: level at which stage i would start on the plain grid 1.000, 0.999, ...
     e = [1.0 - int(i * NUM_TIMESTEPS / num_stages) / NUM_TIMESTEPS for i in range(num_stages + 1)]
     alpha = [1.0] + [_alpha(e[i]) for i in range(1, num_stages)]
     start = [1.0] + [1.0 - alpha[i] * (1.0 - e[i]) for i in range(1, num_stages)]

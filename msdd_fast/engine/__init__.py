@@ -1,4 +1,4 @@
-"""The engine: one tokenizer's decode as fast as the hardware allows (DESIGN section 6).
+"""The engine: one tokenizer's decode as fast as the hardware allows (docs/engine.md).
 
 ``weights`` packs, ``tables`` hoists what depends on time alone, ``network`` evaluates the velocity, ``program`` is the
 whole decode; SSDD has files of its own for these (``ssdd_weights`` and so on), and ``family`` knows which to take.

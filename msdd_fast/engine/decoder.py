@@ -1,4 +1,4 @@
-"""FastDecoder: the eager tokenizer's decode at the speed of the hardware (DESIGN sections 3 and 6)."""
+"""FastDecoder: the eager tokenizer's decode at the speed of the hardware (docs/engine.md)."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ class Convolution:
 
 
 class UpsampleConvolution:
-    """Nearest x2, then 3 x 3 with padding 1, without the upsampled map (SPEC-SSDD 7, item 6).
+    """Nearest x2, then 3 x 3 with padding 1, without the upsampled map.
 
     Each pixel of the result sees 2 x 2 pixels of x. The four cases, of its row and its column being even or odd, are
     four 2 x 2 convolutions; together they are one transposed convolution with a 4 x 4 kernel and stride 2, whose taps

@@ -16,8 +16,8 @@ class StageImages(NamedTuple):
 
     Attributes:
         stage: its index.
-        images: (B, 3, H, H) clean estimate at this scale (SPEC, head, "Clean estimate of a stage"); of the last stage
-            the decoded image.
+        images: (B, 3, H, H) clean estimate at this scale (docs/spec.md#clean-estimate); of the last stage the decoded
+            image.
         state: float32 (B, 3, H, H), still noisy at the stage's end level unless it is the last.
     """
 

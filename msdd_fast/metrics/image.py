@@ -23,7 +23,7 @@ def psnr(x: Tensor, y: Tensor) -> Tensor:
 def ssim(x: Tensor, y: Tensor) -> Tensor:
     """Structural similarity per image (B,), scikit-image with its defaults (7x7 window), data range 1 on [0, 1].
 
-    The authors' script uses data range 2 on [0, 1], which inflates the figure (SPEC A7.12).
+    The authors' script uses data range 2 on [0, 1], which inflates the figure (docs/spec.md#quantise-pixels).
     """
     check_pair(x, y)
     try:

@@ -56,5 +56,5 @@ def _kind(value: object) -> str:
 
 
 def to_uint8(x: Tensor) -> Tensor:
-    """[-1, 1] to uint8, same shape: clamp(127.5 x + 128, 0, 255) truncated (SPEC A4)."""
+    """[-1, 1] to uint8, same shape: clamp(127.5 x + 128, 0, 255) truncated (docs/spec.md#quantise-pixels)."""
     return (x.float() * 127.5 + 128.0).clamp(0, 255).to(torch.uint8)

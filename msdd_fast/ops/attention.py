@@ -12,7 +12,7 @@ Scores, softmax and sums are float32 in eager and cpu, rounded once; the others 
 of context_attention, for at most 256 keys (the two coarsest scales of a joint block): K and V of a head stay in shared
 memory, where kernels made for long sequences start over for every 64 or 128 queries. Moves
 (2 Nq + 2 Nk) B H d elements and does 4 B H Nq Nk d FLOP; eager also stores the scores. eager and sdpa are
-differentiable, and training takes sdpa. SPEC A0 (joint attention) and head ("cross").
+differentiable, and training takes sdpa. Used as in docs/spec.md#joint-block and docs/spec.md#cross-block.
 
 Backends of ``auto``: the one that measured fastest here (msdd_fast/backends/tuned.py), else sdpa.
 """

@@ -1,4 +1,4 @@
-"""cfg_combine: classifier-free guidance (paper Eq. 4).
+"""cfg_combine: classifier-free guidance (docs/spec.md#cfg; paper Eq. 4).
 
     out = v_uncond + scale * (v_cond - v_uncond)
 

@@ -1,4 +1,4 @@
-"""context_attention: cross-attention of image tokens over a short context (paper section 4.1, SPEC head, "cross").
+"""context_attention: cross-attention of image tokens over a short context (docs/spec.md#cross-block).
 
     out = softmax(q k^T / sqrt(d)) v (+ accumulate)        per image and head
 

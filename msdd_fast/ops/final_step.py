@@ -5,9 +5,9 @@
 
 x, v, v_uncond (N, B, C*p*p), N = g*g, each float32, bfloat16 or float16; the velocities may be slices such as v[:, :B],
 which are read in place. out (B, C, g*p, g*p), contiguous or in NHWC memory order: a float dtype, rounded once and not
-clamped, or uint8 as ``images.to_uint8`` makes it, clamp(127.5 E + 128, 0, 255) without its fraction (SPEC A4). float32
-inside. Moves 3 elements for each element of x (4 with guidance), one of them of the dtype of ``out``. The eager
-reference is differentiable but for uint8.
+clamped, or uint8 as ``images.to_uint8`` makes it, clamp(127.5 E + 128, 0, 255) truncated
+(docs/spec.md#quantise-pixels). float32 inside. Moves 3 elements for each element of x (4 with guidance), one of
+them of the dtype of ``out``. The eager reference is differentiable but for uint8.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""gate_residual_norm_modulate: a block's gated residual and the LayerNorm and adaLN that follow it (SPEC A0).
+"""gate_residual_norm_modulate: a block's gated residual, the LayerNorm and the adaLN that follow (docs/spec.md#adaln).
 
     x_new = x + gate * y,        h = norm_modulate(x_new, shift, scale)
 

@@ -1,4 +1,4 @@
-"""group_norm_modulate_silu: GroupNorm, modulation at the latent resolution and SiLU (SPEC-SSDD 1.3, AdaGN and norm2).
+"""group_norm_modulate_silu: GroupNorm, modulation at the latent resolution and SiLU (docs/spec.md#ssdd-network).
 
     y = (x - mean) / sqrt(var + eps) * weight[c] + bias[c]      mean and var of C / groups channels of an image
     out = silu(y * (1 + scale[b, c, i h // H, j w // W]) + shift[...])

@@ -1,4 +1,4 @@
-"""norm_modulate: LayerNorm without affine, then adaLN (SPEC A0).
+"""norm_modulate: LayerNorm without affine, then adaLN (docs/spec.md#adaln).
 
     h = (x - mean) / sqrt(var + 1e-6) * (1 + scale) + shift        over the last dimension, var about the mean
 

@@ -1,4 +1,5 @@
-"""qk_norm_rope: per-head LayerNorm and two-axis rotary embedding of q and k, as the linear layer left them (SPEC A0).
+"""qk_norm_rope: per-head LayerNorm and two-axis rotary embedding of q and k, as the linear layer left them
+(docs/spec.md#qk-norm, docs/spec.md#rope).
 
     y = (x - mean) / sqrt(var + 1e-6) * weight + bias             over each head's d elements
     (out[2i], out[2i+1]) = (y[2i] cos_i - y[2i+1] sin_i, y[2i] sin_i + y[2i+1] cos_i)

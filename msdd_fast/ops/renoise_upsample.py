@@ -1,4 +1,4 @@
-"""renoise_upsample: the end state of a stage to the start state of the next (SPEC A4).
+"""renoise_upsample: the end state of a stage to the start state of the next (docs/spec.md#renoise; paper Eq. 3).
 
     out = alpha * nearest_x2(x) + beta * n,   n: unit normals with ``correlation`` inside each 2x2 block
 

@@ -1,4 +1,5 @@
-"""stage_transition: the last Euler step of a stage and the start of the next in one pass (SPEC A4; paper Eq. 3 to 5).
+"""stage_transition: the last Euler step of a stage and the start of the next in one pass
+(docs/spec.md#sampler; paper Eq. 3 to 5).
 
     E   = x + dt * v,  or  x + dt * (v_uncond + scale * (v - v_uncond)) with guidance
     out = alpha * nearest_x2(E) + beta * n,   n: unit normals with ``correlation`` inside each 2x2 block

@@ -1,6 +1,6 @@
 """start_noise: the white unit normals that a decode starts from.
 
-    out[b, c, y, x] = normal of pixel (y, x) of channel c in the stream of seeds[b]        (DESIGN section 7)
+    out[b, c, y, x] = normal of pixel (y, x) of channel c in the stream of seeds[b]        (docs/spec.md#noise)
 
 seeds int64 (B,) in [0, 2^63); out (B, C, H, W), H and W even, float32, bfloat16 or float16 (rounded once). With
 ``patch_size`` p, even, the same numbers as patch rows (H/p * W/p, B, C*p*p), features in (c, py, px) order.

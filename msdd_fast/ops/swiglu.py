@@ -1,4 +1,4 @@
-"""swiglu: the activation of the MLP (SPEC A0).
+"""swiglu: the activation of the MLP (docs/spec.md#swiglu).
 
     out = silu(a) * b,        silu(a) = a / (1 + e^-a)
 

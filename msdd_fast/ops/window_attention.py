@@ -1,4 +1,5 @@
-"""window_attention: every pixel attends to a square window round it, with a bias by displacement (SPEC-SSDD 1.4).
+"""window_attention: every pixel attends to a square window round it, with a bias by displacement
+(docs/spec.md#ssdd-network).
 
     logits = q k^T / sqrt(d) + table[qy - ky + w - 1, qx - kx + w - 1, head]     where |qy - ky| < w and |qx - kx| < w
     out = softmax(logits) v        per image and head; keys outside the window count for nothing

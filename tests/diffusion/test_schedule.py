@@ -1,4 +1,4 @@
-"""Schedule tables of SPEC A3 for 1 to 5 stages, and the time grids of A4."""
+"""Schedule tables for 1 to 5 stages (docs/spec.md#schedule), and time grids (docs/spec.md#time-grids)."""
 
 import itertools
 
@@ -9,7 +9,7 @@ from msdd_fast.diffusion.config import ScheduleConfig
 from msdd_fast.diffusion.schedule import StageSchedule, build_stages
 from msdd_fast.errors import InputError
 
-# stages -> columns of SPEC A3. Numbers are given there to the digits below.
+# stages -> columns of the table.
 TABLES = {
     1: dict(start_t=[1.0], end_t=[0.0], t_max=[1000], t_min=[1], t_last=[1.999], alpha=[], beta=[]),
     2: dict(
@@ -100,7 +100,7 @@ def test_one_step_is_the_same_in_both_grids():
     [(4, [1, 0.82421875, 0.57421875, 0.279296875]), (3, [1, 0.7421875, 0.38671875])],
 )
 def test_bfloat16_model_times(num_stages, expected):
-    """Parity with the authors' bf16 inference (SPEC A4)."""
+    """Parity with the authors' bf16 inference (docs/spec.md#time-grids)."""
     schedule = StageSchedule(ScheduleConfig(num_stages=num_stages, timestep_dtype="bfloat16"))
     assert [schedule.time_grid(s, 1)[0].item() for s in range(num_stages)] == expected
 

@@ -38,7 +38,7 @@ def test_tensor_round_trip_is_exact():
 
 
 def test_to_uint8():
-    """clamp(127.5 x + 128, 0, 255), truncated (SPEC A4)."""
+    """clamp(127.5 x + 128, 0, 255), truncated (docs/spec.md#quantise-pixels)."""
     x = torch.tensor([-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 7.0])
     assert to_uint8(x).tolist() == [0, 0, 64, 128, 191, 255, 255]
     assert to_uint8(x.bfloat16()).dtype == torch.uint8

@@ -1,4 +1,4 @@
-"""Terms of the stage-2 objective (SPEC A6, A7.7): adversarial losses and their adaptive weight."""
+"""Terms of the stage-2 objective: adversarial losses and their adaptive weight (docs/spec.md#adversarial)."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def discriminator_loss(real: Tensor, fake: Tensor, kind: AdversarialLoss) -> Ten
 
 
 def adaptive_weight(regression: Tensor, adversarial: Tensor, parameter: nn.Parameter) -> Tensor:
-    """|d regression / dW| / (|d adversarial / dW| + 1e-4), at most 1e4, with W = ``parameter`` (SPEC A6).
+    """|d regression / dW| / (|d adversarial / dW| + 1e-4), at most 1e4, with W = ``parameter``.
 
     Balances the two losses where the student draws its pixels. No gradient flows through the weight; the graph
     is kept for the backward pass that follows. The gradients are those of all processes' images.

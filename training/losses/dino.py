@@ -1,4 +1,4 @@
-"""Patch features of a frozen DINO ViT-S/16 for the discriminator (Caron et al., 2021; SPEC A6).
+"""Patch features of a frozen DINO ViT-S/16 for the discriminator (Caron et al., 2021; docs/spec.md#adversarial).
 
 The weights come from a file, or from what timm has already put into the Hugging Face cache; nothing is downloaded.
 """
@@ -72,7 +72,7 @@ class PatchEmbed(nn.Module):
 
 
 class PatchFeatures(nn.Module):
-    """Patch tokens of a frozen ViT at five depths, each with the class token added (SPEC A6).
+    """Patch tokens of a frozen ViT at five depths, each with the class token added.
 
     Parameter names are those of DINO's files and of timm. Depths: before the first block and after blocks 2, 5, 8
     and 11 of twelve; the final norm is not applied. The authors zero the biases of the keys, which changes nothing:

@@ -1,4 +1,4 @@
-"""The discriminator of stage 2: trained heads on the patch features of a frozen ViT (SPEC A6)."""
+"""The discriminator of stage 2: trained heads on the patch features of a frozen ViT (docs/spec.md#adversarial)."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ class Discriminator(nn.Module):
 
 
 def fit(images: Tensor, size: int, generator: torch.Generator) -> Tensor:
-    """Images at the backbone's resolution (SPEC A6).
+    """Images at the backbone's resolution.
 
     Larger ones: with probability 1/2 a random crop, one for the batch, else area averaging. Smaller ones are
     enlarged bicubically (the authors have none).

@@ -21,7 +21,7 @@ from msdd_fast.training.run import RunConfig, make_dataset, make_folder, make_va
 
 @dataclass(frozen=True)
 class SSDDRunConfig(RunConfig):
-    """What both programs are told; defaults are the authors' where they are known (SPEC-SSDD 4)."""
+    """What both programs are told; defaults are the authors' where they are known (docs/spec.md#ssdd-training)."""
 
     perceptual: PerceptualName = "lpips-vgg"
     """Network of the perceptual loss. "random" is untrained, for tests only."""
@@ -31,7 +31,7 @@ class SSDDRunConfig(RunConfig):
 
 @dataclass(frozen=True)
 class SSDDTrainConfig(SSDDRunConfig):
-    """Flow matching of an SSDD tokenizer (SPEC-SSDD 3 and 4)."""
+    """Flow matching of an SSDD tokenizer (docs/spec.md#ssdd-training)."""
 
     preset: str = "ssdd-s-f8c4"
     """Model: a preset name."""
@@ -43,7 +43,7 @@ class SSDDTrainConfig(SSDDRunConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class SSDDDistillConfig(SSDDRunConfig):
-    """Distillation of an SSDD tokenizer into one step (SPEC-SSDD 4)."""
+    """Distillation of an SSDD tokenizer into one step (docs/spec.md#ssdd-training)."""
 
     teacher: str
     """Trained SSDD tokenizer: a directory or a hub id. The student starts as its copy; its encoder stays as it is."""

@@ -21,7 +21,7 @@ from msdd_fast.training.run import RunConfig, make_dataset, make_folder, make_va
 
 @dataclass(frozen=True)
 class TrainConfig(RunConfig):
-    """Stage-1 training of encoder and decoder (SPEC A5)."""
+    """Stage-1 training of encoder and decoder (docs/spec.md#stage1-loss)."""
 
     preset: str = "msdd-nano"
     """Model: a preset name."""

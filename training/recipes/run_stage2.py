@@ -23,7 +23,7 @@ from msdd_fast.training.run import RunConfig, make_dataset, make_folder, make_va
 
 @dataclass(frozen=True)
 class DistillConfig(RunConfig):
-    """Stage-2 training of a decoder with one step per scale (SPEC A6)."""
+    """Stage-2 training of a decoder with one step per scale (docs/spec.md#stage2-loss)."""
 
     teacher: str = "msdd-nano-teacher"
     """Trained tokenizer: a bundled name, a directory or a hub id. Its encoder stays as it is."""

@@ -1,4 +1,4 @@
-"""Training of SSDD tokenizers (SPEC-SSDD 3 and 4): flow matching, and distillation into one step.
+"""Training of SSDD tokenizers: flow matching, and distillation into one step (docs/spec.md#ssdd-training).
 
 Both are recipes for ``trainer.Trainer``. With x the image, eps the noise and t in [0, 1] the noise level,
 
@@ -53,7 +53,7 @@ class Backbone(Protocol):
 
 @dataclass(frozen=True)
 class SSDDObjective:
-    """Weights of the terms. Defaults are the authors' where they are known (SPEC-SSDD 4)."""
+    """Weights of the terms. Defaults are the authors' where they are known."""
 
     perceptual_weight: float = 0.5
     """Of the perceptual distance of x0 and the target."""
@@ -75,7 +75,7 @@ class SSDDObjective:
 
 
 class Alignment:
-    """REPA: one minus the mean cosine of a learned map of the decoder's tokens and the backbone's (SPEC-SSDD 4).
+    """REPA: one minus the mean cosine of a learned map of the decoder's tokens and the backbone's.
 
     The map learns as a ``trainer.Critic``: its gradient is that of the same loss, its optimiser and clipping its own.
 

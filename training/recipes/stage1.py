@@ -1,4 +1,4 @@
-"""Stage 1: multi-scale flow matching of encoder and decoder (SPEC A5)."""
+"""Stage 1: multi-scale flow matching of encoder and decoder (docs/spec.md#stage1-loss)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stage 2: a student with one step per scale, distilled from the multi-step teacher (SPEC A6 and head; SPEC-SSDD B).
+"""Stage 2: a student with one step per scale, distilled from the multi-step teacher (docs/spec.md#stage2-loss).
 
 Two recipes, one objective:
 
@@ -127,7 +127,7 @@ def unroll(
 ) -> list[Tensor]:
     """States at the end of the stages ``start``, ..., from ``x``, the state at the beginning of ``start``.
 
-    The sampler of SPEC A4 in plain autograd; ``noise[s]`` is what beta multiplies before stage s > start.
+    The sampler (docs/spec.md#sampler) in plain autograd; ``noise[s]`` is what beta multiplies before stage s > start.
     """
     states = []
     for stage in schedule.stages[start:]:
@@ -144,8 +144,8 @@ def unroll(
 def path_noise(schedule: StageSchedule, noise: Sequence[Tensor], stage: int) -> Tensor:
     """The noise that a decode with ``noise`` carries at the start of ``stage``: (B, 3, H_s, H_s).
 
-    The state there is (1 - start_t) * image + start_t * this. Upsampled and renoised with the rest (SPEC A4);
-    for the block correlation -1/3 it is white with unit variance.
+    The state there is (1 - start_t) * image + start_t * this. Upsampled and renoised with the rest
+    (docs/spec.md#renoise); for the block correlation -1/3 it is white with unit variance.
     """
     n = noise[0]
     for before, here in zip(schedule.stages[:stage], schedule.stages[1 : stage + 1], strict=True):
@@ -166,7 +166,7 @@ def _crop(x: Tensor, y: Tensor, size: int | None, generator: torch.Generator) ->
 
 
 def stage_of(schedule: StageSchedule, u: float) -> int:
-    """The stage whose timesteps hold 1000 u: the i with T_max[i] >= 1000 u > T_max[i + 1] (SPEC A6)."""
+    """The stage whose timesteps hold 1000 u: the i with T_max[i] >= 1000 u > T_max[i + 1]."""
     above = [s.index for s in schedule.stages if s.timestep_max >= NUM_TIMESTEPS * u]
     return above[-1]
 
@@ -179,7 +179,7 @@ def teacher_states(
     config: Stage2Config,
     draws: Draws,
 ) -> tuple[int, float, list[Tensor]]:
-    """First stage of the teacher, its u (SPEC A6), and the teacher's states from there on.
+    """First stage of the teacher, its u (docs/spec.md#stage2-loss), and the teacher's states from there on.
 
     ``image`` (B, 3, R, R) is the student's, ``noise`` what the student decoded with.
     """

@@ -18,7 +18,7 @@ VelocityInit = Literal["passthrough", "zero"]
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary position embedding of image tokens and latent tokens (SPEC A0 and head)."""
+    """Rotary position embedding of image tokens and latent tokens (docs/spec.md#rope)."""
 
     image_rope: ImageRope = "rotary"
     """"rotary" rotates q and k; "cosine" multiplies them by cos(theta), as the authors' code does."""
@@ -36,7 +36,7 @@ class RopeConfig:
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """Image to latent tokens: a ViT in which learned registers read the image (SPEC A1)."""
+    """Image to latent tokens: a ViT in which learned registers read the image (docs/spec.md#encoder)."""
 
     depth: int = 12
     hidden_size: int = 768
@@ -51,7 +51,7 @@ class EncoderConfig:
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """Noisy image, time and latent tokens to velocity (SPEC A2 and head)."""
+    """Noisy image, time and latent tokens to velocity (docs/spec.md#cross-block, docs/spec.md#joint-block)."""
 
     depth: int = 12
     hidden_size: int = 768
@@ -128,7 +128,7 @@ class TokenizerConfig(JsonConfig):
 
     @property
     def grid_size(self) -> int:
-        """Patches per side at full resolution (M in the SPEC)."""
+        """Patches per side at full resolution: M in docs/spec.md."""
         return self.image_size // self.patch_size
 
     def stage_resolution(self, stage: int) -> int:
@@ -141,7 +141,7 @@ class TokenizerConfig(JsonConfig):
 
 
 def authors_choices(config: TokenizerConfig) -> TokenizerConfig:
-    """The same sizes with every disputed choice as in the authors' code (SPEC, table in the head)."""
+    """The same sizes with every disputed choice as in the authors' code (docs/spec.md#authors-checkpoint)."""
     return dataclasses.replace(
         config,
         encoder=dataclasses.replace(config.encoder, register_std=1.0, latent_norm=False),

@@ -1,4 +1,5 @@
-"""Velocity network: noisy image, model time and latent tokens to velocity (SPEC A2 and head)."""
+"""Velocity network: noisy image, model time and latent tokens to velocity
+(docs/spec.md#cross-block, docs/spec.md#joint-block)."""
 
 from __future__ import annotations
 
@@ -47,7 +48,8 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Identity adaLN (gates at ``gate_init``), local attention, and the velocity of ``velocity_init``.
+        """Identity adaLN (gates at ``gate_init``), local attention, and the velocity of ``velocity_init``
+        (docs/spec.md#initialisation).
 
         "passthrough": the final linear undoes an orthogonal patch embedding, so that v starts near x_t.
         """
@@ -105,8 +107,8 @@ class Decoder(nn.Module):
     def rope_tables(self, grid: int, device: torch.device) -> tuple[RopeTable, RopeTable]:
         """Tables of the latent tokens and of a ``grid`` x ``grid`` image.
 
-        With "row" positions the joint model's context row follows the current grid (SPEC A0); the cross
-        model's is fixed, so that context keys serve every scale.
+        With "row" positions the joint model's context row follows the current grid; the cross model's is
+        fixed, so that context keys serve every scale (docs/spec.md#rope).
         """
         cfg, head_dim = self.config.rope, self.config.decoder.head_dim
         rows, cols = image_grid_positions(grid, self.config.grid_size, cfg.image_positions, device)

@@ -1,4 +1,4 @@
-"""Patch and time embeddings (SPEC A2)."""
+"""Patch and time embeddings (docs/spec.md#cross-block, docs/spec.md#adaln)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Image encoder: learned registers read the image through joint attention (SPEC A1)."""
+"""Image encoder: learned registers read the image through joint attention (docs/spec.md#encoder)."""
 
 from __future__ import annotations
 

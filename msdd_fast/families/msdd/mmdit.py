@@ -2,8 +2,8 @@
 
 Both share the same parts: pre-LayerNorm, adaLN modulation from the time embedding, per-head LayerNorm
 on q and k, two-axis RoPE, SwiGLU. Shapes: tokens (B, N, D), q, k, v (B, N, heads, head_dim).
-SPEC A0-A2 (joint) and head (cross). What lies between the matrix products are the fused ops (msdd_fast/ops), plain
-PyTorch where a gradient is needed.
+Equations: docs/spec.md#joint-block, docs/spec.md#cross-block. Between the matrix products are the fused ops
+(msdd_fast/ops), plain PyTorch where a gradient is needed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def swiglu_hidden_size(hidden_size: int, multiple_of: int) -> int:
-    """int(2/3 * 4 * D) rounded up to a multiple (SPEC A0)."""
+    """int(2/3 * 4 * D) rounded up to a multiple (docs/spec.md#swiglu)."""
     raw = int(2 * 4 * hidden_size / 3)
     return -(-raw // multiple_of) * multiple_of
 
@@ -43,7 +43,7 @@ class SwiGLU(nn.Module):
 
 
 class AdaLN(nn.Module):
-    """SiLU then Linear from the time embedding (B, D) to ``chunks`` vectors (B, D) each."""
+    """SiLU then Linear from the time embedding (B, D) to ``chunks`` vectors (B, D) each (docs/spec.md#adaln)."""
 
     def __init__(self, hidden_size: int, chunks: int) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class AdaLN(nn.Module):
 
 
 class HeadNorm(nn.LayerNorm):
-    """Affine LayerNorm over head_dim ("qk norm")."""
+    """Affine LayerNorm over head_dim (docs/spec.md#qk-norm)."""
 
     def __init__(self, head_dim: int) -> None:
         super().__init__(head_dim, eps=NORM_EPS)
@@ -132,7 +132,7 @@ class Stream(nn.Module):
 
 
 class JointBlock(nn.Module):
-    """MMDiT double-stream block: one softmax over [context, image] tokens (SPEC A0)."""
+    """MMDiT double-stream block: one softmax over [context, image] tokens (docs/spec.md#joint-block)."""
 
     def __init__(self, context: Stream, image: Stream) -> None:
         super().__init__()
@@ -157,7 +157,7 @@ class JointBlock(nn.Module):
 
 
 class ContextKeyValue(nn.Module):
-    """Keys and values of the static latent context for one cross block (SPEC head, step 2).
+    """Keys and values of the static latent context for one cross block (docs/spec.md#cross-block).
 
     They depend on z alone: an engine computes them once per image.
     """
@@ -176,7 +176,7 @@ class ContextKeyValue(nn.Module):
 class CrossBlock(nn.Module):
     """Image tokens attend to themselves and, by a second softmax with the same q, to the context.
 
-    The two results are summed before one output projection (decoupled cross-attention, SPEC head).
+    The two results are summed before one output projection (decoupled cross-attention, docs/spec.md#cross-block).
     """
 
     def __init__(self, image: Stream, context: ContextKeyValue) -> None:

@@ -1,4 +1,4 @@
-"""Initialisation that makes attention look at its own place before anything is learnt.
+"""Initialisation that makes attention look at its own place before anything is learnt (docs/spec.md#position-prior).
 
 With two-axis RoPE, a constant part b in every query and key adds sum_i |b_i|^2 cos(theta_i (p_q - p_k) + phi_i)
 to the scores: a kernel in relative position. Here every head gets such a kernel, peaked at an offset of its

@@ -19,7 +19,7 @@ PRESETS: dict[str, TokenizerConfig] = {
     "msdd-d12-3scale": TokenizerConfig(patch_size=16, schedule=ScheduleConfig(num_stages=3)),
     # The paper's size and block (joint MMDiT), 4 stages, patch 8.
     "msdd-d12-joint": _joint(),
-    # The authors' 3-stage models, which also use patch 16 (SPEC A7.10).
+    # The authors' 3-stage models, which also use patch 16 (docs/spec.md#schedule).
     "msdd-d12-joint-3scale": _joint(patch_size=16, schedule=ScheduleConfig(num_stages=3)),
     # The paper's baseline: one stage at full resolution.
     "msdd-d12-single-scale": _joint(schedule=ScheduleConfig(num_stages=1)),

@@ -1,4 +1,4 @@
-"""Reading checkpoints of the MSDD authors' code (SPEC A8): names, sizes and dead tensors."""
+"""Reading checkpoints of the MSDD authors' code (docs/spec.md#authors-checkpoint): names, sizes and dead tensors."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def _depth(state: dict[str, Tensor], side: str) -> int:
 def load_released(
     source: str | os.PathLike[str] | Mapping[str, Any], weights: str = "ema", image_size: int = 256, num_stages: int = 4
 ) -> Released:
-    """Read a checkpoint of the authors' code (SPEC A8).
+    """Read a checkpoint of the authors' code (docs/spec.md#authors-checkpoint).
 
     Args:
         source: a .pt file (loaded with ``weights_only=True``; nothing in it can run), its dict, or a bare state dict.

@@ -11,7 +11,7 @@ from msdd_fast.diffusion.config import JsonConfig, SamplingConfig, ScheduleConfi
 
 @dataclass(frozen=True)
 class KLEncoderConfig:
-    """Image to spatial latents: the convolutional KL encoder of latent diffusion (SPEC-SSDD 2)."""
+    """Image to spatial latents: the convolutional KL encoder of latent diffusion (docs/spec.md#ssdd-encoder)."""
 
     channels: int = 128
     """Width of the first level; the later ones have 2 and then 4 times as many channels."""
@@ -19,7 +19,8 @@ class KLEncoderConfig:
 
 @dataclass(frozen=True)
 class UViTConfig:
-    """Noisy image, time and spatial latents to velocity: a U-Net with a transformer in the middle (SPEC-SSDD 1)."""
+    """Noisy image, time and spatial latents to velocity: a U-Net with a transformer in the middle
+    (docs/spec.md#ssdd-network)."""
 
     widths: tuple[int, int, int, int] = (96, 192, 288, 288)
     """Channels at full, half, quarter and eighth resolution; the transformer has the last."""
@@ -33,7 +34,7 @@ class UViTConfig:
 
 @dataclass(frozen=True)
 class SSDDConfig(JsonConfig):
-    """A whole SSDD tokenizer: images (3, H, W) <-> (latent_channels, H/factor, W/factor), any sides (SPEC-SSDD)."""
+    """A whole SSDD tokenizer: images (3, H, W) <-> (latent_channels, H/factor, W/factor), any sides."""
 
     image_size: int = 256
     """Side of the square crops that the command line and training take; the network takes any multiple of factor."""

@@ -1,4 +1,4 @@
-"""SSDD's velocity network: a U-Net with a transformer in the middle (SPEC-SSDD 1).
+"""SSDD's velocity network: a U-Net with a transformer in the middle (docs/spec.md#ssdd-network).
 
 The latents z condition every norm before a residual block's first convolution and every attention norm; time conditions
 the norm before the second convolution, and never enters the transformer. Modules and parameters have the names of the
@@ -52,7 +52,7 @@ class AdaGroupNorm(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """(norm by z, SiLU, conv), (norm by time, SiLU, conv), residual (SPEC-SSDD 1.3)."""
+    """(norm by z, SiLU, conv), (norm by time, SiLU, conv), residual."""
 
     def __init__(self, in_channels: int, out_channels: int, context: int, groups: int) -> None:
         super().__init__()
@@ -197,7 +197,7 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Window attention under a norm by z, then GEGLU under a plain norm (SPEC-SSDD 1.4)."""
+    """Window attention under a norm by z, then GEGLU under a plain norm."""
 
     def __init__(self, width: int, heads: int, window: int, context: int) -> None:
         super().__init__()
@@ -280,7 +280,7 @@ class UViTDecoder(nn.Module):
     @torch.no_grad()
     def init_weights(self) -> None:
         """Convolutions N(0, 0.02), linears Xavier, all biases and bias tables 0; both residual branches that end in a
-        convolution or a feed-forward start at zero (SPEC-SSDD 1.5)."""
+        convolution or a feed-forward start at zero (docs/spec.md#ssdd-network)."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.normal_(module.weight, std=0.02)

@@ -1,6 +1,6 @@
-"""The convolutional KL encoder of latent diffusion: images to a Gaussian over spatial latents (SPEC-SSDD 2).
+"""The convolutional KL encoder of latent diffusion: images to a Gaussian over spatial latents.
 
-Modules and parameters have the names of the released files; no scaling or shift follows.
+Modules and parameters have the names of the released files; no scaling or shift follows (docs/spec.md#ssdd-encoder).
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ class KLEncoder(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Convolutions N(0, 0.02), biases 0 (SPEC-SSDD 1.5)."""
+        """Convolutions N(0, 0.02), biases 0 (docs/spec.md#ssdd-network)."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.normal_(module.weight, std=0.02)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from msdd_fast.diffusion.config import SamplingConfig
 from msdd_fast.families.ssdd.config import KLEncoderConfig, SSDDConfig, UViTConfig
 
-# channels at full resolution, multiples of them at each level, layers of the transformer (SPEC-SSDD 1.1).
+# channels at full resolution, multiples of them at each level, layers of the transformer (docs/spec.md#ssdd-network).
 _SSDD_SIZES = {
     "xs": (32, (1, 2, 3, 3), 8),
     "s": (48, (1, 2, 3, 3), 8),

@@ -1,7 +1,7 @@
-"""Reading and writing SSDD's released weights (SPEC-SSDD 1.6, 2): sizes from shapes, and the sign of the velocity.
+"""Reading and writing SSDD's released weights: sizes from shapes, and the sign of the velocity.
 
 Names are the same here. Their network gives the image minus the noise, ours the noise minus the image: the last
-convolution changes its sign on the way in and out.
+convolution changes its sign on the way in and out (docs/spec.md#ssdd-network).
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def _infer_config(tensors: dict[str, Tensor], image_size: int, steps: int, group
 def load_released(
     source: str | os.PathLike[str] | Mapping[str, Any], image_size: int = 256, steps: int = 8, groups: int = 32
 ) -> Released:
-    """Read SSDD's released weights (SPEC-SSDD 1.6, 2).
+    """Read SSDD's released weights (docs/spec.md#ssdd-network).
 
     Args:
         source: a .safetensors file, a .pt file (loaded with ``weights_only=True``), or a state dict with the names

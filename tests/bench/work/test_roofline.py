@@ -1,4 +1,4 @@
-"""FLOP and bytes by formula: against torch's counter on the real network, and against SPEC section E."""
+"""FLOP and bytes by formula: against torch's counter on the real network, and against a second calculation."""
 
 from dataclasses import replace
 
@@ -14,9 +14,9 @@ from msdd_fast.diffusion.config import ScheduleConfig
 from msdd_fast.families.msdd.config import DecoderConfig, EncoderConfig
 from msdd_fast.families.msdd.presets import PRESETS
 
-# SPEC E: GFLOP of one evaluation per scale, and in all; of the encoder.
-SPEC_JOINT = {32: 24.05, 64: 32.83, 128: 69.63, 256: 244.03}
-SPEC_TOTALS = {"msdd-d12-joint": 370.5, "msdd-d12-joint-3scale": 127.1, "msdd-d12-single-scale": 244.0}
+# Calculated apart from this code: GFLOP of one evaluation per scale, and in all; of the encoder.
+EXPECTED_JOINT = {32: 24.05, 64: 32.83, 128: 69.63, 256: 244.03}
+EXPECTED_TOTALS = {"msdd-d12-joint": 370.5, "msdd-d12-joint-3scale": 127.1, "msdd-d12-single-scale": 244.0}
 
 
 TINY = PRESETS["tiny"]
@@ -57,9 +57,9 @@ def test_flops_are_those_of_torch_s_counter(name, batch, steps, cfg_scale):
 def test_flops_of_spec_e():
     """Without the queries of the last block's context, which nothing reads: within 1 %."""
     work = decode_work(PRESETS["msdd-d12-joint"], hoisted=False)
-    for scale, gflop in SPEC_JOINT.items():
+    for scale, gflop in EXPECTED_JOINT.items():
         assert total(w for w in work if w.scale == scale).flops / 1e9 == pytest.approx(gflop, rel=0.01)
-    for name, gflop in SPEC_TOTALS.items():
+    for name, gflop in EXPECTED_TOTALS.items():
         assert total(decode_work(PRESETS[name], hoisted=False)).flops / 1e9 == pytest.approx(gflop, rel=0.01)
     assert total(encode_work(PRESETS["msdd-d12-joint"])).flops / 1e9 == pytest.approx(244.9 - 15.7, rel=0.01)
     assert total(decode_work(PRESETS["msdd-d12"])).flops / 1e9 == pytest.approx(284, rel=0.01)
@@ -96,8 +96,8 @@ def test_batch_and_floor():
     config = PRESETS["msdd-d12-joint"]
     one, eight = (total(decode_work(config, batch=b)) for b in (1, 8))
     assert eight.flops == 8 * one.flops and eight.weight_bytes == one.weight_bytes
-    # SPEC E, ideal floors at batch 1 on an H100: per scale the larger of weights / 3.35 TB/s and FLOP / 989 TFLOP/s.
-    scales = [total(w for w in decode_work(config) if w.scale == s) for s in SPEC_JOINT]
+    # Ideal floors at batch 1 on an H100: per scale the larger of weights / 3.35 TB/s and FLOP / 989 TFLOP/s.
+    scales = [total(w for w in decode_work(config) if w.scale == s) for s in EXPECTED_JOINT]
     weights_only = sum(max(t.weight_bytes / 3.35e12, t.flops / 989e12) for t in scales)
     assert weights_only * 1e3 == pytest.approx(0.54, rel=0.02)
     assert sum(t.floor(989e12, 3.35e12) for t in scales) > weights_only

@@ -77,7 +77,7 @@ def test_latent_positions():
 
 
 def test_bfloat16_context_frequencies_differ_as_measured():
-    """SPEC A0: angles differ by up to 0.05/0.22/0.21/0.07 rad for grids of 4/8/16/32."""
+    """Angles differ by up to 0.05/0.22/0.21/0.07 rad for grids of 4/8/16/32 (docs/spec.md#rope)."""
     for grid, expected in ((4, 0.05), (8, 0.22), (16, 0.21), (32, 0.07)):
         rows, cols = latent_positions(128, 32, "row", grid, CPU)
         angles = []
@@ -97,7 +97,7 @@ def count(config, part):
 
 
 def test_parameter_counts():
-    """The authors' counts (SPEC A1, A2) less the tensors that cannot influence a result."""
+    """The authors' counts (docs/spec.md#authors-checkpoint) less the tensors that cannot influence a result."""
     dead_q = 768 * 768 + 768 + 2 * 64
     dead_encoder = 813_312 + 38_400 + dead_q + (768 * 768 + 768) + 2 * 768 + 3 * 768 * 2048
     joint = PRESETS["msdd-d12-joint"]
@@ -161,7 +161,7 @@ def test_bad_decoder_input(tiny, x, t, z, message):
 
 
 def test_cross_block_by_hand():
-    """SPEC head: x += gate * W_o(Attn(q,k,v) + Attn(q,K,V)); x += gate * SwiGLU, written out with plain softmax."""
+    """x += gate * W_o(Attn(q,k,v) + Attn(q,K,V)); x += gate * SwiGLU, written out with plain softmax."""
     torch.manual_seed(0)
     width, d = 64, 32
     block = CrossBlock(Stream(width, d, 32, adaln=True), ContextKeyValue(width, d)).double()

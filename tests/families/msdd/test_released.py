@@ -17,7 +17,7 @@ MLP = 256  # int(8/3 * 64) rounded up to a multiple of 256
 
 
 def authors_state(seed=0):
-    """Random tensors of a small tokenizer under the authors' names (SPEC A8)."""
+    """Random tensors of a small tokenizer under the authors' names (docs/spec.md#authors-checkpoint)."""
     generator = torch.Generator().manual_seed(seed)
     state = {}
 

@@ -119,7 +119,7 @@ def test_names_and_shapes_of_released_files(size, shared_dir):
 
 
 def test_parameter_counts():
-    """SPEC-SSDD 1.1 and 2."""
+    """Parameters of every size (docs/spec.md#ssdd-network, docs/spec.md#ssdd-encoder)."""
     decoders = dict(xs=4_996_611, s=14_057_059, b=21_140_459, m=50_280_147, l=90_759_939, xl=161_272_835, h=362_688_003)
     with torch.device("meta"):
         for size, count in decoders.items():
@@ -132,7 +132,7 @@ def test_parameter_counts():
 
 @pytest.mark.parametrize(("size", "gflop"), [("s", 174.0), ("m", 538.8)])
 def test_flops(size, gflop):
-    """SPEC-SSDD 7: one evaluation at 256 px, dense attention."""
+    """As many as the authors' network: one evaluation at 256 px, dense attention."""
     with torch.device("meta"), torch.no_grad(), use_backend("eager"), FlopCounterMode(display=False) as counter:
         decoder = Tokenizer(get_preset(f"ssdd-{size}-f8c4")).decoder
         decoder(torch.empty(1, 3, 256, 256), torch.empty(1), torch.empty(1, 4, 32, 32))
@@ -326,7 +326,7 @@ def test_differentiable_to_every_parameter():
 
 
 def test_changed_tables_act_at_once():
-    """No memory of an earlier table: a trap of the authors' code (SPEC-SSDD 5)."""
+    """No memory of an earlier table: a trap of the authors' code (docs/spec.md#ssdd-network)."""
     tok = random_tokenizer()
     z = torch.randn(1, 4, 8, 8, generator=generator())
     before = tok.decode(z, steps=1)
@@ -380,7 +380,7 @@ def test_relative_bias_outside_the_window_is_finite():
 
 
 def test_initialisation():
-    """SPEC-SSDD 1.5: what ends a residual branch is zero, convolutions N(0, 0.02), tables and biases zero."""
+    """What ends a residual branch is zero, convolutions N(0, 0.02), tables and biases zero."""
     tok = Tokenizer.from_config("ssdd-xs-f8c4")
     for name, p in tok.decoder.state_dict().items():
         if name.endswith((".bias", "table", "conv2.weight", "ff.proj_out.weight")):

@@ -66,7 +66,7 @@ def test_batch_norm_over_processes_on_the_cpu(tmp_path):
 
 
 def test_size_of_the_real_one():
-    """7.39 M trained parameters, five heads of 196 tokens (SPEC A6)."""
+    """7.39 M trained parameters, five heads of 196 tokens (docs/spec.md#adversarial)."""
     discriminator = Discriminator(PatchFeatures("shapes only"))
     assert sum(p.numel() for p in discriminator.parameters()) == 7_386_245
     logits = discriminator(torch.zeros(2, 3, 256, 256), generator())

@@ -1,4 +1,4 @@
-"""The stage-1 objective (SPEC A5)."""
+"""The stage-1 objective (docs/spec.md#stage1-loss)."""
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ def test_stage_endpoints_by_hand():
 
 
 def test_time_weight_values():
-    """SPEC A5's table, and no NaN at the ends."""
+    """The table of docs/spec.md#stage1-loss, and no NaN at the ends."""
     t = torch.tensor([0.999, 0.9, 0.7, 0.5, 0.3, 0.1, 0.01, 0.001])
     expected = torch.tensor([0.0010, 0.110, 0.187, 0.190, 0.235, 0.553, 5.03, 49.8])
     torch.testing.assert_close(time_weight(t), expected, rtol=0.01, atol=6e-4)

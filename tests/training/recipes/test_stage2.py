@@ -123,7 +123,7 @@ def test_path_noise_is_white():
 
 def test_stage_of():
     schedule = StageSchedule(ScheduleConfig())
-    # T_max 1000, 825, 574, 281 (SPEC A3): a bound belongs to the later stage.
+    # T_max 1000, 825, 574, 281: a bound belongs to the later stage.
     expected = {0.999: 0, 0.826: 0, 0.825: 1, 0.575: 1, 0.574: 2, 0.3: 2, 0.281: 3, 0.1: 3, 0.0: 3}
     assert {u: stage_of(schedule, u) for u in expected} == expected
 

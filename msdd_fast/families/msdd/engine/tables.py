@@ -1,4 +1,4 @@
-"""Everything that is constant once the times of all steps are known (DESIGN section 6).
+"""Everything that is constant once the times of all steps are known.
 
 The adaLN vectors of every block are functions of the model time alone. A decode uses stages x steps model times, so the
 adaLN matrices, a third of the network's bytes, become small tables; RoPE angles and schedule numbers likewise.

@@ -1,4 +1,4 @@
-"""The decoder's weights as the engine wants them: packed, in one dtype, nothing in it twice (DESIGN section 6)."""
+"""The decoder's weights as the engine wants them: packed, in one dtype, nothing in it twice."""
 
 from __future__ import annotations
 
