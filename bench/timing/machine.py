@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from msdd_fast import __version__
 from msdd_fast.backends.environment import collect_env
 from msdd_fast.bench.timing.ceilings import last_level_cache
 
@@ -21,6 +22,7 @@ def machine_info() -> dict[str, Any]:
     """``collect_env`` with SIMD flags, cache, git commit and the GPU."""
     cpu = torch.device("cpu")
     return {
+        "msdd_fast": __version__,
         **collect_env(),
         "simd": [flag for flag in (*SIMD, *ARM_SIMD) if flag in _cpu_flags()],
         "last_level_cache": last_level_cache(cpu),

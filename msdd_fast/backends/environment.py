@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-import msdd_fast
 from msdd_fast.backends.extension import extension_status
 
 PACKAGES = (
@@ -31,7 +30,6 @@ def collect_env() -> dict[str, Any]:
     """Versions, extension status, CPU and devices as plain data. Starts no CUDA context."""
     ok, reason = extension_status()
     return {
-        "msdd_fast": msdd_fast.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: _version(name) for name in PACKAGES},

@@ -6,6 +6,7 @@ import argparse
 import json
 from typing import Any
 
+from msdd_fast import __version__
 from msdd_fast.backends.environment import collect_env
 
 HELP = "what this installation and machine offer"
@@ -16,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    report = collect_env()
+    report = {"msdd_fast": __version__, **collect_env()}
     print(json.dumps(report, indent=2) if args.json else "\n".join(_lines(report)))
 
 
