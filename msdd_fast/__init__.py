@@ -10,7 +10,7 @@ from msdd_fast.engine import FastDecoder, accelerate, explain
 from msdd_fast.families.msdd.config import TokenizerConfig
 from msdd_fast.tokenizer import Tokenizer
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "FastDecoder",
