@@ -29,7 +29,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "lpips_vgg": ("metrics.lpips",),
     "models": (),
     "models.decoder": ("families.msdd.decoder",),
-    "models.embeddings": ("families.msdd.embeddings",),
+    "models.embeddings": ("families.msdd.embeddings", "diffusion.sinusoids"),
     "models.encoder": ("families.msdd.encoder",),
     "models.kl_encoder": ("families.ssdd.encoder",),
     "models.mmdit": ("families.msdd.mmdit",),

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor, nn
+
+from msdd_fast.diffusion.sinusoids import sinusoids
 
 
 class PatchEmbed(nn.Conv2d):
@@ -24,14 +25,6 @@ def unpatchify(tokens: Tensor, patch_size: int) -> Tensor:
     grid = math.isqrt(count)
     x = tokens.view(batch, grid, grid, patch_size, patch_size, 3)
     return x.permute(0, 5, 1, 3, 2, 4).reshape(batch, 3, grid * patch_size, grid * patch_size)
-
-
-def sinusoids(t: Tensor, count: int) -> Tensor:
-    """cos then sin of t (B,) times exp(-ln(10000) i / (count/2)), i < count/2: float32 (B, count), count even."""
-    half = count // 2
-    index = torch.arange(half, device=t.device, dtype=torch.float32)
-    angle = t.float()[:, None] * torch.exp(-math.log(10000.0) / half * index)
-    return torch.cat([angle.cos(), angle.sin()], dim=1)
 
 
 class TimestepEmbedder(nn.Module):

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from msdd_fast.diffusion.sinusoids import sinusoids
 from msdd_fast.errors import InputError
-from msdd_fast.families.msdd.embeddings import sinusoids
 from msdd_fast.families.ssdd.config import SSDDConfig
 from msdd_fast.ops.group_norm_modulate_silu import group_norm_modulate_silu
 from msdd_fast.ops.window_attention import window_attention

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from msdd_fast.diffusion.schedule import StageSchedule
-from msdd_fast.families.msdd.embeddings import sinusoids
+from msdd_fast.diffusion.sinusoids import sinusoids
 from msdd_fast.families.ssdd.decoder import TIME_SCALE, UViTDecoder
 from msdd_fast.families.ssdd.engine.weights import res_blocks
 
