@@ -1,1 +1,1 @@
-"""One module per subcommand: ``HELP``, ``add_arguments(parser)`` and ``run(args)``."""
+"""One module per subcommand, with ``add_arguments(parser)`` and ``run(args)``; ``main`` has the table of them."""

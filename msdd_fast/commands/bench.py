@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from msdd_fast.bench.decode.regressions import Verdict
     from msdd_fast.bench.decode.suite import DecodeCase
 
-HELP = "img/s for each scale and provider; --compare finds regressions"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("what to measure")

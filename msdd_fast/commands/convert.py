@@ -14,8 +14,6 @@ from msdd_fast.families.base import Option, ReleasedFormat
 from msdd_fast.io.files import require_writable
 from msdd_fast.tokenizer import Tokenizer
 
-HELP = "authors' checkpoint or a state of a training run -> msdd-fast checkpoint directory"
-
 
 def formats() -> dict[str, ReleasedFormat]:
     """Families whose authors' checkpoints can be read."""

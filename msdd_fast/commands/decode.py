@@ -28,8 +28,6 @@ from msdd_fast.io.files import require_writable
 from msdd_fast.io.images import IMAGE_SUFFIXES, save_image, to_image
 from msdd_fast.io.latents import Latents, concatenate, load_latents
 
-HELP = "latent tokens (.safetensors) -> pictures"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", help="a latents file, or a folder of them")

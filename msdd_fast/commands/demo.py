@@ -21,8 +21,6 @@ from msdd_fast.io.images import require_picture_path, save_image
 from msdd_fast.io.photographs import PHOTOS, photographs
 from msdd_fast.metrics.image import psnr
 
-HELP = "reconstruct bundled photographs; img/s for each scale"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--out", default="out/demo.png", help="picture to write (default: %(default)s)")

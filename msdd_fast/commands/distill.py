@@ -6,7 +6,6 @@ import argparse
 
 from msdd_fast.commands.common import peek, training_config
 
-HELP = "distil a trained tokenizer into one step per scale"
 FORWARDS = True
 
 

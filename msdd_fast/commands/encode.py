@@ -14,8 +14,6 @@ from msdd_fast.io.files import require_writable
 from msdd_fast.io.images import find_image_files
 from msdd_fast.io.latents import Latents, save_latents, unique_names
 
-HELP = "pictures -> latent tokens (.safetensors)"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", help="a picture, or a folder that is searched for pictures")

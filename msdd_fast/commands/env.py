@@ -9,8 +9,6 @@ from typing import Any
 from msdd_fast import __version__
 from msdd_fast.backends.environment import collect_env
 
-HELP = "what this installation and machine offer"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="machine-readable")

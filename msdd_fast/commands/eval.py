@@ -24,8 +24,6 @@ from msdd_fast.io.images import CROP_DESCRIPTION, find_image_files
 from msdd_fast.metrics.image import figures
 from msdd_fast.metrics.vgg19 import Vgg19Distance
 
-HELP = "PSNR, SSIM and perceptual distance over a folder"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", help="folder of pictures (searched recursively)")

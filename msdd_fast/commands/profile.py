@@ -18,7 +18,6 @@ from msdd_fast.commands.common import add_sampling, pick_device, positive_int
 from msdd_fast.errors import BackendUnavailableError
 from msdd_fast.io.files import require_writable
 
-HELP = "kernels of a decode by time, bytes, FLOP and roofline; traces for Perfetto and Nsight"
 NCU = ("ncu", "--set", "full", "--target-processes", "all", "--launch-skip", "2", "--launch-count", "1")
 
 

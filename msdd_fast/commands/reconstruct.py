@@ -17,8 +17,6 @@ from msdd_fast.commands.reconstruction import draw, reconstruct
 from msdd_fast.io.images import find_image_files, require_picture_path, save_image
 from msdd_fast.metrics.image import psnr
 
-HELP = "photographs -> picture of their reconstruction, with PSNR"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("photos", nargs="+", metavar="PHOTO", help="any pictures; the largest centred square is used")

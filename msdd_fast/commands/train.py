@@ -6,7 +6,6 @@ import argparse
 
 from msdd_fast.commands.common import peek, training_config
 
-HELP = "train a tokenizer on image folders or tar shards"
 FORWARDS = True
 
 

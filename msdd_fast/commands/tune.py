@@ -21,7 +21,6 @@ from msdd_fast.commands.common import pick_device, positive_int
 from msdd_fast.io.files import atomic_write, require_writable
 from msdd_fast.ops.attention import OP
 
-HELP = "measure the attention backends and write the table of the fastest"
 DTYPES = ("bfloat16", "float16", "float32")
 HEAD_SIZE = 64
 # Queries of the coarse scales alone, then tokens of the joint blocks at 32, 64, 128 and 256 px.

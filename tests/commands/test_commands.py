@@ -497,7 +497,6 @@ def test_version(capsys):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ([], "the following arguments are required: COMMAND"),
         (["paint"], "invalid choice: 'paint'"),
         (["env", "--nonsense"], "unrecognized arguments: --nonsense"),
         (["decode"], "the following arguments are required: source"),
@@ -526,3 +525,47 @@ def test_module_runs_as_a_program():
     done = subprocess.run([sys.executable, "-m", "msdd_fast", "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == ""
     assert done.stdout.startswith("usage: msdd-fast ")
+
+
+def in_a_shell(line, **environment):
+    """Exit code, stdout and stderr of a shell line with ``msdd-fast`` in it, as a function of its own process."""
+    line = line.replace("msdd-fast", f"{sys.executable} -m msdd_fast")
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, env={**os.environ, **environment})
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_alone_it_prints_help(capsys):
+    assert cli.main([]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("usage: msdd-fast") and all(name in said for name in cli.COMMANDS)
+
+
+def test_help_and_version_do_not_import_torch():
+    code = "import sys; from msdd_fast.commands.main import main\ntry: main(['{}'])\nexcept SystemExit: pass\n"
+    for word in ("--help", "--version"):
+        script = code.format(word) + "assert 'torch' not in sys.modules"
+        subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_has_help_without_extras(name):
+    """Optional packages may be missing: `train` and `distill` say so, the others do not need them for help."""
+    code, out, err = in_a_shell(f"msdd-fast {name} --help")
+    assert code == 0 and out.startswith(f"usage: msdd-fast {name}"), err
+
+
+def test_verbosity_after_the_command(capsys):
+    for words in (["-v", "env"], ["env", "-v"], ["env", "--quiet"], ["-q", "env"]):
+        assert cli.main(words) == 0
+    capsys.readouterr()
+
+
+def test_the_reader_of_the_output_goes_away():
+    code, _, err = in_a_shell("msdd-fast env | true; exit ${PIPESTATUS[0]}")
+    assert (code, err) in ((141, ""), (0, ""))  # 0 where all had been written before the reader left
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_behind_stdout():
+    code, _, err = in_a_shell("msdd-fast env > /dev/full")
+    assert code == 1 and err == "msdd-fast: error: No space left on device\n"
