@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
 import platform
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 
-from msdd_fast.backends.extension import extension_status
+from msdd_fast.backends.extension import build_info, extension_status
 
 PACKAGES = (
     "torch",
@@ -57,3 +58,17 @@ def _cpu_model() -> str:
     return next(
         (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
     )
+
+
+def shortcomings() -> list[str]:
+    """What keeps decodes from being as fast as this machine allows, each with its remedy; starts no CUDA context."""
+    found = []
+    loaded, reason = extension_status()
+    if not loaded:
+        found.append(f"no C++ ops: msdd_fast._C {reason}")
+    if torch.cuda.device_count():
+        if importlib.util.find_spec("triton") is None:
+            found.append("no Triton kernels, although there is a GPU: pip install triton")
+        if loaded and not build_info().get("cuda"):
+            found.append(f"no CUDA kernels, although there is a GPU: {build_info().get('cuda_reason')}")
+    return found

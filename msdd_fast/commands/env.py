@@ -1,4 +1,4 @@
-"""Report versions, the compiled extension, CPU and devices; also the way to verify an installation."""
+"""Say what this installation and machine offer, and whether everything that could be fast here is."""
 
 from __future__ import annotations
 
@@ -7,16 +7,25 @@ import json
 from typing import Any
 
 from msdd_fast import __version__
-from msdd_fast.backends.environment import collect_env
+from msdd_fast.backends.environment import collect_env, shortcomings
+from msdd_fast.errors import BackendUnavailableError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="machine-readable")
+    parser.add_argument("--check", action="store_true", help="exit with 1 if something is missing")
 
 
 def run(args: argparse.Namespace) -> None:
-    report = {"msdd_fast": __version__, **collect_env()}
-    print(json.dumps(report, indent=2) if args.json else "\n".join(_lines(report)))
+    missing = shortcomings()
+    report = {"msdd_fast": __version__, **collect_env(), "missing": missing}
+    if args.json:
+        print(json.dumps(report, indent=2))
+    else:
+        print("\n".join(_lines({name: value for name, value in report.items() if name != "missing"})))
+        print("\nverdict: " + ("; ".join(missing) if missing else "everything that this machine can use is there"))
+    if args.check and missing:
+        raise BackendUnavailableError("; ".join(missing))
 
 
 def _lines(report: dict[str, Any], indent: str = "") -> list[str]:

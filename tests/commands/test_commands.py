@@ -569,3 +569,30 @@ def test_the_reader_of_the_output_goes_away():
 def test_a_full_disk_behind_stdout():
     code, _, err = in_a_shell("msdd-fast env > /dev/full")
     assert code == 1 and err == "msdd-fast: error: No space left on device\n"
+
+
+def test_env_ends_with_a_verdict(capsys, monkeypatch):
+    monkeypatch.setattr("msdd_fast.commands.env.shortcomings", list)
+    assert cli.main(["env", "--check"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "verdict: everything that this machine can use is there"
+    monkeypatch.setattr("msdd_fast.commands.env.shortcomings", lambda: ["no C++ ops: msdd_fast._C was not built: why"])
+    assert cli.main(["env"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "verdict: no C++ ops: msdd_fast._C was not built: why"
+    assert cli.main(["env", "--check", "--json"]) == 1
+    said = capsys.readouterr()
+    assert (
+        json.loads(said.out)["missing"]
+        and said.err == "msdd-fast: error: no C++ ops: msdd_fast._C was not built: why\n"
+    )
+
+
+def test_what_is_missing_is_found(monkeypatch):
+    from msdd_fast.backends import environment
+
+    monkeypatch.setattr(environment, "extension_status", lambda: (False, "was not built: no compiler"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert environment.shortcomings() == ["no C++ ops: msdd_fast._C was not built: no compiler"]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(environment, "extension_status", lambda: (True, "was built"))
+    monkeypatch.setattr(environment, "build_info", lambda: {"cuda": False, "cuda_reason": "no nvcc"})
+    assert environment.shortcomings() == ["no CUDA kernels, although there is a GPU: no nvcc"]
