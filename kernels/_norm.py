@@ -7,7 +7,7 @@ import triton.language as tl
 
 
 @triton.jit
-def normalise(b_x, m, WIDTH: tl.constexpr, EPS: tl.constexpr):
+def normalise(b_x: tl.tensor, m: tl.tensor, WIDTH: tl.constexpr, EPS: tl.constexpr) -> tl.tensor:
     """(b_x - mean) / sqrt(var + EPS) over the last axis, where ``m`` marks WIDTH elements; b_x is 0 elsewhere."""
     b_mean = tl.sum(b_x, axis=-1, keep_dims=True) / WIDTH
     b_centred = tl.where(m, b_x - b_mean, 0.0)

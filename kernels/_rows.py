@@ -16,7 +16,7 @@ NUM_WARPS = 4
 
 
 @triton.jit
-def row_and_columns(columns, BLOCK: tl.constexpr):
+def row_and_columns(columns: tl.tensor, BLOCK: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
     """This program's row, int64, and its columns, int64 [BLOCK]. A tensor without gaps is a single row."""
     blocks = (columns - 1) // BLOCK + 1  # no sum that could leave 32 bits
     i = tl.program_id(0)
