@@ -163,7 +163,7 @@ done
   printf '%s\n' "${rows[@]}"
   if [[ " $* " == *" bench "* && -s $out/bench.json ]]; then
     echo
-    "$python" -m msdd_fast.bench.report.text "$out/bench.json"
+    "$python" -m msdd_fast.bench.report.op_table "$out/bench.json"
   fi
 } >"$out/summary.md"
 cat "$out/summary.md"

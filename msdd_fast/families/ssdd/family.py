@@ -101,7 +101,6 @@ class SSDDFamily:
     def decode_work(
         self, batch: int = 1, steps: int = 1, cfg_scale: float = 1.0, itemsize: int = 2, hoisted: bool = True
     ) -> list[Work]:
-        check_unguided(cfg_scale)
         return decode_work(self.config, batch, steps, itemsize, hoisted)
 
     def encode_work(self, batch: int = 1, itemsize: int = 2) -> list[Work]:
