@@ -14,7 +14,7 @@ import dataclasses
 import math
 import statistics
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +30,7 @@ from msdd_fast.families import family_of
 from msdd_fast.io.images import CROP_DESCRIPTION, find_image_files
 from msdd_fast.metrics.image import figures
 from msdd_fast.metrics.vgg19 import Vgg19Distance
-from msdd_fast.sampling import sample
+from msdd_fast.sampling import VelocityModel, sample
 from msdd_fast.tokenizer import Tokenizer
 
 COLUMNS = {
@@ -95,7 +95,12 @@ def evaluate_set(
                     p: range, schedule: StageSchedule = schedule, steps: int = steps, scale: float = scale
                 ) -> Tensor:
                     out = sample(
-                        tokenizer.decoder, z[p.start : p.stop], schedule, steps=steps, cfg_scale=scale, seed=p.start
+                        cast(VelocityModel, tokenizer.decoder),
+                        z[p.start : p.stop],
+                        schedule,
+                        steps=steps,
+                        cfg_scale=scale,
+                        seed=p.start,
                     )
                     assert isinstance(out, Tensor)
                     return out

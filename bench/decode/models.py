@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from msdd_fast.bench.decode.staged import StageTimer
 from msdd_fast.diffusion.config import Config
 from msdd_fast.errors import CheckpointError, ConfigError
 from msdd_fast.families import family_of, get_preset
-from msdd_fast.sampling import sample
+from msdd_fast.sampling import VelocityModel, sample
 from msdd_fast.tokenizer import Tokenizer
 
 # What a user of plain PyTorch has: its attention is SDPA (the eager reference stores all scores), and the noise is ours
@@ -99,7 +99,7 @@ def eager(tokenizer: Tokenizer, dtype: torch.dtype, compiled: bool = False) -> C
 
     def decode(z: Tensor, **options: Any) -> Tensor:
         with use_backend(PLAIN_PYTORCH), torch.no_grad():
-            out = sample(model.decoder, z.to(dtype), model.schedule, **{**defaults, **options})
+            out = sample(cast(VelocityModel, model.decoder), z.to(dtype), model.schedule, **{**defaults, **options})
         assert isinstance(out, Tensor)
         return out
 
