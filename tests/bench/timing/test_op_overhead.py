@@ -41,7 +41,7 @@ def test_trees_are_measured_in_turns():
     assert found[str(ROOT)]["swiglu"]["C"] < found[str(ROOT)]["swiglu"]["op"]
     lines = op_overhead.table({"tree": {"swiglu": {"op": 20000.0, "bound": 6000.0, "C": 1000.0}}})
     assert lines[0] == "tree" and lines[2].split() == ["swiglu", "20.00", "19.00", "6.00", "5.00", "1.00"]
-    with pytest.raises(InputError, match="--only must name some of attention, .*, got nothing"):
+    with pytest.raises(InputError, match=r"--only must name some of attention, .*, got nothing"):
         op_overhead.measure([ROOT], rounds=1, only=["nothing"])
     with pytest.raises(InputError, match=r"--root must be a tree with .venv/bin/python"):
         op_overhead.main(["--root", "/nonexistent"])
