@@ -7,12 +7,15 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from msdd_fast import kernels as kernels_package
 from msdd_fast.bench.work.offsets import crossing_offsets
 from msdd_fast.kernels._aot import AMD, NVIDIA, TARGETS
 
+KERNELS = Path(kernels_package.__file__).parent
 SIXTEEN_BYTES = {
     *("start_noise", "start_noise_rows", "renoise_upsample", "stage_transition", "final_step"),
     *("euler_step", "cfg_combine", "cfg_euler"),
@@ -72,7 +75,10 @@ def check(kernels):
 def test_default_configurations(tmp_path):
     targets = [t for t in TARGETS if t not in AMD]
     kernels = compile_all(tmp_path / "kernels.json", ["bf16"], targets)
-    assert {f["target"] for f in kernels} == set(targets) and len(kernels) == 3 * 23
+    assert {f["target"] for f in kernels} == set(targets)
+    stems = {p.stem for p in KERNELS.glob("*.py") if not p.stem.startswith("_")}
+    assert {f["kernel"].split(".")[0] for f in kernels} == stems  # each file states its cases
+    assert len({(f["kernel"], f["variant"], f["target"]) for f in kernels}) == len(kernels) >= 3 * 23
     check(kernels)
 
 
