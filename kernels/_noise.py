@@ -1,7 +1,7 @@
 """Philox blocks, Box-Muller and block correlation inside a Triton kernel: the GPU twin of msdd_fast/diffusion/noise.py.
 
-The same integers bit for bit, the same polynomials. No tl.log, tl.sin or tl.cos: their range reduction costs several
-times the instructions. Every function works on tensors of any shape, one 2x2 block of pixels per lane.
+Integers agree bit for bit, and the polynomials are the same. tl.log, tl.sin and tl.cos are avoided: their range
+reduction costs several times the instructions. Functions take tensors of any shape, one 2x2 block of pixels per lane.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ PURPOSE_RENOISE = tl.constexpr(noise.PURPOSE_RENOISE)
 
 @triton.jit
 def square_root(a: tl.tensor) -> tl.tensor:
-    """Root of a >= 0 to half a unit: the approximate 1/sqrt and one Newton step, without sqrt_rn's branches."""
+    """Square root of a >= 0 to half an ulp: the approximate 1/sqrt and one Newton step, without sqrt_rn's branches."""
     a = tl.maximum(a, 1e-30)  # 1/sqrt(0) would be infinite
     y = tl.rsqrt(a)
     r = a * y
@@ -97,5 +97,5 @@ def interleave4(
     a3: tl.tensor,
     b3: tl.tensor,
 ) -> tl.tensor:
-    """The same for four blocks: [BLOCK, 2, 2, 2] with rows a0 b0 a1 b1 a2 b2 a3 b3. Nothing leaves its lane."""
+    """The same for four blocks: [BLOCK, 2, 2, 2] with rows a0 b0 a1 b1 a2 b2 a3 b3. No data moves between lanes."""
     return tl.join(interleave2(a0, a1, a2, a3), interleave2(b0, b1, b2, b3))

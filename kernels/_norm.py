@@ -1,4 +1,4 @@
-"""What the LayerNorm kernels share: a whole row in the registers of one program, statistics in two passes."""
+"""Shared by the LayerNorm kernels: a program holds a whole row in registers; statistics take two passes."""
 
 from __future__ import annotations
 
@@ -16,6 +16,6 @@ def normalise(b_x: tl.tensor, m: tl.tensor, WIDTH: tl.constexpr, EPS: tl.constex
 
 
 def row_config(width: int) -> dict[str, int]:
-    """BLOCK and num_warps for rows of ``width``: up to 1024 elements a warp, so that no sum leaves it."""
+    """BLOCK and num_warps for rows of ``width``: up to 1024 elements fit one warp, whose sums need no shared memory."""
     block = max(32, triton.next_power_of_2(width))
     return {"BLOCK": block, "num_warps": max(1, min(8, block // 1024))}

@@ -1,4 +1,4 @@
-"""The Euler step on patch rows inside a Triton kernel: what the kernels at the end of a stage share."""
+"""Shared by the kernels at the end of a stage: the Euler step on patch rows."""
 
 from __future__ import annotations
 

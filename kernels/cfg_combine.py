@@ -30,7 +30,7 @@ def cfg_combine_kernel(
 
 
 def cfg_combine(v_cond: Tensor, v_uncond: Tensor, scale: Tensor) -> Tensor:
-    """Launch on velocities as ``as_rows`` makes them; returns the dtype and memory order of ``v_cond``."""
+    """Launch on velocities laid out by ``as_rows``; returns the dtype and memory order of ``v_cond``."""
     grid, layout, options = launch_for(v_cond, v_uncond)
     out = result_like(v_cond, layout)
     if out.numel() > 0:

@@ -35,7 +35,7 @@ def cfg_euler_kernel(
 
 
 def cfg_euler(x: Tensor, v_cond: Tensor, v_uncond: Tensor, scale: Tensor, dt: Tensor) -> Tensor:
-    """Launch on tensors as ``as_rows`` makes them; returns x's dtype and memory order."""
+    """Launch on tensors laid out by ``as_rows``; returns x's dtype and memory order."""
     grid, layout, options = launch_for(x, v_cond, v_uncond)
     out = result_like(x, layout)
     if out.numel() > 0:

@@ -1,7 +1,7 @@
 """softmax(q k^T / 8) v (+ accumulate) over at most 256 context tokens (msdd_fast/ops/context_attention.py).
 
-A program loads K and V of one head once and serves BLOCK_N queries, whose scores it holds all at once: the softmax is
-one pass. Every tensor is read where it lies, by its strides.
+A program loads K and V of one head once for BLOCK_N queries and holds all their scores, so the softmax needs one pass.
+Tensors are read by their strides, without copies.
 """
 
 from __future__ import annotations

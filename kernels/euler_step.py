@@ -29,7 +29,7 @@ def euler_step_kernel(
 
 
 def euler_step(x: Tensor, v: Tensor, dt: Tensor) -> Tensor:
-    """Launch on x and v as ``as_rows`` makes them; returns x's dtype and memory order."""
+    """Launch on x and v laid out by ``as_rows``; returns x's dtype and memory order."""
     grid, layout, options = launch_for(x, v)
     out = result_like(x, layout)
     if out.numel() > 0:

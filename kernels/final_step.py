@@ -19,7 +19,7 @@ NUM_WARPS = 4
 
 @triton.jit
 def to_pixels(x: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
-    """fp32 to the image's dtype; to uint8 as images.to_uint8, and 0 for NaN."""
+    """fp32 to the image's dtype; to uint8 as ``to_uint8`` (ops/_patches.py), with 0 for NaN."""
     if dtype == tl.uint8:
         x = tl.minimum(tl.maximum(x * 127.5 + 128.0, 0.0), 255.0).to(tl.int32)
     return x.to(dtype)

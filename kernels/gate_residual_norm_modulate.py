@@ -47,7 +47,7 @@ def gate_residual_norm_modulate_kernel(
 def gate_residual_norm_modulate(
     x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, run: int, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Launch on contiguous x and y (*, D) and tables (G, D) whose rows have adjacent elements."""
+    """Launch on contiguous x and y (*, D) and tables (G, D) with contiguous rows."""
     x_new, h = torch.empty_like(x), torch.empty_like(x)
     width = x.shape[-1]
     if h.numel() > 0:

@@ -1,8 +1,8 @@
 """GroupNorm, affine, modulation by cells of a lower resolution and SiLU (ops/group_norm_modulate_silu.py).
 
-Three kernels. Each program of the first takes tiles of pixels by channels, in registers the mean of every channel and
-then the squares about it, and puts its tiles together about their common mean; the second does so with the programs and
-channels of a group; the third writes the result. x is read by its strides, so both memory orders are the same code.
+Three kernels. Each program of the first takes tiles of pixels x channels, computes mean and squared deviations of every
+channel in registers, and merges its tiles. The second merges the programs and channels of a group. The third writes the
+result. x is read by its strides, so both memory orders share the code.
 """
 
 from __future__ import annotations

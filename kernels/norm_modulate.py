@@ -37,7 +37,7 @@ def norm_modulate_kernel(
 
 
 def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, run: int, eps: float) -> Tensor:
-    """Launch on contiguous x (*, D) and tables (G, D) whose rows have adjacent elements."""
+    """Launch on contiguous x (*, D) and tables (G, D) with contiguous rows."""
     out = torch.empty_like(x)
     width = x.shape[-1]
     if out.numel() > 0:

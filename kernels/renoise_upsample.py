@@ -1,4 +1,4 @@
-"""alpha * nearest_x2(x) + beta * n in one pass; n is made in registers (see msdd_fast/ops/renoise_upsample.py).
+"""alpha * nearest_x2(x) + beta * n in one pass; n is generated in registers (see ops/renoise_upsample.py).
 
 Reads x once and writes the output once: 5 * B*C*H*W elements of traffic. One lane makes ``K`` horizontally adjacent
 2x2 blocks, so that each of its two output rows is one 16-byte store.

@@ -36,7 +36,7 @@ def block_config(width: int) -> dict[str, int]:
 
 
 def swiglu(a: Tensor, b: Tensor) -> Tensor:
-    """Launch on a and b (R, I) whose rows have adjacent elements."""
+    """Launch on a and b (R, I) with contiguous rows."""
     out = torch.empty(a.shape, dtype=a.dtype, device=a.device)
     rows, width = a.shape
     if out.numel() > 0:

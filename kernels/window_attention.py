@@ -1,8 +1,8 @@
-"""Attention of every pixel over the window round it, with a bias by displacement (ops/window_attention.py).
+"""Attention of every pixel over the window around it, with a bias by displacement (ops/window_attention.py).
 
-A program takes a tile of queries of one image and head, TILE_Y x TILE_X pixels, and goes in blocks through the keys
-that any of them sees, (TILE_Y + 2w - 2) x (TILE_X + 2w - 2): no logit further away is ever formed. Softmax as it goes
-(running maximum and sum). Head sizes are padded to a power of two by masks.
+A program takes a tile of TILE_Y x TILE_X queries of one image and head and loops in blocks over the keys that any of
+them sees, (TILE_Y + 2w - 2) x (TILE_X + 2w - 2). The softmax is online (running maximum and sum). Head sizes are padded
+to a power of two by masks.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def window_attention_kernel(
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * SCALE + b_bias
         b_s = tl.where(m_seen, b_s, float("-inf"))
         b_higher = tl.maximum(b_max, tl.max(b_s, axis=1))
-        b_base = tl.where(b_higher == float("-inf"), 0.0, b_higher)  # as long as nothing was seen
+        b_base = tl.where(b_higher == float("-inf"), 0.0, b_higher)  # until a key is seen
         b_w = tl.exp(b_s - b_base[:, None])
         b_keep = tl.exp(b_max - b_base)
         b_total = b_total * b_keep + tl.sum(b_w, axis=1)

@@ -1,4 +1,4 @@
-"""Every Triton kernel compiled ahead of time for sm_80, 90 and 100, float8 for 89, 90 and 100, and what came out.
+"""Every Triton kernel compiles ahead of time for sm_80, 90 and 100 (float8: 89, 90 and 100), within limits.
 
 In a subprocess, because this test process runs Triton's interpreter.
 """

@@ -124,7 +124,7 @@ def test_the_page_stands_alone_and_shows_everything():
                     {"provider": "engine-fast", "images_per_second": 4.0, "expected_psnr_loss": 0.0123},
                     {"provider": "compile-bf16", "images_per_second": 2.0},
                 ],
-                "missing": {"engine-slow": "nobody wants it"},
+                "missing": {"engine-slow": "left out"},
             }
         ],
     }
@@ -139,7 +139,7 @@ def test_the_page_stands_alone_and_shows_everything():
     assert ("name", "viewport") in checker.attributes and "prefers-color-scheme: dark" in text
     for heading in ("Images per second", "Latency", "Where the speed comes from", "Roofline", "Cold start", "History"):
         assert f"<h2>{heading}</h2>" in text
-    assert "expected to cost 0.012 dB of PSNR" in text and "engine-slow: nobody wants it" in text
+    assert "expected to cost 0.012 dB of PSNR" in text and "engine-slow: left out" in text
     assert "Some &lt;CPU&gt;" in text and "<CPU>" not in text
     # img/s of the whole: batch 2, medians 3.095 * 0.01 and * 0.02 s
     assert "64.6" in text and "32.3" in text
@@ -208,7 +208,7 @@ def test_without_nsight_its_command_is_printed(capsys, monkeypatch):
     assert "needs Nsight Compute" in captured.err
 
 
-def test_ranges_cost_nothing_when_nobody_looks():
+def test_ranges_cost_nothing_unless_recorded():
     assert list(ranges.spans([1, 2], lambda i: pytest.fail("named"))) == [1, 2]
     with ranges.watched():
         for i in ranges.spans([0, 1], lambda i: f"range {i}"):
