@@ -23,11 +23,10 @@ from torch import Tensor
 from msdd_fast.bench.report.documents import write_json
 from msdd_fast.bench.report.text import markdown_table
 from msdd_fast.bench.timing.clock import WallTimer
-from msdd_fast.commands.common import chunks, load_batch
 from msdd_fast.diffusion.schedule import StageSchedule
 from msdd_fast.engine import accelerate
 from msdd_fast.families import family_of
-from msdd_fast.io.images import CROP_DESCRIPTION, find_image_files
+from msdd_fast.io.images import CROP_DESCRIPTION, center_crop, find_image_files, load_image, to_tensor
 from msdd_fast.metrics.image import figures
 from msdd_fast.metrics.vgg19 import Vgg19Distance
 from msdd_fast.sampling import VelocityModel, sample
@@ -51,6 +50,11 @@ def shrunk(x: Tensor, numbers: int) -> Tensor:
     k = int((numbers / 3) ** 0.5)
     small = F.interpolate(x, size=(k, k), mode="bicubic", antialias=True)
     return F.interpolate(small, size=x.shape[-2:], mode="bicubic")
+
+
+def chunks(count: int, size: int) -> list[range]:
+    """Consecutive index ranges of at most ``size``."""
+    return [range(first, min(first + size, count)) for first in range(0, count, size)]
 
 
 @torch.no_grad()
@@ -156,7 +160,7 @@ def main() -> None:
     report: dict[str, Any] = {"checkpoint": args.checkpoint, "crop": f"{CROP_DESCRIPTION}, to {size} px", "sets": {}}
     for item in args.sets:
         name, _, folder = item.partition("=")
-        images = load_batch(find_image_files(folder), size)
+        images = torch.stack([to_tensor(center_crop(load_image(f), size)) for f in find_image_files(folder)])
         print(f"{name}: {len(images)} images", flush=True)
         report["sets"][name] = {"count": len(images), "rows": evaluate_set(tokenizer, images, distance, args)}
     for name, data in report["sets"].items():
