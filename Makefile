@@ -59,7 +59,7 @@ bench-ops: .venv/.installed ## Time every op against plain PyTorch; ARGS=--quick
 
 SHARED ?= $(firstword $(wildcard $(MSDD_FAST_SHARED) shared ../shared))
 device-pack: .venv/.installed ## Fixtures and small training data to carry to a GPU machine, in device-pack/
-	$(BIN)/python -m msdd_fast.bench.gpu.device_pack $(SHARED) device-pack
+	$(BIN)/python tools/device_pack.py $(SHARED) device-pack
 
 format: .venv/.installed ## Rewrite the sources in the project's style
 	$(BIN)/ruff check --fix --quiet .

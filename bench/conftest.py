@@ -1,6 +1,6 @@
 """pytest-benchmark for the ops: ``python -m pytest bench [--quick]``.
 
-A file bench/test_<op>.py states ``BASELINES``, makes inputs and calls ``measure``. Its test is parametrised by case
+A file bench/ops/test_<op>.py states ``BASELINES``, makes inputs and calls ``measure``. Its test is parametrised by case
 (scale, dtype) and provider. The first provider of a case times all of them in turns (harness.compare); pytest-benchmark
 then gets the samples of each, through a clock that a sample moves on.
 """
@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from msdd_fast.bench.ops import suite
-from msdd_fast.bench.report.text import ceilings_line, text_table
+from msdd_fast.bench.report.op_table import text_table
+from msdd_fast.bench.report.text import ceilings_line
 from msdd_fast.bench.timing import clock as timing
 from msdd_fast.bench.timing import machine
 from msdd_fast.bench.timing.ceilings import copy_bandwidth, gemm_rate
@@ -26,11 +27,11 @@ BATCH = {"cpu": 8, "cuda": 512}
 QUICK = {"scales": "32", "batch": 2, "rounds": 3}
 FULL = {"scales": ",".join(map(str, suite.SCALES)), "batch": None, "rounds": 20}
 
-os.environ.pop("TRITON_INTERPRET", None)  # the interpreter's time would say nothing
+os.environ.pop("TRITON_INTERPRET", None)  # the interpreter's times mean nothing
 
 
 class SampleClock:
-    """Stands still but for ``advance``: what pytest-benchmark reads around a "call" is one sample."""
+    """A clock that only ``advance`` moves: pytest-benchmark reads one sample around each "call"."""
 
     def __init__(self) -> None:
         self.time = 0.0
@@ -39,7 +40,7 @@ class SampleClock:
         return self.time
 
     def rewind(self) -> None:
-        """To zero: the difference of two large times would round the sample between them."""
+        """Back to zero: differences of large times would round the sample."""
         self.time = 0.0
 
     def advance(self, seconds: float) -> None:
@@ -87,7 +88,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 class Compared(NamedTuple):
-    """What is kept of a case between the tests of its providers."""
+    """Results of a case, kept between the tests of its providers."""
 
     measurements: dict[str, Measurement]
     missing: dict[str, str]
@@ -102,7 +103,7 @@ def compared() -> dict[Any, Compared]:
 
 @pytest.fixture
 def replay(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., None]:
-    """``replay(samples, extra_info, group, params)``: hand pytest-benchmark what was measured."""
+    """``replay(samples, extra_info, group, params)``: pass measured samples to pytest-benchmark."""
 
     def run(samples: Sequence[float], info: dict[str, Any], group: str, params: dict[str, Any]) -> None:
         benchmark.group, benchmark.params = group, params
@@ -125,8 +126,8 @@ def measure(
     """``measure(op, inputs, bytes_moved, flops=0, tolerance=None, check=None)``: time this test's provider.
 
     ``op(*inputs, backend=...)`` and ``baseline(*inputs)`` are checked against the op's eager backend on float32 inputs,
-    within ``tolerance``. ``check`` maps the name of a provider that cannot be compared so to a function from the
-    reference to another Check ("compile" follows the first baseline).
+    within ``tolerance``. For providers that need another check, ``check`` maps their names to a function from the
+    reference to a Check ("compile" follows the first baseline).
     """
     config, module = request.config, request.module
     name, baseline = _op(module).name, next(iter(module.BASELINES))
@@ -163,7 +164,7 @@ def measure(
         if provider in done.missing:
             pytest.skip(done.missing[provider])
         measured = done.measurements[provider]
-        info = suite.facts(name, case, done.shape, measured, done.measurements[baseline], bytes_moved, flops)
+        info = suite.metrics(name, case, done.shape, measured, done.measurements[baseline], bytes_moved, flops)
         params = {"case": str(case), "batch": case.batch, "provider": provider}
         replay(measured.samples, info, f"{name} {case} batch {case.batch} {case.device}", params)
 
@@ -195,12 +196,12 @@ def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, A
 
 
 def _op(module: Any) -> Any:
-    """bench/test_<op>.py measures msdd_fast.ops.<op>: one op, one stem."""
+    """The op that bench/ops/test_<op>.py measures: msdd_fast.ops.<op>."""
     return importlib.import_module(f"msdd_fast.ops.{module.__name__.rpartition('.')[2].removeprefix('test_')}").OP
 
 
 def _option(config: pytest.Config, name: str) -> Any:
-    """The option, else what --quick or its absence means."""
+    """The option, or its default with or without --quick."""
     given = config.getoption(f"--{name}")
     return given if given is not None else (QUICK if config.getoption("--quick") else FULL)[name]
 

@@ -1,34 +1,35 @@
-"""Reconstruction quality of a checkpoint over sets, steps, guidance and time grids, beside two baselines.
+"""Reconstruction quality of a checkpoint over sets, steps, guidance and time grids, with baselines.
 
     python -m msdd_fast.bench.quality msdd-nano --set kodak24=DIR --set imagenet=DIR --vgg19 FILE --json out.json
 
-Prints Markdown tables. The baselines bound what the numbers mean: the picture's mean colour, and the picture
-shrunk to as many numbers as the latent tokens hold and enlarged again. ``--speed SECONDS`` adds img/s of the engine,
-exact tier, at ``--batch-size``: the median decode of as many seconds.
+Prints Markdown tables. Two baselines put the metrics into perspective: the image's mean colour, and the image shrunk to
+as many numbers as its latents hold and enlarged again. ``--speed SECONDS`` adds img/s of the engine's exact tier at
+``--batch-size``: the median decode of that many seconds.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
+import math
 import statistics
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from msdd_fast.bench.report.documents import write_json
+from msdd_fast.bench.report.text import markdown_table
 from msdd_fast.bench.timing.clock import WallTimer
-from msdd_fast.commands.common import chunks, load_batch
 from msdd_fast.diffusion.schedule import StageSchedule
 from msdd_fast.engine import accelerate
-from msdd_fast.io.images import CROP_DESCRIPTION, find_image_files
+from msdd_fast.families import family_of
+from msdd_fast.io.images import CROP_DESCRIPTION, center_crop, find_image_files, load_image, to_tensor
 from msdd_fast.metrics.image import figures
 from msdd_fast.metrics.vgg19 import Vgg19Distance
-from msdd_fast.sampling import sample
+from msdd_fast.sampling import VelocityModel, sample
 from msdd_fast.tokenizer import Tokenizer
 
 COLUMNS = {
@@ -40,22 +41,27 @@ COLUMNS = {
 
 
 def mean_colour(x: Tensor) -> Tensor:
-    """Every picture (B, 3, H, W) replaced by its mean colour."""
+    """Every image (B, 3, H, W) replaced by its mean colour."""
     return x.mean(dim=(2, 3), keepdim=True).expand_as(x)
 
 
 def shrunk(x: Tensor, numbers: int) -> Tensor:
-    """Pictures kept as k x k x 3 <= ``numbers`` values: antialiased bicubic down, bicubic up."""
+    """Images kept as k x k x 3 <= ``numbers`` values: antialiased bicubic down, bicubic up."""
     k = int((numbers / 3) ** 0.5)
     small = F.interpolate(x, size=(k, k), mode="bicubic", antialias=True)
     return F.interpolate(small, size=x.shape[-2:], mode="bicubic")
+
+
+def chunks(count: int, size: int) -> list[range]:
+    """Consecutive index ranges of at most ``size``."""
+    return [range(first, min(first + size, count)) for first in range(0, count, size)]
 
 
 @torch.no_grad()
 def score(
     decode: Callable[[range], Tensor], images: Tensor, distance: Vgg19Distance | None, batch: int
 ) -> dict[str, float]:
-    """Mean figures of ``decode(indices)`` against ``images`` (N, 3, R, R)."""
+    """Mean metrics of ``decode(indices)`` against ``images`` (N, 3, R, R)."""
     sums: dict[str, float] = {}
     for part in chunks(len(images), batch):
         x, y = images[part.start : part.stop], decode(part)
@@ -69,7 +75,7 @@ def evaluate_set(
 ) -> list[dict[str, Any]]:
     """One row for every baseline and every setting."""
     cfg = tokenizer.config
-    numbers = cfg.num_latent_tokens * cfg.latent_dim
+    numbers = math.prod(family_of(cfg).example)
     z = torch.cat([tokenizer.encode(images[p.start : p.stop]) for p in chunks(len(images), args.batch_size)])
 
     def row(name: str, decode: Callable[[range], Tensor], **speed: float) -> dict[str, Any]:
@@ -93,7 +99,12 @@ def evaluate_set(
                     p: range, schedule: StageSchedule = schedule, steps: int = steps, scale: float = scale
                 ) -> Tensor:
                     out = sample(
-                        tokenizer.decoder, z[p.start : p.stop], schedule, steps=steps, cfg_scale=scale, seed=p.start
+                        cast(VelocityModel, tokenizer.decoder),
+                        z[p.start : p.stop],
+                        schedule,
+                        steps=steps,
+                        cfg_scale=scale,
+                        seed=p.start,
                     )
                     assert isinstance(out, Tensor)
                     return out
@@ -126,11 +137,9 @@ def stage0(tokenizer: Tokenizer, z: Tensor, seed: int) -> Tensor:
 def markdown(rows: list[dict[str, Any]]) -> str:
     """A table with one line per row."""
     columns = [c for c in COLUMNS if any(c in r for r in rows)]
-    lines = ["| | " + " | ".join(COLUMNS[c][0] for c in columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    for r in rows:
-        cells = [format(r[c], COLUMNS[c][1]) if c in r else "-" for c in columns]
-        lines.append(f"| {r['what']} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    table = [["", *(COLUMNS[c][0] for c in columns)]]
+    table += [[r["what"], *(format(r[c], COLUMNS[c][1]) if c in r else "-" for c in columns)] for r in rows]
+    return "\n".join(markdown_table(table))
 
 
 def main() -> None:
@@ -142,7 +151,7 @@ def main() -> None:
     parser.add_argument("--cfg", type=float, nargs="+", default=[1.0, 1.5, 2.0])
     parser.add_argument("--grids", nargs="+", default=["uniform"], choices=["uniform", "authors"])
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--speed", type=float, default=0.0, metavar="SECONDS", help="time the engine, too")
+    parser.add_argument("--speed", type=float, default=0.0, metavar="SECONDS", help="also time the engine")
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
     tokenizer = Tokenizer.from_pretrained(args.checkpoint)
@@ -151,13 +160,13 @@ def main() -> None:
     report: dict[str, Any] = {"checkpoint": args.checkpoint, "crop": f"{CROP_DESCRIPTION}, to {size} px", "sets": {}}
     for item in args.sets:
         name, _, folder = item.partition("=")
-        images = load_batch(find_image_files(folder), size)
-        print(f"{name}: {len(images)} pictures", flush=True)
+        images = torch.stack([to_tensor(center_crop(load_image(f), size)) for f in find_image_files(folder)])
+        print(f"{name}: {len(images)} images", flush=True)
         report["sets"][name] = {"count": len(images), "rows": evaluate_set(tokenizer, images, distance, args)}
     for name, data in report["sets"].items():
-        print(f"\n{name} ({data['count']} pictures, {report['crop']})\n\n{markdown(data['rows'])}")
+        print(f"\n{name} ({data['count']} images, {report['crop']})\n\n{markdown(data['rows'])}")
     if args.json:
-        Path(args.json).write_text(json.dumps(report, indent=2) + "\n")
+        write_json(report, args.json)
 
 
 if __name__ == "__main__":

@@ -1,31 +1,31 @@
-"""Throughput and memory of stage-1 training on one device, and what a configuration will need by that measurement.
+"""Throughput and memory of stage-1 training on one device, and estimates for whole configurations.
 
     python -m msdd_fast.bench.training measure --preset msdd-d12 --batch 32 64 128 256 --out d12.json
     python -m msdd_fast.bench.training estimate stage1-cross-4scale --measured d12.json --gpus 8
 
-FLOP are those of the products and of attention (work/roofline.py), a backward pass counted as two forward passes; of
-perceptual networks and discriminators none are counted.
+FLOP are those of matrix products and attention (families/work.py); a backward pass counts as two forward passes.
+Perceptual networks and discriminators are not counted.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 import time
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from msdd_fast.bench.decode.models import resolutions_of
+from msdd_fast.bench.report.documents import read_json, write_json
+from msdd_fast.bench.report.text import markdown_table
 from msdd_fast.bench.timing.ceilings import gemm_rate
-from msdd_fast.bench.work.roofline import decode_work, encode_work, total
+from msdd_fast.diffusion.config import Config
 from msdd_fast.diffusion.schedule import NUM_TIMESTEPS, StageSchedule
 from msdd_fast.errors import InputError, MsddFastError
-from msdd_fast.families import get_preset
-from msdd_fast.families.msdd.config import TokenizerConfig
-from msdd_fast.families.msdd.presets import PRESETS
+from msdd_fast.families import family_of, get_preset
+from msdd_fast.families.work import total
 from msdd_fast.tokenizer import Tokenizer
 from msdd_fast.training.data.dataset import Batch, ImageDataset
 from msdd_fast.training.loop.trainer import LoopConfig, OptimConfig, Trainer, memory_gib
@@ -36,48 +36,46 @@ from msdd_fast.training.recipes.stage2 import Stage2Config
 from msdd_fast.training.run import read_config
 
 WARM_UP = 3
+COLUMNS = ("batch", "img/s", "TFLOP/s", "of a large GEMM", "GiB")
 GIB = 2**30
 
 
-def stage1_flops(config: TokenizerConfig, objective: Stage1Config, checkpointing: bool = False) -> float:
+def stage1_flops(config: Config, objective: Stage1Config, checkpointing: bool = False) -> float:
     """FLOP per image of a step: encoder, and the decoder at ``stages_per_image`` of its scales on average."""
-    decoder = _mean_scale(config) * objective.stages_per_image
-    return (4 if checkpointing else 3) * (total(encode_work(config)).flops + decoder)
+    scales = _scales(config)
+    decoder = sum(scales) / len(scales) * objective.stages_per_image
+    return (4 if checkpointing else 3) * (total(family_of(config).encode_work()).flops + decoder)
 
 
-def stage2_flops(config: TokenizerConfig, objective: Stage2Config, checkpointing: bool = False) -> float:
-    """FLOP per image of a step: encoder forward, the student's unroll both ways, the teacher from where it starts."""
+def stage2_flops(config: Config, objective: Stage2Config, checkpointing: bool = False) -> float:
+    """FLOP per image of a step: encoder forward, the student's unroll with its backward pass, the teacher forward."""
 
     def branches(cfg_scale: float) -> int:
         return 1 if cfg_scale == 1 else 2
 
-    scales = [_scale(config, s) for s in range(config.schedule.num_stages)]
+    scales = _scales(config)
     student = (4 if checkpointing else 3) * sum(scales) * branches(objective.student_cfg_scale)
     teacher = 0.0
     if objective.reconstruction_weight > 0:
         teacher = sum(scales) if objective.matches_teacher else _restarted(config, scales)
         teacher *= objective.steps * branches(objective.teacher_cfg_scale)
-    return total(encode_work(config)).flops + student + teacher
+    return total(family_of(config).encode_work()).flops + student + teacher
 
 
-def _scale(config: TokenizerConfig, stage: int) -> int:
-    resolution = config.stage_resolution(stage)
-    return total(w for w in decode_work(config, hoisted=False) if w.scale == resolution).flops
+def _scales(config: Config) -> list[int]:
+    """FLOP of one evaluation at each scale, as the eager model computes it."""
+    work = family_of(config).decode_work(hoisted=False)
+    return [total(w for w in work if w.scale == resolution).flops for resolution in resolutions_of(config)]
 
 
-def _mean_scale(config: TokenizerConfig) -> float:
-    stages = config.schedule.num_stages
-    return sum(_scale(config, s) for s in range(stages)) / stages
-
-
-def _restarted(config: TokenizerConfig, scales: list[int]) -> float:
+def _restarted(config: Config, scales: list[int]) -> float:
     """Mean over u of the stages from the one whose timesteps hold 1000 u to the last (docs/spec.md#stage2-loss)."""
     tops = [s.timestep_max for s in StageSchedule(config.schedule).stages] + [0.0]
     return sum((tops[s] - tops[s + 1]) / NUM_TIMESTEPS * sum(scales[s:]) for s in range(len(scales)))
 
 
 class Row(NamedTuple):
-    """One batch size: images and FLOP per second, the latter as a fraction of a large product, and peak memory."""
+    """One batch size: images and FLOP per second, FLOP/s as a fraction of a large GEMM's, and peak memory."""
 
     batch: int
     img_per_s: float
@@ -116,7 +114,7 @@ def measure(
                 torch.cuda.synchronize(where)
             seconds.append(time.perf_counter() - start)
     rate = batch / sorted(seconds[WARM_UP:])[steps // 2]
-    flops = rate * stage1_flops(config, Stage1Config())  # what is calculated again does not count as work
+    flops = rate * stage1_flops(config, Stage1Config())  # recomputation does not count as work
     peak = gemm_rate(where, torch.bfloat16 if on_gpu else torch.float32)
     return Row(batch, rate, flops, flops / peak, memory_gib(device))
 
@@ -124,11 +122,13 @@ def measure(
 def measure_all(args: argparse.Namespace) -> None:
     device = args.device or ("cuda" if torch.cuda.is_available() else None)
     if device is None:
-        raise InputError("training throughput is measured on a GPU, and none is here; --device cpu only tries it out")
+        raise InputError("training throughput is measured on a GPU, and none is here; use --device cpu to try it out")
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else "CPU"
     record: dict[str, Any] = {"preset": args.preset, "device": name, "torch": torch.__version__, "rows": []}
     record |= {"activation_checkpointing": args.activation_checkpointing, "compile": args.compile}
-    print(f"{args.preset} on {name}\n| batch | img/s | TFLOP/s | of a large product | GiB |\n|---|---|---|---|---|")
+    print(
+        f"{args.preset} on {name}", *markdown_table([["batch", "img/s", "TFLOP/s", "of a large GEMM", "GiB"]]), sep="\n"
+    )
     for batch in args.batch:
         try:
             row = measure(args.preset, batch, device, args.steps, args.activation_checkpointing, args.compile)
@@ -144,15 +144,15 @@ def measure_all(args: argparse.Namespace) -> None:
             flush=True,
         )
     if args.out:
-        Path(args.out).write_text(json.dumps(record, indent=2) + "\n")
+        write_json(record, args.out)
 
 
 def estimate(config: TrainConfig | DistillConfig, preset: str, measured: dict[str, Any], gpus: int) -> list[str]:
-    """Lines that say how long a configuration will take on ``gpus`` such devices, and how much memory each needs."""
+    """Lines: how long a configuration takes on ``gpus`` such devices, and how much memory each of them needs."""
     model, loop = get_preset(preset), config.loop
     rows = [row for row in measured["rows"] if not row.get("out_of_memory")]
     if not rows:
-        raise InputError("measured must hold at least one batch that fitted, got none")
+        raise InputError("measured must hold at least one batch that fits in memory, got none")
     if isinstance(config, TrainConfig):
         flops, plain = stage1_flops(model, config.objective, loop.activation_checkpointing), False
     else:
@@ -186,10 +186,7 @@ def estimate(config: TrainConfig | DistillConfig, preset: str, measured: dict[st
 
 
 def print_estimate(args: argparse.Namespace) -> None:
-    try:
-        measured = json.loads(Path(args.measured).read_text())
-    except (OSError, ValueError) as e:
-        raise InputError(f"--measured must be a file that measure wrote, got {args.measured}: {e}") from e
+    measured = read_json(args.measured, "a file that measure wrote")
     kind: Any = DistillConfig if args.config.startswith("stage2") else TrainConfig
     config = read_config(kind, args.config, missing="")
     preset = args.preset or getattr(config, "preset", None)
@@ -202,7 +199,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m msdd_fast.bench.training", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(required=True)
     one = commands.add_parser("measure", help="img/s, fraction of the peak and memory at several batch sizes")
-    one.add_argument("--preset", choices=sorted(PRESETS), default="msdd-d12")
+    one.add_argument("--preset", default="msdd-d12")
     one.add_argument("--batch", type=int, nargs="+", default=[32, 64, 128, 256])
     one.add_argument("--steps", type=int, default=10)
     one.add_argument("--device")
@@ -214,7 +211,7 @@ def main(argv: list[str] | None = None) -> int:
     two.add_argument("config", help="a configuration's name or file")
     two.add_argument("--measured", required=True, help="what measure wrote")
     two.add_argument("--gpus", type=int, default=8)
-    two.add_argument("--preset", choices=sorted(PRESETS), help="the model, for stage 2")
+    two.add_argument("--preset", help="the model, for stage 2")
     two.set_defaults(run=print_estimate)
     args = parser.parse_args(argv)
     try:

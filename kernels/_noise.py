@@ -1,7 +1,7 @@
 """Philox blocks, Box-Muller and block correlation inside a Triton kernel: the GPU twin of msdd_fast/diffusion/noise.py.
 
-The same integers bit for bit, the same polynomials. No tl.log, tl.sin or tl.cos: their range reduction costs several
-times the instructions. Every function works on tensors of any shape, one 2x2 block of pixels per lane.
+Integers agree bit for bit, and the polynomials are the same. tl.log, tl.sin and tl.cos are avoided: their range
+reduction costs several times the instructions. Functions take tensors of any shape, one 2x2 block of pixels per lane.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ PURPOSE_RENOISE = tl.constexpr(noise.PURPOSE_RENOISE)
 
 
 @triton.jit
-def square_root(a):
-    """Root of a >= 0 to half a unit: the approximate 1/sqrt and one Newton step, without sqrt_rn's branches."""
+def square_root(a: tl.tensor) -> tl.tensor:
+    """Square root of a >= 0 to half an ulp: the approximate 1/sqrt and one Newton step, without sqrt_rn's branches."""
     a = tl.maximum(a, 1e-30)  # 1/sqrt(0) would be infinite
     y = tl.rsqrt(a)
     r = a * y
@@ -31,7 +31,7 @@ def square_root(a):
 
 
 @triton.jit
-def box_muller(radius_word, angle_word):
+def box_muller(radius_word: tl.tensor, angle_word: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
     """Two uint32 words to two independent fp32 normals (noise.box_muller)."""
     u = ((radius_word >> 8) + 1).to(tl.int32).to(tl.float32) * 5.9604644775390625e-08  # 2^-24
     bits = u.to(tl.int32, bitcast=True) - _SQRT_HALF_BITS
@@ -59,7 +59,9 @@ def box_muller(radius_word, angle_word):
 
 
 @triton.jit
-def block_normals(seed, block, stage, purpose: tl.constexpr):
+def block_normals(
+    seed: tl.tensor, block: tl.tensor, stage: tl.tensor, purpose: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
     """The four normals of each 2x2 block: seed int64, block uint32 (any shape), stage uint32."""
     zero = tl.zeros_like(block)
     w0, w1, w2, w3 = tl.philox(seed, block, (zero + stage).to(tl.uint32), zero, zero + purpose)
@@ -69,7 +71,9 @@ def block_normals(seed, block, stage, purpose: tl.constexpr):
 
 
 @triton.jit
-def correlate(n0, n1, n2, n3, spread, common):
+def correlate(
+    n0: tl.tensor, n1: tl.tensor, n2: tl.tensor, n3: tl.tensor, spread: tl.tensor, common: tl.tensor
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
     """spread * (n - m) + common * m with m the mean of the four (noise.correlate_blocks)."""
     m = 0.25 * (n0 + n1 + n2 + n3)
     shift = (common - spread) * m
@@ -77,12 +81,21 @@ def correlate(n0, n1, n2, n3, spread, common):
 
 
 @triton.jit
-def interleave2(a0, b0, a1, b1):
+def interleave2(a0: tl.tensor, b0: tl.tensor, a1: tl.tensor, b1: tl.tensor) -> tl.tensor:
     """Two pixels each of two neighbouring blocks, [BLOCK] each, to rows of four, [BLOCK, 2, 2]: a0 b0 a1 b1."""
     return tl.join(tl.join(a0, a1), tl.join(b0, b1))
 
 
 @triton.jit
-def interleave4(a0, b0, a1, b1, a2, b2, a3, b3):
-    """The same for four blocks: [BLOCK, 2, 2, 2] with rows a0 b0 a1 b1 a2 b2 a3 b3. Nothing leaves its lane."""
+def interleave4(
+    a0: tl.tensor,
+    b0: tl.tensor,
+    a1: tl.tensor,
+    b1: tl.tensor,
+    a2: tl.tensor,
+    b2: tl.tensor,
+    a3: tl.tensor,
+    b3: tl.tensor,
+) -> tl.tensor:
+    """The same for four blocks: [BLOCK, 2, 2, 2] with rows a0 b0 a1 b1 a2 b2 a3 b3. No data moves between lanes."""
     return tl.join(interleave2(a0, a1, a2, a3), interleave2(b0, b1, b2, b3))

@@ -1,4 +1,4 @@
-"""What the LayerNorm kernels share: a whole row in the registers of one program, statistics in two passes."""
+"""Shared by the LayerNorm kernels: a program holds a whole row in registers; statistics take two passes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import triton.language as tl
 
 
 @triton.jit
-def normalise(b_x, m, WIDTH: tl.constexpr, EPS: tl.constexpr):
+def normalise(b_x: tl.tensor, m: tl.tensor, WIDTH: tl.constexpr, EPS: tl.constexpr) -> tl.tensor:
     """(b_x - mean) / sqrt(var + EPS) over the last axis, where ``m`` marks WIDTH elements; b_x is 0 elsewhere."""
     b_mean = tl.sum(b_x, axis=-1, keep_dims=True) / WIDTH
     b_centred = tl.where(m, b_x - b_mean, 0.0)
@@ -16,6 +16,6 @@ def normalise(b_x, m, WIDTH: tl.constexpr, EPS: tl.constexpr):
 
 
 def row_config(width: int) -> dict[str, int]:
-    """BLOCK and num_warps for rows of ``width``: up to 1024 elements a warp, so that no sum leaves it."""
+    """BLOCK and num_warps for rows of ``width``: up to 1024 elements fit one warp, whose sums need no shared memory."""
     block = max(32, triton.next_power_of_2(width))
     return {"BLOCK": block, "num_warps": max(1, min(8, block // 1024))}

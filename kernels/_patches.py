@@ -1,4 +1,4 @@
-"""The Euler step on patch rows inside a Triton kernel: what the kernels at the end of a stage share."""
+"""Shared by the kernels at the end of a stage: the Euler step on patch rows."""
 
 from __future__ import annotations
 
@@ -7,7 +7,18 @@ import triton.language as tl
 
 
 @triton.jit
-def end_of_stage(p_x, p_v, p_uncond, p_dt, p_scale, o_x, o_v, o_uncond, m, GUIDED: tl.constexpr):
+def end_of_stage(
+    p_x: tl.tensor,
+    p_v: tl.tensor,
+    p_uncond: tl.tensor,
+    p_dt: tl.tensor,
+    p_scale: tl.tensor,
+    o_x: tl.tensor,
+    o_v: tl.tensor,
+    o_uncond: tl.tensor,
+    m: tl.tensor,
+    GUIDED: tl.constexpr,
+) -> tl.tensor:
     """x + dt * v, or x + dt * (v_uncond + scale * (v - v_uncond)), fp32: offsets and mask of one shape."""
     b_x = tl.load(p_x + o_x, mask=m, other=0.0).to(tl.float32)
     b_v = tl.load(p_v + o_v, mask=m, other=0.0).to(tl.float32)

@@ -1,4 +1,4 @@
-"""What the pointwise kernels share: programs over rows of contiguous elements, as ``ops/_rows.py`` finds them."""
+"""Shared by the pointwise kernels: programs over rows of contiguous elements (``row_layout`` of layout.py)."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ NUM_WARPS = 4
 
 
 @triton.jit
-def row_and_columns(columns, BLOCK: tl.constexpr):
-    """This program's row, int64, and its columns, int64 [BLOCK]. A tensor without gaps is a single row."""
+def row_and_columns(columns: tl.tensor, BLOCK: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
+    """This program's row, int64, and its columns, int64 [BLOCK]. A dense tensor is a single row."""
     blocks = (columns - 1) // BLOCK + 1  # no sum that could leave 32 bits
     i = tl.program_id(0)
     return (i // blocks).to(tl.int64), (i % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
 
 
 class Launch(NamedTuple):
-    """Grid, layout and compile-time constants for tensors that lie as ``as_rows`` (ops/_checks.py) makes them."""
+    """Grid, layout and compile-time constants for tensors that ``as_rows`` has laid out."""
 
     grid: tuple[int]
     layout: RowLayout
@@ -32,7 +32,7 @@ class Launch(NamedTuple):
 
 
 def launch_for(*tensors: Tensor) -> Launch:
-    """Blocks are BLOCK elements long, or less where rows are short: eight for each thread."""
+    """Blocks of BLOCK elements, fewer if rows are short: eight elements per thread."""
     count = tensors[0].numel()
     layout = row_layout(*tensors) or RowLayout(1, count, (count,) * len(tensors))
     short = layout.rows > 1 and layout.columns < BLOCK
@@ -42,5 +42,5 @@ def launch_for(*tensors: Tensor) -> Launch:
 
 
 def result_like(first: Tensor, layout: RowLayout) -> Tensor:
-    """Empty, without gaps, in the memory order of ``first``."""
+    """Empty and dense, in the memory order of ``first``."""
     return torch.empty_like(first, memory_format=torch.contiguous_format if layout.rows > 1 else torch.preserve_format)

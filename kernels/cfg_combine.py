@@ -6,20 +6,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from msdd_fast.kernels._rows import launch_for, result_like, row_and_columns
+from msdd_fast.kernels._aot import AotCase, float32
+from msdd_fast.kernels._rows import BLOCK, NUM_WARPS, launch_for, result_like, row_and_columns
 
 
 @triton.jit
 def cfg_combine_kernel(
-    p_cond,  # (rows, columns)
-    p_uncond,  # (rows, columns)
-    p_scale,  # () fp32
-    p_out,  # (rows, columns), contiguous
-    columns,
-    stride_cond,  # of rows; columns are contiguous
-    stride_uncond,
+    p_cond: tl.tensor,  # (rows, columns)
+    p_uncond: tl.tensor,  # (rows, columns)
+    p_scale: tl.tensor,  # () fp32
+    p_out: tl.tensor,  # (rows, columns), contiguous
+    columns: tl.tensor,
+    stride_cond: tl.tensor,  # of rows; columns are contiguous
+    stride_uncond: tl.tensor,
     BLOCK: tl.constexpr,
-):
+) -> None:
     i_row, o = row_and_columns(columns, BLOCK)
     m = o < columns
     b_cond = tl.load(p_cond + i_row * stride_cond + o, mask=m, other=0.0).to(tl.float32)  # [BLOCK]
@@ -29,9 +30,12 @@ def cfg_combine_kernel(
 
 
 def cfg_combine(v_cond: Tensor, v_uncond: Tensor, scale: Tensor) -> Tensor:
-    """Launch on velocities as ``as_rows`` makes them; returns the dtype and memory order of ``v_cond``."""
+    """Launch on velocities laid out by ``as_rows``; returns the dtype and memory order of ``v_cond``."""
     grid, layout, options = launch_for(v_cond, v_uncond)
     out = result_like(v_cond, layout)
     if out.numel() > 0:
         cfg_combine_kernel[grid](v_cond, v_uncond, scale, out, layout.columns, *layout.strides, **options)
     return out
+
+
+AOT_CASES = (AotCase("cfg_combine_kernel", {"BLOCK": BLOCK}, NUM_WARPS, lambda c: c["BLOCK"], float32("scale")),)

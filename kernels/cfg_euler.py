@@ -6,23 +6,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from msdd_fast.kernels._rows import launch_for, result_like, row_and_columns
+from msdd_fast.kernels._aot import AotCase, float32
+from msdd_fast.kernels._rows import BLOCK, NUM_WARPS, launch_for, result_like, row_and_columns
 
 
 @triton.jit
 def cfg_euler_kernel(
-    p_x,  # (rows, columns)
-    p_cond,  # (rows, columns)
-    p_uncond,  # (rows, columns)
-    p_scale,  # () fp32
-    p_dt,  # () fp32
-    p_out,  # (rows, columns), contiguous
-    columns,
-    stride_x,  # of rows; columns are contiguous
-    stride_cond,
-    stride_uncond,
+    p_x: tl.tensor,  # (rows, columns)
+    p_cond: tl.tensor,  # (rows, columns)
+    p_uncond: tl.tensor,  # (rows, columns)
+    p_scale: tl.tensor,  # () fp32
+    p_dt: tl.tensor,  # () fp32
+    p_out: tl.tensor,  # (rows, columns), contiguous
+    columns: tl.tensor,
+    stride_x: tl.tensor,  # of rows; columns are contiguous
+    stride_cond: tl.tensor,
+    stride_uncond: tl.tensor,
     BLOCK: tl.constexpr,
-):
+) -> None:
     i_row, o = row_and_columns(columns, BLOCK)
     m = o < columns
     b_x = tl.load(p_x + i_row * stride_x + o, mask=m, other=0.0).to(tl.float32)  # [BLOCK]
@@ -34,9 +35,12 @@ def cfg_euler_kernel(
 
 
 def cfg_euler(x: Tensor, v_cond: Tensor, v_uncond: Tensor, scale: Tensor, dt: Tensor) -> Tensor:
-    """Launch on tensors as ``as_rows`` makes them; returns x's dtype and memory order."""
+    """Launch on tensors laid out by ``as_rows``; returns x's dtype and memory order."""
     grid, layout, options = launch_for(x, v_cond, v_uncond)
     out = result_like(x, layout)
     if out.numel() > 0:
         cfg_euler_kernel[grid](x, v_cond, v_uncond, scale, dt, out, layout.columns, *layout.strides, **options)
     return out
+
+
+AOT_CASES = (AotCase("cfg_euler_kernel", {"BLOCK": BLOCK}, NUM_WARPS, lambda c: c["BLOCK"], float32("scale", "dt")),)

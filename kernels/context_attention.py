@@ -1,7 +1,7 @@
 """softmax(q k^T / 8) v (+ accumulate) over at most 256 context tokens (msdd_fast/ops/context_attention.py).
 
-A program loads K and V of one head once and serves BLOCK_N queries, whose scores it holds all at once: the softmax is
-one pass. Every tensor is read where it lies, by its strides.
+A program loads K and V of one head once for BLOCK_N queries and holds all their scores, so the softmax needs one pass.
+Tensors are read by their strides, without copies.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from msdd_fast.kernels._aot import CONTEXT, AotCase
+
 BLOCK_N = 64
 NUM_WARPS = 4
 HEAD_SIZE = 64
@@ -20,36 +22,36 @@ SCALE = math.log2(math.e) / math.sqrt(HEAD_SIZE)
 
 @triton.jit
 def context_attention_kernel(
-    p_q,  # (B, N, H, D)
-    p_k,  # (B, L, H, D)
-    p_v,  # (B, L, H, D)
-    p_accumulate,  # (B, N, H, D) or anything
-    p_out,  # (B, N, H, D)
-    heads,  # H
-    queries,  # N
-    keys,  # L
-    stride_qb,  # strides in elements of image, token and head; that of D is 1
-    stride_qn,
-    stride_qh,
-    stride_kb,
-    stride_kn,
-    stride_kh,
-    stride_vb,
-    stride_vn,
-    stride_vh,
-    stride_ab,
-    stride_an,
-    stride_ah,
-    stride_ob,
-    stride_on,
-    stride_oh,
+    p_q: tl.tensor,  # (B, N, H, D)
+    p_k: tl.tensor,  # (B, L, H, D)
+    p_v: tl.tensor,  # (B, L, H, D)
+    p_accumulate: tl.tensor,  # (B, N, H, D) or anything
+    p_out: tl.tensor,  # (B, N, H, D)
+    heads: tl.tensor,  # H
+    queries: tl.tensor,  # N
+    keys: tl.tensor,  # L
+    stride_qb: tl.tensor,  # strides in elements of image, token and head; that of D is 1
+    stride_qn: tl.tensor,
+    stride_qh: tl.tensor,
+    stride_kb: tl.tensor,
+    stride_kn: tl.tensor,
+    stride_kh: tl.tensor,
+    stride_vb: tl.tensor,
+    stride_vn: tl.tensor,
+    stride_vh: tl.tensor,
+    stride_ab: tl.tensor,
+    stride_an: tl.tensor,
+    stride_ah: tl.tensor,
+    stride_ob: tl.tensor,
+    stride_on: tl.tensor,
+    stride_oh: tl.tensor,
     SCALE: tl.constexpr,  # log2(e) / sqrt(D)
     ACCUMULATE: tl.constexpr,
     WIDEN: tl.constexpr,  # for the interpreter, which multiplies the bits of bfloat16
     BLOCK_N: tl.constexpr,
     BLOCK_L: tl.constexpr,  # power of 2, at least L
     D: tl.constexpr,
-):
+) -> None:
     tiles = tl.cdiv(queries, BLOCK_N)
     pair = tl.program_id(0) // tiles
     i_image = (pair // heads).to(tl.int64)
@@ -105,3 +107,17 @@ def context_attention(q: Tensor, k: Tensor, v: Tensor, accumulate: Tensor | None
         num_warps=NUM_WARPS,
         enable_fp_fusion=True,
     )
+
+
+AOT_CASES = (
+    AotCase(
+        "context_attention_kernel",
+        {
+            **{"SCALE": SCALE, "ACCUMULATE": True, "WIDEN": False},
+            **{"BLOCK_N": BLOCK_N, "BLOCK_L": CONTEXT, "D": HEAD_SIZE},
+        },
+        NUM_WARPS,
+        outputs=lambda c: c["BLOCK_N"] * c["D"],
+        dtypes=("bf16", "fp16"),
+    ),
+)

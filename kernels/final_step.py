@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from msdd_fast.kernels._aot import CHANNELS, PATCH, AotCase, float32
 from msdd_fast.kernels._patches import end_of_stage, widest_run
 
 BLOCK = 128
@@ -17,8 +18,8 @@ NUM_WARPS = 4
 
 
 @triton.jit
-def to_pixels(x, dtype: tl.constexpr):
-    """fp32 to the image's dtype; to uint8 as images.to_uint8, and 0 for NaN."""
+def to_pixels(x: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
+    """fp32 to the image's dtype; to uint8 as ``to_uint8`` (ops/_patches.py), with 0 for NaN."""
     if dtype == tl.uint8:
         x = tl.minimum(tl.maximum(x * 127.5 + 128.0, 0.0), 255.0).to(tl.int32)
     return x.to(dtype)
@@ -26,25 +27,25 @@ def to_pixels(x, dtype: tl.constexpr):
 
 @triton.jit(do_not_specialize=["grid"])
 def final_step_kernel(
-    p_x,  # (N, B, C*P*P), contiguous
-    p_v,  # (N, B, C*P*P), contiguous features
-    p_uncond,  # like p_v; not read unless GUIDED
-    p_out,  # (B, C, grid*P, grid*P)
-    p_dt,  # () fp32
-    p_scale,  # () fp32; not read unless GUIDED
-    grid,  # tokens in a row and in a column
-    stride_x,  # from token to token
-    stride_vn,  # from token to token
-    stride_vb,  # from image to image
-    stride_un,
-    stride_ub,
+    p_x: tl.tensor,  # (N, B, C*P*P), contiguous
+    p_v: tl.tensor,  # (N, B, C*P*P), contiguous features
+    p_uncond: tl.tensor,  # like p_v; not read unless GUIDED
+    p_out: tl.tensor,  # (B, C, grid*P, grid*P)
+    p_dt: tl.tensor,  # () fp32
+    p_scale: tl.tensor,  # () fp32; not read unless GUIDED
+    grid: tl.tensor,  # tokens in a row and in a column
+    stride_x: tl.tensor,  # from token to token
+    stride_vn: tl.tensor,  # from token to token
+    stride_vb: tl.tensor,  # from image to image
+    stride_un: tl.tensor,
+    stride_ub: tl.tensor,
     CHANNELS: tl.constexpr,
     P: tl.constexpr,
     K: tl.constexpr,
     SPAN: tl.constexpr,
     GUIDED: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+) -> None:
     """One lane moves K pixels of a line of a patch.
 
     Neighbouring lanes make the P lines of SPAN neighbouring patches, so that a warp reads whole sectors of a token and
@@ -79,23 +80,23 @@ def final_step_kernel(
 
 @triton.jit(do_not_specialize=["grid"])
 def final_step_channels_last_kernel(
-    p_x,  # (N, B, C*P*P), contiguous
-    p_v,  # (N, B, C*P*P), contiguous features
-    p_uncond,  # like p_v; not read unless GUIDED
-    p_out,  # (B, grid*P, grid*P, C)
-    p_dt,  # () fp32
-    p_scale,  # () fp32; not read unless GUIDED
-    grid,  # tokens in a row and in a column
-    stride_x,  # from token to token
-    stride_vn,  # from token to token
-    stride_vb,  # from image to image
-    stride_un,
-    stride_ub,
+    p_x: tl.tensor,  # (N, B, C*P*P), contiguous
+    p_v: tl.tensor,  # (N, B, C*P*P), contiguous features
+    p_uncond: tl.tensor,  # like p_v; not read unless GUIDED
+    p_out: tl.tensor,  # (B, grid*P, grid*P, C)
+    p_dt: tl.tensor,  # () fp32
+    p_scale: tl.tensor,  # () fp32; not read unless GUIDED
+    grid: tl.tensor,  # tokens in a row and in a column
+    stride_x: tl.tensor,  # from token to token
+    stride_vn: tl.tensor,  # from token to token
+    stride_vb: tl.tensor,  # from image to image
+    stride_un: tl.tensor,
+    stride_ub: tl.tensor,
     CHANNELS: tl.constexpr,
     P: tl.constexpr,
     GUIDED: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+) -> None:
     """One element per lane, in the order of the output; the scattered reads of a warp share their sectors."""
     FEATURES: tl.constexpr = CHANNELS * P * P
     i_image = tl.program_id(1).to(tl.int64)
@@ -136,7 +137,8 @@ def final_step(
     if out.numel() == 0:
         return out
     guided = v_uncond is not None
-    uncond, scale = (v_uncond, scale) if guided else (v, dt)  # something to point to; it is not read
+    uncond = v if v_uncond is None else v_uncond  # not read unless guided, nor is the scale
+    scale = dt if scale is None else scale
     arguments = (x, v, uncond, out, dt, scale, grid, batch * features, *v.stride()[:2], *uncond.stride()[:2])
     options = dict(CHANNELS=channels, P=patch_size, GUIDED=guided, num_warps=NUM_WARPS, enable_fp_fusion=True)
     if channels_last:
@@ -152,3 +154,40 @@ def final_step(
 def run_and_span(patch_size: int, itemsize: int) -> tuple[int, int]:
     """Pixels of a lane, which fill at most 16 bytes of the output, and patches side by side in 64 bytes of a line."""
     return widest_run(patch_size, 16 // itemsize), max(1, 64 // (patch_size * itemsize))
+
+
+def _constants(itemsize: int) -> dict[str, int]:
+    """For an output of ``itemsize`` bytes an element."""
+    k, span = run_and_span(PATCH, itemsize)
+    return {"CHANNELS": CHANNELS, "P": PATCH, "K": k, "SPAN": span, "GUIDED": True, "BLOCK": BLOCK}
+
+
+AOT_CASES = (
+    AotCase(
+        "final_step_kernel",
+        _constants,
+        NUM_WARPS,
+        outputs=lambda c: c["K"] * c["BLOCK"],
+        types=float32("dt", "scale"),
+        variant="guided",
+        within=("x",),
+    ),
+    AotCase(
+        "final_step_kernel",
+        _constants(1),
+        NUM_WARPS,
+        outputs=lambda c: c["K"] * c["BLOCK"],
+        types={**float32("dt", "scale"), "p_out": "*u8"},
+        variant="guided, to uint8",
+        within=("x",),
+    ),
+    AotCase(
+        "final_step_channels_last_kernel",
+        {"CHANNELS": CHANNELS, "P": PATCH, "GUIDED": True, "BLOCK": BLOCK_LAST},
+        NUM_WARPS,
+        outputs=lambda c: c["BLOCK"],
+        types=float32("dt", "scale"),
+        variant="guided",
+        within=("x",),
+    ),
+)

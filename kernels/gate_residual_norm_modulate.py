@@ -7,27 +7,28 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from msdd_fast.kernels._aot import WIDTH, AotCase, float32
 from msdd_fast.kernels._norm import normalise, row_config
 
 
 @triton.jit
 def gate_residual_norm_modulate_kernel(
-    p_x,  # (rows, WIDTH)
-    p_y,  # (rows, WIDTH)
-    p_gate,  # (last + 1, WIDTH), rows stride_gate apart; shift and scale likewise
-    p_shift,
-    p_scale,
-    p_sum,  # (rows, WIDTH): x + gate * y
-    p_out,  # (rows, WIDTH)
-    run,  # row r takes row min(r // run, last) of the tables
-    last,
-    stride_gate,
-    stride_shift,
-    stride_scale,
+    p_x: tl.tensor,  # (rows, WIDTH)
+    p_y: tl.tensor,  # (rows, WIDTH)
+    p_gate: tl.tensor,  # (last + 1, WIDTH), rows stride_gate apart; shift and scale likewise
+    p_shift: tl.tensor,
+    p_scale: tl.tensor,
+    p_sum: tl.tensor,  # (rows, WIDTH): x + gate * y
+    p_out: tl.tensor,  # (rows, WIDTH)
+    run: tl.tensor,  # row r takes row min(r // run, last) of the tables
+    last: tl.tensor,
+    stride_gate: tl.tensor,
+    stride_shift: tl.tensor,
+    stride_scale: tl.tensor,
     WIDTH: tl.constexpr,
     EPS: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+) -> None:
     i = tl.program_id(0).to(tl.int64)
     i_group = tl.minimum(i // run, last)
     o = tl.arange(0, BLOCK)
@@ -46,7 +47,7 @@ def gate_residual_norm_modulate_kernel(
 def gate_residual_norm_modulate(
     x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, run: int, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Launch on contiguous x and y (*, D) and tables (G, D) whose rows have adjacent elements."""
+    """Launch on contiguous x and y (*, D) and tables (G, D) with contiguous rows."""
     x_new, h = torch.empty_like(x), torch.empty_like(x)
     width = x.shape[-1]
     if h.numel() > 0:
@@ -56,3 +57,15 @@ def gate_residual_norm_modulate(
             **dict(WIDTH=width, EPS=eps, **row_config(width), enable_fp_fusion=True),
         )
     return x_new, h
+
+
+_ROWS = row_config(WIDTH)
+AOT_CASES = (
+    AotCase(
+        "gate_residual_norm_modulate_kernel",
+        {"WIDTH": WIDTH, "EPS": 1e-6, "BLOCK": _ROWS["BLOCK"]},
+        _ROWS["num_warps"],
+        outputs=lambda c: 2 * c["WIDTH"],
+        types=float32("gate", "shift", "scale"),
+    ),
+)

@@ -1,8 +1,8 @@
 """GroupNorm, affine, modulation by cells of a lower resolution and SiLU (ops/group_norm_modulate_silu.py).
 
-Three kernels. Each program of the first takes tiles of pixels by channels, in registers the mean of every channel and
-then the squares about it, and puts its tiles together about their common mean; the second does so with the programs and
-channels of a group; the third writes the result. x is read by its strides, so both memory orders are the same code.
+Three kernels. Each program of the first takes tiles of pixels x channels, computes mean and squared deviations of every
+channel in registers, and merges its tiles. The second merges the programs and channels of a group. The third writes the
+result. x is read by its strides, so both memory orders share the code.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from msdd_fast.kernels._aot import AotCase, float32
 
 PIXELS, CHANNELS = 64, 32
 NUM_WARPS = 4
@@ -22,19 +24,19 @@ MERGE_WARPS = 4
 
 @triton.jit
 def group_norm_parts_kernel(
-    p_x,  # (B, C, pixels)
-    p_mean,  # (B, parts, C) fp32: mean of a part's pixels
-    p_squares,  # (B, parts, C) fp32: sum of the squares about it
-    pixels,
-    parts,
-    tiles,  # of a part
-    stride_x,  # between images
-    stride_c,  # between channels, and between pixels
-    stride_p,
+    p_x: tl.tensor,  # (B, C, pixels)
+    p_mean: tl.tensor,  # (B, parts, C) fp32: mean of a part's pixels
+    p_squares: tl.tensor,  # (B, parts, C) fp32: sum of the squares about it
+    pixels: tl.tensor,
+    parts: tl.tensor,
+    tiles: tl.tensor,  # of a part
+    stride_x: tl.tensor,  # between images
+    stride_c: tl.tensor,  # between channels, and between pixels
+    stride_p: tl.tensor,
     WIDTH: tl.constexpr,  # C
     PIXELS: tl.constexpr,
     CHANNELS: tl.constexpr,
-):
+) -> None:
     i_image = tl.program_id(2).to(tl.int64)
     i_part = tl.program_id(0).to(tl.int64)
     o_c = tl.program_id(1).to(tl.int64) * CHANNELS + tl.arange(0, CHANNELS)
@@ -62,19 +64,19 @@ def group_norm_parts_kernel(
 
 @triton.jit
 def group_norm_merge_kernel(
-    p_mean,  # (B, parts, C) fp32
-    p_squares,  # (B, parts, C) fp32
-    p_norm,  # (B, groups, 2) fp32: mean and 1 / sqrt(variance + EPS)
-    pixels,
-    parts,
-    part_pixels,  # of a whole part
-    groups,
+    p_mean: tl.tensor,  # (B, parts, C) fp32
+    p_squares: tl.tensor,  # (B, parts, C) fp32
+    p_norm: tl.tensor,  # (B, groups, 2) fp32: mean and 1 / sqrt(variance + EPS)
+    pixels: tl.tensor,
+    parts: tl.tensor,
+    part_pixels: tl.tensor,  # of a whole part
+    groups: tl.tensor,
     EPS: tl.constexpr,
     PARTS: tl.constexpr,  # power of 2, at least parts
     PER_GROUP: tl.constexpr,  # C / groups
     BLOCK: tl.constexpr,  # power of 2, at least PER_GROUP
     MERGE: tl.constexpr,
-):
+) -> None:
     i_image = tl.program_id(1).to(tl.int64)
     i_group = tl.program_id(0)
     o_c = tl.arange(0, BLOCK)
@@ -105,29 +107,29 @@ def group_norm_merge_kernel(
 
 @triton.jit
 def group_norm_apply_kernel(
-    p_x,  # (B, C, pixels)
-    p_norm,  # (B, groups, 2) fp32
-    p_weight,  # (C,) or anything
-    p_bias,  # (C,) or anything
-    p_scale,  # (B, C, cells by cells) or anything
-    p_shift,  # the same
-    p_out,  # (B, C, pixels), strides of x
-    pixels,
-    width,  # of the image
-    groups,
-    cell_height,  # of a cell, in pixels
-    cell_width,
-    stride_x,  # between images, channels and pixels of x
-    stride_c,
-    stride_p,
-    stride_sb,  # between images, channels, rows and columns of scale
-    stride_sc,
-    stride_sy,
-    stride_sx,
-    stride_tb,  # of shift
-    stride_tc,
-    stride_ty,
-    stride_tx,
+    p_x: tl.tensor,  # (B, C, pixels)
+    p_norm: tl.tensor,  # (B, groups, 2) fp32
+    p_weight: tl.tensor,  # (C,) or anything
+    p_bias: tl.tensor,  # (C,) or anything
+    p_scale: tl.tensor,  # (B, C, cells by cells) or anything
+    p_shift: tl.tensor,  # the same
+    p_out: tl.tensor,  # (B, C, pixels), strides of x
+    pixels: tl.tensor,
+    width: tl.tensor,  # of the image
+    groups: tl.tensor,
+    cell_height: tl.tensor,  # of a cell, in pixels
+    cell_width: tl.tensor,
+    stride_x: tl.tensor,  # between images, channels and pixels of x
+    stride_c: tl.tensor,
+    stride_p: tl.tensor,
+    stride_sb: tl.tensor,  # between images, channels, rows and columns of scale
+    stride_sc: tl.tensor,
+    stride_sy: tl.tensor,
+    stride_sx: tl.tensor,
+    stride_tb: tl.tensor,  # of shift
+    stride_tc: tl.tensor,
+    stride_ty: tl.tensor,
+    stride_tx: tl.tensor,
     PER_GROUP: tl.constexpr,  # C / groups
     WEIGHT: tl.constexpr,
     BIAS: tl.constexpr,
@@ -136,7 +138,7 @@ def group_norm_apply_kernel(
     WIDTH: tl.constexpr,  # C
     PIXELS: tl.constexpr,
     CHANNELS: tl.constexpr,
-):
+) -> None:
     i_image = tl.program_id(2).to(tl.int64)
     o_p = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
     o_c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
@@ -214,3 +216,37 @@ def group_norm_modulate_silu(
         **tile,
     )
     return out
+
+
+# Channels-last maps with 64 channels, as at SSDD's finest level.
+_TILE = {"WIDTH": 64, "PIXELS": PIXELS, "CHANNELS": CHANNELS, "stride_c": 1}
+AOT_CASES = (
+    AotCase(
+        "group_norm_parts_kernel",
+        _TILE,
+        NUM_WARPS,
+        outputs=lambda c: c["PIXELS"] * c["CHANNELS"],
+        types=float32("mean", "squares"),
+        variant="channels-last",
+    ),
+    AotCase(
+        "group_norm_merge_kernel",
+        {"EPS": 1e-5, "PARTS": 128, "PER_GROUP": 2, "BLOCK": 2, "MERGE": MERGE},
+        MERGE_WARPS,
+        outputs=lambda c: c["PARTS"] * c["BLOCK"],
+        types=float32("mean", "squares", "norm"),
+        within=("x",),
+    ),
+    AotCase(
+        "group_norm_apply_kernel",
+        {
+            **{**_TILE, "stride_sc": 1, "stride_tc": 1},
+            **{"PER_GROUP": 2, "WEIGHT": False, "BIAS": False, "MODULATE": True, "SILU": True},
+        },
+        NUM_WARPS,
+        outputs=lambda c: c["PIXELS"] * c["CHANNELS"],
+        types=float32("norm"),
+        variant="channels-last",
+        within=("x", "y"),
+    ),
+)

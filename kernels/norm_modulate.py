@@ -7,23 +7,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from msdd_fast.kernels._aot import WIDTH, AotCase, float32
 from msdd_fast.kernels._norm import normalise, row_config
 
 
 @triton.jit
 def norm_modulate_kernel(
-    p_x,  # (rows, WIDTH)
-    p_shift,  # (last + 1, WIDTH), rows stride_shift apart
-    p_scale,  # (last + 1, WIDTH), rows stride_scale apart
-    p_out,  # (rows, WIDTH)
-    run,  # row r takes row min(r // run, last) of the tables
-    last,
-    stride_shift,
-    stride_scale,
+    p_x: tl.tensor,  # (rows, WIDTH)
+    p_shift: tl.tensor,  # (last + 1, WIDTH), rows stride_shift apart
+    p_scale: tl.tensor,  # (last + 1, WIDTH), rows stride_scale apart
+    p_out: tl.tensor,  # (rows, WIDTH)
+    run: tl.tensor,  # row r takes row min(r // run, last) of the tables
+    last: tl.tensor,
+    stride_shift: tl.tensor,
+    stride_scale: tl.tensor,
     WIDTH: tl.constexpr,
     EPS: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+) -> None:
     i = tl.program_id(0).to(tl.int64)
     i_group = tl.minimum(i // run, last)
     o = tl.arange(0, BLOCK)
@@ -36,7 +37,7 @@ def norm_modulate_kernel(
 
 
 def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, run: int, eps: float) -> Tensor:
-    """Launch on contiguous x (*, D) and tables (G, D) whose rows have adjacent elements."""
+    """Launch on contiguous x (*, D) and tables (G, D) with contiguous rows."""
     out = torch.empty_like(x)
     width = x.shape[-1]
     if out.numel() > 0:
@@ -45,3 +46,15 @@ def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, run: int, eps: float)
             **dict(WIDTH=width, EPS=eps, **row_config(width), enable_fp_fusion=True),
         )
     return out
+
+
+_ROWS = row_config(WIDTH)
+AOT_CASES = (
+    AotCase(
+        "norm_modulate_kernel",
+        {"WIDTH": WIDTH, "EPS": 1e-6, "BLOCK": _ROWS["BLOCK"]},
+        _ROWS["num_warps"],
+        outputs=lambda c: c["WIDTH"],
+        types=float32("shift", "scale"),
+    ),
+)

@@ -6,21 +6,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from msdd_fast.kernels._aot import HEAD_DIM, HEADS, AotCase, float32
 from msdd_fast.kernels._norm import normalise
 
 
 @triton.jit
 def qk_norm_rope_kernel(
-    p_x,  # (inner, outer) tokens of (PARTS + 1, HEADS, DIM)
-    p_weight,  # (1 or 2, PARTS, DIM)
-    p_bias,  # (1 or 2, PARTS, DIM)
-    p_cos,  # (tokens, DIM / 2) fp32
-    p_sin,  # (tokens, DIM / 2) fp32; not read if COSINE
-    p_out,  # (outer, inner, PARTS, HEADS, DIM)
-    inner,  # images, if the memory order is token-major, else tokens; program (outer, inner)
-    stride_outer,  # of p_x
-    stride_inner,
-    split,  # tokens from here on take the second entry of weight and bias
+    p_x: tl.tensor,  # (inner, outer) tokens of (PARTS + 1, HEADS, DIM)
+    p_weight: tl.tensor,  # (1 or 2, PARTS, DIM)
+    p_bias: tl.tensor,  # (1 or 2, PARTS, DIM)
+    p_cos: tl.tensor,  # (tokens, DIM / 2) fp32
+    p_sin: tl.tensor,  # (tokens, DIM / 2) fp32; not read if COSINE
+    p_out: tl.tensor,  # (outer, inner, PARTS, HEADS, DIM)
+    inner: tl.tensor,  # images, if the memory order is token-major, else tokens; program (outer, inner)
+    stride_outer: tl.tensor,  # of p_x
+    stride_inner: tl.tensor,
+    split: tl.tensor,  # tokens from here on take the second entry of weight and bias
     PARTS: tl.constexpr,
     HEADS: tl.constexpr,
     DIM: tl.constexpr,
@@ -28,7 +29,7 @@ def qk_norm_rope_kernel(
     TOKEN_MAJOR: tl.constexpr,
     COSINE: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+) -> None:
     # A program: one token of one image, one part of it, up to BLOCK heads. A pair of elements stays in its lane.
     i = tl.program_id(0)
     i_part = tl.program_id(1)
@@ -77,3 +78,19 @@ def qk_norm_rope(
         **config,
         enable_fp_fusion=True,
     )
+
+
+_HEADS = heads_config(HEADS, HEAD_DIM)
+AOT_CASES = (
+    AotCase(
+        "qk_norm_rope_kernel",
+        {
+            **{"PARTS": 2, "HEADS": HEADS, "DIM": HEAD_DIM, "EPS": 1e-6},
+            **{"TOKEN_MAJOR": True, "COSINE": False, "BLOCK": _HEADS["BLOCK"]},
+        },
+        _HEADS["num_warps"],
+        outputs=lambda c: c["HEADS"] * c["DIM"],
+        types=float32("cos", "sin"),
+        within=("y", "z"),
+    ),
+)

@@ -7,17 +7,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from msdd_fast.kernels._aot import FLOAT8, WIDTH, AotCase, float32
 from msdd_fast.kernels._norm import row_config
 
 
 @triton.jit
 def quantize_rows_kernel(
-    p_x,  # (rows, WIDTH)
-    p_out,  # (rows, WIDTH) float8
-    p_scale,  # (rows,) fp32
+    p_x: tl.tensor,  # (rows, WIDTH)
+    p_out: tl.tensor,  # (rows, WIDTH) float8
+    p_scale: tl.tensor,  # (rows,) fp32
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+) -> None:
     i = tl.program_id(0).to(tl.int64)
     o = tl.arange(0, BLOCK)
     m = o < WIDTH
@@ -36,3 +37,16 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     if rows > 0:
         quantize_rows_kernel[(rows,)](x, out, scale, WIDTH=width, **row_config(width), enable_fp_fusion=True)
     return out, scale
+
+
+_ROWS = row_config(WIDTH)
+AOT_CASES = (
+    AotCase(
+        "quantize_rows_kernel",
+        {"WIDTH": WIDTH, "BLOCK": _ROWS["BLOCK"]},
+        _ROWS["num_warps"],
+        outputs=lambda c: c["WIDTH"],
+        types={"p_out": "*fp8e4nv", **float32("scale")},
+        targets=FLOAT8,
+    ),
+)

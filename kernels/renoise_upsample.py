@@ -1,4 +1,4 @@
-"""alpha * nearest_x2(x) + beta * n in one pass; n is made in registers (see msdd_fast/ops/renoise_upsample.py).
+"""alpha * nearest_x2(x) + beta * n in one pass; n is generated in registers (see ops/renoise_upsample.py).
 
 Reads x once and writes the output once: 5 * B*C*H*W elements of traffic. One lane makes ``K`` horizontally adjacent
 2x2 blocks, so that each of its two output rows is one 16-byte store.
@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from msdd_fast.diffusion.noise import correlation_factors
+from msdd_fast.kernels._aot import NOISE_TYPES, AotCase
 from msdd_fast.kernels._noise import PURPOSE_RENOISE, block_normals, correlate, interleave2, interleave4
 
 BLOCK = 128
@@ -20,19 +21,19 @@ NUM_WARPS = 4
 
 @triton.jit(do_not_specialize=["stage"])
 def renoise_upsample_kernel(
-    p_x,  # (B, C*H, W)
-    p_out,  # (B, C*2H, 2W)
-    p_alpha,  # () fp32
-    p_beta,  # () fp32
-    p_seeds,  # (B,) int64
-    stage,
-    rows,  # C*H
-    width,  # W
-    spread,
-    common,
+    p_x: tl.tensor,  # (B, C*H, W)
+    p_out: tl.tensor,  # (B, C*2H, 2W)
+    p_alpha: tl.tensor,  # () fp32
+    p_beta: tl.tensor,  # () fp32
+    p_seeds: tl.tensor,  # (B,) int64
+    stage: tl.tensor,
+    rows: tl.tensor,  # C*H
+    width: tl.tensor,  # W
+    spread: tl.tensor,
+    common: tl.tensor,
     K: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+) -> None:
     i_image = tl.program_id(1).to(tl.int64)
     groups = tl.cdiv(width, K)
     o_group = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # within an image: fits in 32 bits
@@ -58,7 +59,16 @@ def renoise_upsample_kernel(
 
 
 @triton.jit
-def renoised_blocks(b_x, seed, counter, stage, spread, common, K: tl.constexpr, BLOCK: tl.constexpr):
+def renoised_blocks(
+    b_x: tl.tensor,
+    seed: tl.tensor,
+    counter: tl.tensor,
+    stage: tl.tensor,
+    spread: tl.tensor,
+    common: tl.tensor,
+    K: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
     """K neighbouring blocks per lane, pixels b_x [BLOCK, K], counters from [BLOCK] on: rows top and low [BLOCK, 2K]."""
     if K == 1:
         t00, t01, l00, l01 = renoised_block(b_x.reshape(BLOCK), seed, counter, stage, spread, common)
@@ -84,7 +94,9 @@ def renoised_blocks(b_x, seed, counter, stage, spread, common, K: tl.constexpr, 
 
 
 @triton.jit
-def renoised_block(x, seed, block, stage, spread, common):
+def renoised_block(
+    x: tl.tensor, seed: tl.tensor, block: tl.tensor, stage: tl.tensor, spread: tl.tensor, common: tl.tensor
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
     """The four pixels of one 2x2 block per lane: x (already times alpha) + beta-scaled correlated noise."""
     n0, n1, n2, n3 = block_normals(seed, block, stage, PURPOSE_RENOISE)
     n0, n1, n2, n3 = correlate(n0, n1, n2, n3, spread, common)
@@ -93,19 +105,19 @@ def renoised_block(x, seed, block, stage, spread, common):
 
 @triton.jit(do_not_specialize=["stage"])
 def renoise_upsample_channels_last_kernel(
-    p_x,  # (B, H, W, C)
-    p_out,  # (B, 2H, 2W, C)
-    p_alpha,  # () fp32
-    p_beta,  # () fp32
-    p_seeds,  # (B,) int64
-    stage,
-    channels,  # C
-    height,  # H
-    width,  # W
-    spread,
-    common,
+    p_x: tl.tensor,  # (B, H, W, C)
+    p_out: tl.tensor,  # (B, 2H, 2W, C)
+    p_alpha: tl.tensor,  # () fp32
+    p_beta: tl.tensor,  # () fp32
+    p_seeds: tl.tensor,  # (B,) int64
+    stage: tl.tensor,
+    channels: tl.tensor,  # C
+    height: tl.tensor,  # H
+    width: tl.tensor,  # W
+    spread: tl.tensor,
+    common: tl.tensor,
     BLOCK: tl.constexpr,
-):
+) -> None:
     """One lane makes one block of one channel; neighbouring lanes are neighbouring channels, as in memory."""
     i_image = tl.program_id(1).to(tl.int64)
     size = channels * height * width
@@ -155,3 +167,23 @@ def renoise_upsample(x: Tensor, alpha: Tensor, beta: Tensor, seeds: Tensor, stag
             x, out, alpha, beta, seeds, stage, c * h, w, spread, common, K=k, BLOCK=BLOCK, **options
         )
     return out
+
+
+AOT_CASES = (
+    AotCase(
+        "renoise_upsample_kernel",
+        lambda itemsize: {"K": 16 // (2 * itemsize), "BLOCK": BLOCK},
+        NUM_WARPS,
+        outputs=lambda c: 4 * c["K"] * c["BLOCK"],
+        types=NOISE_TYPES,
+        within=("x",),
+    ),
+    AotCase(
+        "renoise_upsample_channels_last_kernel",
+        {"BLOCK": BLOCK},
+        NUM_WARPS,
+        outputs=lambda c: 4 * c["BLOCK"],
+        types=NOISE_TYPES,
+        within=("x",),
+    ),
+)

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from msdd_fast.diffusion.noise import correlation_factors
+from msdd_fast.kernels._aot import CHANNELS, NOISE_TYPES, PATCH, AotCase, float32
 from msdd_fast.kernels._patches import end_of_stage, widest_run
 from msdd_fast.kernels.renoise_upsample import blocks_per_lane, renoised_blocks
 
@@ -24,30 +25,30 @@ NUM_WARPS = 4
 
 @triton.jit(do_not_specialize=["stage", "grid"])
 def stage_transition_kernel(
-    p_x,  # (N, B, C*P*P), contiguous
-    p_v,  # (N, B, C*P*P), contiguous features
-    p_uncond,  # like p_v; not read unless GUIDED
-    p_out,  # (4N, B, C*P*P), contiguous
-    p_dt,  # () fp32
-    p_scale,  # () fp32; not read unless GUIDED
-    p_alpha,  # () fp32
-    p_beta,  # () fp32
-    p_seeds,  # (B,) int64
-    stage,
-    grid,  # coarse tokens in a row and in a column
-    stride_x,  # from token to token; of the output, too
-    stride_vn,  # from token to token
-    stride_vb,  # from image to image
-    stride_un,
-    stride_ub,
-    spread,
-    common,
+    p_x: tl.tensor,  # (N, B, C*P*P), contiguous
+    p_v: tl.tensor,  # (N, B, C*P*P), contiguous features
+    p_uncond: tl.tensor,  # like p_v; not read unless GUIDED
+    p_out: tl.tensor,  # (4N, B, C*P*P), contiguous
+    p_dt: tl.tensor,  # () fp32
+    p_scale: tl.tensor,  # () fp32; not read unless GUIDED
+    p_alpha: tl.tensor,  # () fp32
+    p_beta: tl.tensor,  # () fp32
+    p_seeds: tl.tensor,  # (B,) int64
+    stage: tl.tensor,
+    grid: tl.tensor,  # coarse tokens in a row and in a column
+    stride_x: tl.tensor,  # from token to token; of the output, too
+    stride_vn: tl.tensor,  # from token to token
+    stride_vb: tl.tensor,  # from image to image
+    stride_un: tl.tensor,
+    stride_ub: tl.tensor,
+    spread: tl.tensor,
+    common: tl.tensor,
     CHANNELS: tl.constexpr,
     P: tl.constexpr,
     K: tl.constexpr,
     GUIDED: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+) -> None:
     FEATURES: tl.constexpr = CHANNELS * P * P
     LANES: tl.constexpr = FEATURES // K  # of one token
     RUNS: tl.constexpr = P // K  # of one line of a patch
@@ -108,7 +109,8 @@ def stage_transition(
     if out.numel() == 0:
         return out
     guided = v_uncond is not None
-    uncond, scale = (v_uncond, scale) if guided else (v, dt)  # something to point to; it is not read
+    uncond = v if v_uncond is None else v_uncond  # not read unless guided, nor is the scale
+    scale = dt if scale is None else scale
     k = widest_run(patch_size // 2, blocks_per_lane(x.dtype))
     stage_transition_kernel[(triton.cdiv(tokens * features // k, BLOCK), batch)](
         *(x, v, uncond, out, dt, scale, alpha, beta, seeds, stage, math.isqrt(tokens), batch * features),
@@ -122,3 +124,19 @@ def stage_transition(
         enable_fp_fusion=True,
     )
     return out
+
+
+AOT_CASES = tuple(
+    AotCase(
+        "stage_transition_kernel",
+        lambda itemsize, guided=guided: {  # type: ignore[misc]
+            **{"CHANNELS": CHANNELS, "P": PATCH, "K": 16 // (2 * itemsize), "GUIDED": guided, "BLOCK": BLOCK}
+        },
+        NUM_WARPS,
+        outputs=lambda c: 4 * c["K"] * c["BLOCK"],
+        types={**NOISE_TYPES, **float32("dt", "scale")},
+        variant="guided" if guided else "",
+        within=("x",),
+    )
+    for guided in (False, True)
+)

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from msdd_fast.kernels._aot import CHANNELS, PATCH, AotCase
 from msdd_fast.kernels._noise import PURPOSE_START, block_normals, interleave2, interleave4
 from msdd_fast.kernels._patches import widest_run
 from msdd_fast.kernels.renoise_upsample import blocks_per_lane
@@ -17,13 +18,13 @@ NUM_WARPS = 4
 
 @triton.jit
 def start_noise_kernel(
-    p_out,  # (B, C*2H, 2W)
-    p_seeds,  # (B,) int64
-    rows,  # C*H
-    width,  # W
+    p_out: tl.tensor,  # (B, C*2H, 2W)
+    p_seeds: tl.tensor,  # (B,) int64
+    rows: tl.tensor,  # C*H
+    width: tl.tensor,  # W
     K: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+) -> None:
     i_image = tl.program_id(1).to(tl.int64)
     groups = tl.cdiv(width, K)
     o_group = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # within an image: fits in 32 bits
@@ -42,16 +43,16 @@ def start_noise_kernel(
 
 @triton.jit
 def start_noise_rows_kernel(
-    p_out,  # (N, B, C*P*P)
-    p_seeds,  # (B,) int64
-    grid_y,  # tokens in a column
-    grid_x,  # tokens in a row
-    stride_out,  # from token to token
+    p_out: tl.tensor,  # (N, B, C*P*P)
+    p_seeds: tl.tensor,  # (B,) int64
+    grid_y: tl.tensor,  # tokens in a column
+    grid_x: tl.tensor,  # tokens in a row
+    stride_out: tl.tensor,  # from token to token
     CHANNELS: tl.constexpr,
     P: tl.constexpr,
     K: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+) -> None:
     """The same numbers as patch rows: a lane makes K blocks of one token."""
     HALF: tl.constexpr = P // 2
     RUNS: tl.constexpr = HALF // K  # of one line of blocks
@@ -75,7 +76,7 @@ def start_noise_rows_kernel(
 
 
 @triton.jit
-def white_blocks(seed, counter, K: tl.constexpr):
+def white_blocks(seed: tl.tensor, counter: tl.tensor, K: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
     """Upper and lower line of K neighbouring blocks per lane, counters [BLOCK] of the first: 2K pixels each."""
     if K == 1:
         t00, t01, l00, l01 = block_normals(seed, counter, 0, PURPOSE_START)
@@ -118,3 +119,27 @@ def start_noise(
     grid = (triton.cdiv(channels * h * triton.cdiv(w, k), BLOCK), len(seeds))
     start_noise_kernel[grid](out, seeds, channels * h, w, K=k, **options)
     return out
+
+
+def _blocks(itemsize: int) -> dict[str, int]:
+    return {"K": 16 // (2 * itemsize), "BLOCK": BLOCK}
+
+
+AOT_CASES = (
+    AotCase(
+        "start_noise_kernel",
+        _blocks,
+        NUM_WARPS,
+        outputs=lambda c: 4 * c["K"] * c["BLOCK"],
+        types={"p_seeds": "*i64"},
+        within=("x",),
+    ),
+    AotCase(
+        "start_noise_rows_kernel",
+        lambda itemsize: {"CHANNELS": CHANNELS, "P": PATCH, **_blocks(itemsize)},
+        NUM_WARPS,
+        outputs=lambda c: 4 * c["K"] * c["BLOCK"],
+        types={"p_seeds": "*i64"},
+        within=("x",),
+    ),
+)

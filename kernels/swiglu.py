@@ -7,17 +7,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from msdd_fast.kernels._aot import HIDDEN, AotCase
+
 
 @triton.jit
 def swiglu_kernel(
-    p_a,  # (rows, width), rows stride_a apart
-    p_b,  # (rows, width), rows stride_b apart
-    p_out,  # (rows, width)
-    width,
-    stride_a,
-    stride_b,
+    p_a: tl.tensor,  # (rows, width), rows stride_a apart
+    p_b: tl.tensor,  # (rows, width), rows stride_b apart
+    p_out: tl.tensor,  # (rows, width)
+    width: tl.tensor,
+    stride_a: tl.tensor,
+    stride_b: tl.tensor,
     BLOCK: tl.constexpr,
-):
+) -> None:
     i = tl.program_id(0).to(tl.int64)
     o = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     m = o < width
@@ -34,7 +36,7 @@ def block_config(width: int) -> dict[str, int]:
 
 
 def swiglu(a: Tensor, b: Tensor) -> Tensor:
-    """Launch on a and b (R, I) whose rows have adjacent elements."""
+    """Launch on a and b (R, I) with contiguous rows."""
     out = torch.empty(a.shape, dtype=a.dtype, device=a.device)
     rows, width = a.shape
     if out.numel() > 0:
@@ -43,3 +45,15 @@ def swiglu(a: Tensor, b: Tensor) -> Tensor:
             a, b, out, width, a.stride(0), b.stride(0), **config, enable_fp_fusion=True
         )
     return out
+
+
+_BLOCK = block_config(HIDDEN)
+AOT_CASES = (
+    AotCase(
+        "swiglu_kernel",
+        {"BLOCK": _BLOCK["BLOCK"]},
+        _BLOCK["num_warps"],
+        outputs=lambda c: c["BLOCK"],
+        within=("y",),
+    ),
+)

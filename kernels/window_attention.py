@@ -1,17 +1,20 @@
-"""Attention of every pixel over the window round it, with a bias by displacement (ops/window_attention.py).
+"""Attention of every pixel over the window around it, with a bias by displacement (ops/window_attention.py).
 
-A program takes a tile of queries of one image and head, TILE_Y x TILE_X pixels, and goes in blocks through the keys
-that any of them sees, (TILE_Y + 2w - 2) x (TILE_X + 2w - 2): no logit further away is ever formed. Softmax as it goes
-(running maximum and sum). Head sizes are padded to a power of two by masks.
+A program takes a tile of TILE_Y x TILE_X queries of one image and head and loops in blocks over the keys that any of
+them sees, (TILE_Y + 2w - 2) x (TILE_X + 2w - 2). The softmax is online (running maximum and sum). Head sizes are padded
+to a power of two by masks.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from msdd_fast.kernels._aot import AotCase, float32
 
 TILE_Y, TILE_X = 4, 8
 BLOCK_K = 64
@@ -20,29 +23,29 @@ NUM_WARPS = 4
 
 @triton.jit
 def window_attention_kernel(
-    p_q,  # (B, height * width, H, SIZE)
-    p_k,  # the same
-    p_v,  # the same
-    p_table,  # (2 WINDOW - 1, 2 WINDOW - 1, H)
-    p_out,  # (B, height * width, H, SIZE)
-    heads,  # H
-    height,
-    width,
-    stride_qb,  # strides in elements of image, token and head; that of SIZE is 1
-    stride_qn,
-    stride_qh,
-    stride_kb,
-    stride_kn,
-    stride_kh,
-    stride_vb,
-    stride_vn,
-    stride_vh,
-    stride_ty,
-    stride_tx,
-    stride_th,
-    stride_ob,
-    stride_on,
-    stride_oh,
+    p_q: tl.tensor,  # (B, height * width, H, SIZE)
+    p_k: tl.tensor,  # the same
+    p_v: tl.tensor,  # the same
+    p_table: tl.tensor,  # (2 WINDOW - 1, 2 WINDOW - 1, H)
+    p_out: tl.tensor,  # (B, height * width, H, SIZE)
+    heads: tl.tensor,  # H
+    height: tl.tensor,
+    width: tl.tensor,
+    stride_qb: tl.tensor,  # strides in elements of image, token and head; that of SIZE is 1
+    stride_qn: tl.tensor,
+    stride_qh: tl.tensor,
+    stride_kb: tl.tensor,
+    stride_kn: tl.tensor,
+    stride_kh: tl.tensor,
+    stride_vb: tl.tensor,
+    stride_vn: tl.tensor,
+    stride_vh: tl.tensor,
+    stride_ty: tl.tensor,
+    stride_tx: tl.tensor,
+    stride_th: tl.tensor,
+    stride_ob: tl.tensor,
+    stride_on: tl.tensor,
+    stride_oh: tl.tensor,
     SCALE: tl.constexpr,  # 1 / sqrt(SIZE)
     WIDEN: tl.constexpr,  # for the interpreter, which multiplies the bits of bfloat16
     WINDOW: tl.constexpr,
@@ -51,7 +54,7 @@ def window_attention_kernel(
     TILE_Y: tl.constexpr,
     TILE_X: tl.constexpr,
     BLOCK_K: tl.constexpr,
-):
+) -> None:
     QUERIES: tl.constexpr = TILE_Y * TILE_X
     REACH: tl.constexpr = WINDOW - 1
     SEEN_X: tl.constexpr = TILE_X + 2 * REACH
@@ -95,7 +98,7 @@ def window_attention_kernel(
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * SCALE + b_bias
         b_s = tl.where(m_seen, b_s, float("-inf"))
         b_higher = tl.maximum(b_max, tl.max(b_s, axis=1))
-        b_base = tl.where(b_higher == float("-inf"), 0.0, b_higher)  # as long as nothing was seen
+        b_base = tl.where(b_higher == float("-inf"), 0.0, b_higher)  # until a key is seen
         b_w = tl.exp(b_s - b_base[:, None])
         b_keep = tl.exp(b_max - b_base)
         b_total = b_total * b_keep + tl.sum(b_w, axis=1)
@@ -131,3 +134,23 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, table: Tensor, height: int
         **window_config(size, q.element_size()),
         enable_fp_fusion=True,
     )
+
+
+def _aot_case(size: int) -> AotCase:
+    def constants(itemsize: int) -> dict[str, Any]:
+        config = window_config(size, itemsize)
+        del config["num_warps"]
+        return {**config, "SCALE": size**-0.5, "WIDEN": False, "WINDOW": 8}
+
+    return AotCase(
+        "window_attention_kernel",
+        constants,
+        NUM_WARPS,
+        outputs=lambda c: c["TILE_Y"] * c["TILE_X"] * c["SIZE"],
+        types=float32("table"),
+        variant=f"heads of {size}",
+        within=("x",),
+    )
+
+
+AOT_CASES = (_aot_case(40), _aot_case(72))  # SSDD-S and SSDD-M

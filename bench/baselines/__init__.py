@@ -1,1 +1,1 @@
-"""Decoders of others."""
+"""Decoders of other projects, measured beside ours."""

@@ -1,4 +1,4 @@
-"""Cold start: what a fresh process waits for until its first image."""
+"""Cold start: seconds from the start of a fresh process to its first image, step by step."""
 
 from __future__ import annotations
 
@@ -14,26 +14,27 @@ STEPS = ("import torch", "import msdd_fast", "load", "first eager image", "accel
 
 _PROGRAM = """
 import json, sys, time
-marks = [time.perf_counter()]
-mark = lambda: marks.append(time.perf_counter())
+times = [time.perf_counter()]
+done = lambda: times.append(time.perf_counter())
 import torch
-mark()
+done()
 import msdd_fast
-mark()
+from msdd_fast.families import family_of
+done()
 device = torch.device(sys.argv[2])
 wait = (lambda: torch.cuda.synchronize()) if device.type == "cuda" else (lambda: None)
 tok = msdd_fast.Tokenizer.from_pretrained(sys.argv[1]).to(device)
-wait(); mark()
-z = torch.randn(1, tok.config.num_latent_tokens, tok.config.latent_dim, device=device)
-tok.decode(z); wait(); mark()
+wait(); done()
+z = torch.randn(1, *family_of(tok.config).example, device=device)
+tok.decode(z); wait(); done()
 try:
     fast = msdd_fast.accelerate(tok, batch_sizes=(1,))
-    fast.warmup(); wait(); mark()
+    fast.warmup(); wait(); done()
     for _ in range(2):
-        fast.decode(z); wait(); mark()
+        fast.decode(z); wait(); done()
 except (AttributeError, msdd_fast.errors.MsddFastError):
     pass  # no engine in this version
-print(json.dumps([b - a for a, b in zip(marks, marks[1:])]))
+print(json.dumps([b - a for a, b in zip(times, times[1:])]))
 """
 
 

@@ -1,13 +1,14 @@
-"""Is it slower than it was? A run against a stored one, or a working tree against a git revision on this machine.
+"""Find regressions: compare a run with a stored one, or the working tree with a git revision on this machine.
 
-A case is slower when it takes more than 10 % longer on a CPU (5 % on a GPU), and more than 20 us longer.
+Against a stored run, a case fails if it takes more than 10 % longer on a CPU (5 % on a GPU) and more than 20 us longer.
 
-Against a revision, two processes of the same worker take turns, one call each, so that whatever slows the machine slows
-both, and the ratio is the mean of the middle half of the ratios of neighbours (on one noisy machine its deviation was 4
-to 15 % less than that of their median). Less is due to chance then, so that 8 % are too much on a CPU. What looks
-slower by a third of the threshold is a suspect: two fresh processes measure it for as long again, and the verdict is
-that of all samples. So chance must strike twice for a false alarm, in the same direction, and a true slowdown that the
-first samples only hinted at is found.
+Against a revision, two processes run the same worker and take turns, one call each, so that whatever slows the machine
+slows both. We compare interquartile means of paired ratios and fail above 1.08 on a CPU (1.05 on a GPU). On one noisy
+machine the interquartile mean deviated 4 to 15 % less than the median.
+
+A case that exceeds a third of the threshold is a suspect: two fresh processes measure it for the same time again, and
+the verdict uses all samples. A false alarm then needs two unlucky measurements, and a slowdown that the first samples
+only hinted at is found.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from msdd_fast.bench.decode import worker
-from msdd_fast.bench.report.results import aligned, device_of, measurements, number
+from msdd_fast.bench.report.results import device_of, measurements
+from msdd_fast.bench.report.text import aligned, number
 from msdd_fast.bench.timing.machine import ROOT
 from msdd_fast.errors import InputError
 
@@ -35,8 +37,8 @@ RATIO_IN_TURNS = {"cpu": 1.08, "cuda": 1.05}
 SECONDS = 20e-6
 SUSPECT = 1 / 3
 CACHE = ROOT / "build" / "revisions"
-# "model kind batch [provider]" to seconds of measuring. The gate takes a minute at most: twice these, if every case is
-# a suspect, and twice the start of the workers. Few and short calls, since verdicts need many rounds.
+# "model kind batch [provider]" to seconds of measuring. The gate takes at most a minute: twice these seconds if every
+# case is a suspect, and twice the start of the workers. Calls are short, since verdicts need many rounds.
 GATE = {"msdd-nano decode 1 engine": 4.5, "msdd-nano decode 8 engine": 12.0, "msdd-nano encode 1": 2.5}
 ALL = {
     "msdd-nano decode 1": 12.0,
@@ -64,12 +66,12 @@ class Verdict:
 
 
 def is_slower(base: float, new: float, ratio: float, limit: float, share: float = 1.0) -> bool:
-    """Both thresholds, the ratio's being ``limit``; ``share``: of them."""
+    """Whether both thresholds are exceeded: ``limit`` for the ratio, and ``SECONDS``; ``share`` scales them down."""
     return ratio > 1 + share * (limit - 1) and new - base > share * SECONDS
 
 
 def paired(name: str, base: Sequence[float], new: Sequence[float], device: str, share: float = 1.0) -> Verdict:
-    """Verdict of samples taken in turns: the ratio is the mean of the middle half of the ratios of neighbours."""
+    """Verdict of samples taken in turns: the ratio is the interquartile mean of the paired ratios (of their logs)."""
     logs = sorted(math.log(n / b) for b, n in zip(base, new, strict=True))
     ratio = math.exp(statistics.fmean(logs[len(logs) // 4 : len(logs) - len(logs) // 4]))
     old = statistics.median(base)
@@ -79,7 +81,7 @@ def paired(name: str, base: Sequence[float], new: Sequence[float], device: str, 
 
 
 def against_document(base: Mapping[str, Any], new: Mapping[str, Any]) -> list[Verdict]:
-    """Every case, provider and scale that both runs have.
+    """Verdicts for every case, provider and scale that both runs have.
 
     Raises InputError if they are from different devices, or have no case in common.
     """
@@ -119,7 +121,7 @@ def against_revision(
     specs: Mapping[str, float],
     progress: Callable[[str], None] = lambda _: None,
 ) -> list[Verdict]:
-    """The working tree against ``revision`` by ``worker.py``; ``specs``: "model kind batch [provider]" to seconds.
+    """Compare the working tree with ``revision``; ``specs``: "model kind batch [provider]" to seconds.
 
     Raises InputError for an unknown revision or one that cannot be built.
     """
@@ -133,9 +135,9 @@ def between(
     slowdown: float = 0.0,
     progress: Callable[[str], None] = lambda _: None,
 ) -> list[Verdict]:
-    """The package that runs now against the one in the folder ``base`` (None: against itself).
+    """Compare the running package with the one in the folder ``base`` (None: with itself).
 
-    ``slowdown``: every call of the new side is made longer by this share, to see that it is found.
+    ``slowdown``: make every call of the new side longer by this share, to test that the gate finds it.
     """
     samples: dict[str, Samples] = {}
     suspects: dict[str, list[str]] = {}
@@ -165,7 +167,7 @@ def between(
 
 
 def take(old: subprocess.Popen[str], new: subprocess.Popen[str], names: Sequence[str], seconds: float) -> Samples:
-    """Rounds in which each side makes one call of each provider; who begins alternates."""
+    """Rounds in which each side makes one call of each provider; the sides alternate in going first."""
     samples: Samples = {name: ([], []) for name in names}
     begin = time.perf_counter()
     for r in range(MAX_ROUNDS):
@@ -180,7 +182,7 @@ def take(old: subprocess.Popen[str], new: subprocess.Popen[str], names: Sequence
 
 @contextlib.contextmanager
 def process(device: str, path: Path | None, slowdown: float = 0.0) -> Iterator[subprocess.Popen[str]]:
-    """A worker over the package in ``path`` (None: the one that runs now), slower by the share ``slowdown``."""
+    """A worker over the package in ``path`` (None: the running one), slower by the share ``slowdown``."""
     environment = dict(os.environ)
     if path is not None:
         environment["PYTHONPATH"] = os.pathsep.join([str(path), *filter(None, [environment.get("PYTHONPATH")])])
@@ -200,14 +202,14 @@ def process(device: str, path: Path | None, slowdown: float = 0.0) -> Iterator[s
 
 
 def start(child: subprocess.Popen[str], spec: str) -> list[str]:
-    """Providers of a case, ready and warm; the one of the spec alone, if it names one."""
+    """Providers of a case, ready and warm; only the one that the spec names, if it does."""
     words = spec.split()
     names: list[str] = ask(child, f"case {' '.join(words[:3])}")
     return [name for name in names if len(words) == 3 or name == words[3]]
 
 
 def ask(child: subprocess.Popen[str], line: str) -> Any:
-    """One line to a worker, and its answer. Raises InputError if it has died."""
+    """Send one line to a worker and return its answer. Raises InputError if it has died."""
     stdin, stdout = child.stdin, child.stdout
     assert stdin is not None and stdout is not None
     try:

@@ -1,15 +1,14 @@
-"""Is the gate to be trusted on this machine? This tree against itself, and against itself with a slowdown planted.
+"""Test the regression gate on this machine: compare this tree with itself, then with a planted slowdown.
 
     python -m msdd_fast.bench.decode.trial [--times 5] [--plant 0.15] [--json FILE]
 
-Prints every verdict and the time that it took. Exit code 1 if a comparison with itself finds a regression, or the
-planted slowdown is not found in every case.
+Prints every verdict and its time. Exit code 1 if the comparison with itself finds a regression, or if the planted
+slowdown is not found in every case.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 
 from msdd_fast.bench.decode.regressions import GATE, between, lines
+from msdd_fast.bench.report.documents import write_json
 from msdd_fast.bench.timing.machine import machine_info
 
 
@@ -39,17 +39,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         runs.append({"slowdown": slowdown, "seconds": seconds, "good": good, "verdicts": [*map(asdict, verdicts)]})
         what = f"{slowdown:.0%} planted" if slowdown else "against itself"
         print(
-            f"{what}, {seconds:.0f} s: {'as it must be' if good else 'WRONG'}",
+            f"{what}, {seconds:.0f} s: {'as expected' if good else 'WRONG'}",
             *lines(verdicts),
             "",
             sep="\n",
             flush=True,
         )
     wrong = sum(not run["good"] for run in runs)
-    print(f"{wrong} of {len(runs)} wrong" if wrong else f"all {len(runs)} as they must be")
+    print(f"{wrong} of {len(runs)} wrong" if wrong else f"all {len(runs)} as expected")
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({"machine": machine_info(), "runs": runs}, indent=1) + "\n")
+        write_json({"machine": machine_info(), "runs": runs}, args.json)
     return 1 if wrong else 0
 
 

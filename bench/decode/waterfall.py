@@ -1,18 +1,18 @@
-"""Where the engine's speed comes from: img/s of one decode, one measure after the other, in one interleaved run.
+"""Where the speed comes from: the same decode with one measure after the other, in one interleaved run.
 
     python -m msdd_fast.bench.decode.waterfall msdd-nano --batch 1 8 [--json FILE]
 
-Bars, each with everything before it: eager-bf16 (the eager tokenizer in bfloat16, no op of ours, nothing hoisted), the
-engine's compute dtype, hoisting and packing, fused ops, attention, and on a GPU the graph: the exact tier. Beside them
-the fast tier (int8 products on a CPU, float8 on a GPU) with the PSNR that it is expected to lose, torch.compile of
-eager-bf16 and of eager in the compute dtype, and the engine's matrix products and convolutions alone, timed
-with its shapes and weights.
+Each bar has everything before it: eager-bf16 (the eager tokenizer in bfloat16, no op of ours, nothing hoisted), the
+engine's compute dtype, hoisting and packing, fused ops, attention, and on a GPU the CUDA graph: the exact tier.
+
+For comparison: the fast tier (int8 products on a CPU, float8 on a GPU) with its expected loss of PSNR, torch.compile of
+eager in bfloat16 and in the compute dtype, and the engine's matrix products and convolutions alone, with its shapes and
+weights.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,80 +23,28 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from msdd_fast.backends import use_backend
-from msdd_fast.bench.decode.scales import PLAIN_PYTORCH
+from msdd_fast.bench.decode.models import PLAIN_PYTORCH, SHORT, TOLERANCE, device_of, eager, load, random_latents
+from msdd_fast.bench.report.documents import write_json
+from msdd_fast.bench.report.results import FAST, waterfall_notes
+from msdd_fast.bench.report.text import aligned, error_text, number
 from msdd_fast.bench.timing.clock import timer_for
 from msdd_fast.bench.timing.harness import Measurement, Provider, close_to, compare
 from msdd_fast.bench.timing.machine import machine_info
 from msdd_fast.bench.timing.trace import count_launches
 from msdd_fast.engine import FastDecoder, accelerate
 from msdd_fast.engine.report import Accuracy
-from msdd_fast.errors import AccuracyError, BackendUnavailableError, CheckpointError, InputError
-from msdd_fast.families import family_of
-from msdd_fast.families.msdd.presets import PRESETS
-from msdd_fast.families.ssdd.presets import SSDD_PRESETS
+from msdd_fast.errors import AccuracyError, BackendUnavailableError, InputError
 from msdd_fast.layers.convolution import Convolution, Shortcut, UpsampleConvolution
 from msdd_fast.layers.linear.dense import DenseLinear
-from msdd_fast.sampling import sample
 from msdd_fast.tokenizer import Tokenizer
 
-# bfloat16 eager differs from float32 by this much at most on decoded values of a few units.
-TOLERANCE = 1.0
 SDPA = "attention=sdpa,context_attention=sdpa"
 
 
-def load(name: str, device: torch.device) -> Tokenizer:
-    """A checkpoint, or a preset with random weights."""
-    try:
-        tokenizer = Tokenizer.from_pretrained(name)
-    except CheckpointError:
-        if name not in {**PRESETS, **SSDD_PRESETS}:
-            raise
-        torch.manual_seed(0)
-        tokenizer = Tokenizer.from_config(name)
-    return tokenizer.to(device)
-
-
-def eager(
-    tokenizer: Tokenizer, dtype: torch.dtype, compiled: bool = False, by_block: bool = False
-) -> Callable[..., Tensor]:
-    """The plain sampler and network in ``dtype``: no op of ours but the noise, and PyTorch's own attention.
-
-    The eager noise is a reference for tests, made of integer operations; no sampler would use it. Our fast noise makes
-    the baseline as strong as one with torch.randn, and its images comparable. Takes ``sample``'s options. ``by_block``:
-    compile the blocks, which share their code, and not the network as a whole, which takes many times as long.
-    """
-    model = in_dtype(tokenizer, dtype, copy=compiled)
-    if compiled:
-        torch._dynamo.config.recompile_limit = 64  # a graph for every scale, batch and dtype of this run
-        for module in model.decoder.blocks if by_block else [model.decoder]:
-            module.compile(dynamic=False)
-    sampling = tokenizer.config.sampling
-    defaults = {"steps": sampling.steps, "cfg_scale": sampling.cfg_scale, "seed": 0}
-
-    def decode(z: Tensor, **options: Any) -> Tensor:
-        with use_backend(PLAIN_PYTORCH), torch.no_grad():
-            out = sample(model.decoder, z.to(dtype), model.schedule, **{**defaults, **options})
-        assert isinstance(out, Tensor)
-        return out
-
-    return decode
-
-
-def in_dtype(tokenizer: Tokenizer, dtype: torch.dtype, copy: bool = False) -> Tokenizer:
-    """The tokenizer with weights of ``dtype``: itself if it has them and ``copy`` is not set."""
-    parameter = next(tokenizer.parameters())
-    if parameter.dtype == dtype and not copy:
-        return tokenizer
-    model = Tokenizer.from_config(tokenizer.config).to(parameter.device, dtype)
-    model.load_state_dict(tokenizer.state_dict())
-    return model
-
-
 def bare_products(engine: FastDecoder, z: Tensor) -> tuple[Callable[[], None], int]:
-    """All matrix products and convolutions of one decode as a function, and their FLOP.
+    """A function that runs all matrix products and convolutions of one decode, and their FLOP.
 
-    Every shape once: a call holds its inputs, and those of a U-Net at full resolution are large.
+    Calls of equal shapes share their inputs, since those of a U-Net at full resolution are large.
     """
     calls: list[tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = []
     inputs: dict[Any, Tensor] = {}
@@ -133,12 +81,9 @@ def bare_products(engine: FastDecoder, z: Tensor) -> tuple[Callable[[], None], i
     return run, int(counter.get_total_flops())
 
 
-FAST = "engine-fast"
-
-
 @dataclass
 class Bars:
-    """The bars of one batch size, the exact tier's engine, and the fast tier's accuracy or the reason why it is out."""
+    """The bars of one batch size, the exact tier's engine, and the fast tier's accuracy or why it is missing."""
 
     providers: list[Provider]
     best: FastDecoder
@@ -148,18 +93,19 @@ class Bars:
 
 def bars_of(tokenizer: Tokenizer, batch: int, with_compile: bool, steps: int | None = None) -> Bars:
     """Every way to run the decode of a random batch; ``steps`` defaults to the config's."""
-    device, generator = next(tokenizer.parameters()).device, torch.Generator().manual_seed(0)
-    z = torch.randn(batch, *family_of(tokenizer.config).example, generator=generator).to(device)
+    device = device_of(tokenizer)
+    z = random_latents(tokenizer.config, batch, device)
     fused = "triton" if device.type == "cuda" else "cpu"
     steps = tokenizer.config.sampling.steps if steps is None else steps
     options: dict[str, Any] = dict(batch_sizes=(batch,), graphs=False, steps=steps)
     best = accelerate(tokenizer, **{**options, "graphs": "auto"})
     bars: dict[str, Callable[[Tensor], Tensor]] = {"eager-bf16": partial(eager(tokenizer, torch.bfloat16), steps=steps)}
     if best.dtype != torch.bfloat16:
-        bars[f"eager-{_short(best.dtype)}"] = partial(eager(tokenizer, best.dtype), steps=steps)
+        bars[f"eager-{SHORT[best.dtype]}"] = partial(eager(tokenizer, best.dtype), steps=steps)
     bars["hoist"] = accelerate(tokenizer, backend=f"{PLAIN_PYTORCH},stage_transition=auto", **options).decode
-    bars["fused ops"] = accelerate(tokenizer, backend=f"{fused},{SDPA}", **options).decode
-    if tokenizer.config.family == "msdd":  # SSDD's attention is one of the fused ops
+    with_sdpa = accelerate(tokenizer, backend=f"{fused},{SDPA}", **options)
+    bars["fused ops"] = with_sdpa.decode
+    if any(choice.backend == "sdpa" for choice in with_sdpa.report().ops):
         bars["attention"] = accelerate(tokenizer, **options).decode
     if best.graphs:
         best.warmup()
@@ -173,8 +119,8 @@ def bars_of(tokenizer: Tokenizer, batch: int, with_compile: bool, steps: int | N
         accuracy = str(error)
     if with_compile:
         for dtype in dict.fromkeys((torch.bfloat16, best.dtype)):
-            bars[f"compile-{_short(dtype)}"] = partial(eager(tokenizer, dtype, compiled=True), steps=steps)
-    return Bars([Provider(name, _call(decode, z)) for name, decode in bars.items()], best, z, accuracy)
+            bars[f"compile-{SHORT[dtype]}"] = partial(eager(tokenizer, dtype, compiled=True), steps=steps)
+    return Bars([Provider(name, partial(decode, z)) for name, decode in bars.items()], best, z, accuracy)
 
 
 def measure(
@@ -184,11 +130,10 @@ def measure(
     found = bars_of(tokenizer, batch, with_compile, steps)
     bars, z = found.providers, found.z
     products, flops = bare_products(found.best, z)
-    reference = tokenizer.decode(z, steps=steps)
-    near = close_to(reference, TOLERANCE)
+    check = close_to(tokenizer.decode(z, steps=steps), TOLERANCE)
     results = compare(
         [*bars, Provider("bare matmuls", products)],
-        lambda name, out: None if name == "bare matmuls" else near(name, out),
+        lambda name, out: None if name == "bare matmuls" else check(name, out),
         timer_for(z.device),
         rounds,
         warmup=1,
@@ -219,22 +164,21 @@ def _row(m: Measurement, base: Measurement, batch: int, flops: int) -> dict[str,
 
 def table(result: dict[str, Any]) -> str:
     """Text of one waterfall. Launches and bytes are counted, not measured (bench/timing/trace.py)."""
-    lines = [f"{'':>16} {'ms':>9} {'img/s':>8} {'x':>6} {'GFLOP/s':>8} {'error':>8} {'launches':>8} {'GB':>7}"]
+    rows = [["", "ms", "img/s", "x", "GFLOP/s", "error", "launches", "GB"]]
     for r in result["rows"]:
-        error = "-" if r["max_error"] is None else f"{r['max_error']:.1e}"
-        count = f"{r['launches']:>8} {r['bytes'] / 1e9:>7.2f}" if "launches" in r else ""
-        lines.append(
-            f"{r['provider']:>16} {r['median_s'] * 1e3:>9.1f} {r['images_per_second']:>8.2f} {r['speedup']:>6.2f} "
-            f"{r['matmul_gflops']:>8.0f} {error:>8} {count}".rstrip()
+        counted = [str(r["launches"]), f"{r['bytes'] / 1e9:.2f}"] if "launches" in r else ["", ""]
+        rows.append(
+            [
+                r["provider"],
+                f"{r['median_s'] * 1e3:.1f}",
+                number(r["images_per_second"]),
+                f"{r['speedup']:.2f}",
+                f"{r['matmul_gflops']:.0f}",
+                error_text(r["max_error"]),
+                *counted,
+            ]
         )
-    return "\n".join([*lines, *notes(result)])
-
-
-def notes(result: dict[str, Any]) -> list[str]:
-    """What must be said beside the fast tier's bar, or why there is none."""
-    losses = [r["expected_psnr_loss"] for r in result["rows"] if "expected_psnr_loss" in r]
-    said = [f"{FAST} is not exact: int8 or float8 products, expected to cost {loss:.3f} dB of PSNR" for loss in losses]
-    return said + [f"{name}: {why}" for name, why in result.get("missing", {}).items()]
+    return "\n".join([*aligned(rows), *waterfall_notes(result)])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -253,17 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         results.append(measure(tokenizer, batch, args.rounds, not args.no_compile, args.steps))
         print(f"{args.model}, batch {batch}\n{table(results[-1])}\n", flush=True)
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        document = {"model": args.model, "machine": machine_info(), "results": results}
-        args.json.write_text(json.dumps(document, indent=1) + "\n")
-
-
-def _call(decode: Callable[[Tensor], Tensor], z: Tensor) -> Callable[[], Tensor]:
-    return lambda: decode(z)
-
-
-def _short(dtype: torch.dtype) -> str:
-    return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+        write_json({"model": args.model, "machine": machine_info(), "results": results}, args.json)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,16 @@
 #!/usr/bin/env bash
 # Build, test, sanitize, benchmark and profile on this machine; what needs a GPU is skipped where there is none.
 #
-#   bench/gpu/run_all.sh OUT [build] [tests] [sanitize] [bench] [training] [ncu] [suite]     (default: all, in this order)
+#   bench/gpu/run_all.sh [--budget SECONDS] OUT [build] [tests] [sanitize] [bench] [training] [ncu] [suite]
 #
-# "tests" are those that need the GPU; "suite" is all that do not, on this machine's Python, PyTorch and Triton.
+# Default: all parts, in this order. "tests" are the tests that need a GPU; "suite" is all the others, on this machine's
+# Python, PyTorch and Triton.
 #
 # Leaves logs, bench.json, ncu.txt and summary.md in OUT. A part that fails does not stop the next; the exit status is 1
-# if any failed. Every part ends within LIMIT seconds (540), so that each fits a machine lent for ten minutes a command.
+# if any failed. With --budget the whole run ends after that many seconds: the part that is running is stopped, and those
+# that follow are skipped.
 #
+#   LIMIT   seconds after which a single command is stopped (default 540)
 #   PYTHON  interpreter (default .venv/bin/python, else python3)
 #   TESTS   what the parts "tests" and "suite" choose from (default "tests")
 #   BENCH   what the benchmark part runs (default "bench"), e.g. "bench/ops/test_cfg_euler.py --no-compile"
@@ -17,7 +20,13 @@
 set -u -o pipefail
 
 PARTS=(build tests sanitize bench training ncu suite)
-usage="usage: run_all.sh OUT [${PARTS[*]}]"
+usage="usage: run_all.sh [--budget SECONDS] OUT [${PARTS[*]}]"
+budget=
+if [ "${1:-}" = --budget ]; then
+  budget=${2:-}
+  [[ $budget =~ ^[0-9]+$ ]] || { echo "$usage" >&2; exit 2; }
+  shift 2
+fi
 [ $# -ge 1 ] || { echo "$usage" >&2; exit 2; }
 out=$(mkdir -p "$1" && cd "$1" && pwd) || exit 2
 shift
@@ -49,13 +58,18 @@ failed=0
 
 # run LABEL COMMAND...: under the limit, output to LABEL.log too, outcome into the summary.
 run() {
-  local label=$1 start=$SECONDS status outcome=passed
+  local label=$1 start=$SECONDS status outcome=passed allowed=$limit left
   shift
+  if [ -n "$budget" ]; then
+    left=$((budget - SECONDS))
+    [ "$left" -gt 0 ] || { skip "$label" "the budget of $budget s is used up"; return; }
+    allowed=$(awk -v a="$limit" -v b="$left" 'BEGIN { print (a < b) ? a : b }')
+  fi
   echo "== $label: $*"
-  timeout --kill-after=10 "$limit" "$@" 2>&1 | tee "$out/$label.log"
+  timeout --kill-after=10 "$allowed" "$@" 2>&1 | tee "$out/$label.log"
   status=$?
   if [ $status -eq 124 ] || [ $status -eq 137 ]; then
-    outcome="stopped after $limit s"
+    outcome="stopped after $allowed s"
   elif [ $status -ne 0 ]; then
     outcome="failed (exit $status)"
   fi
@@ -163,7 +177,7 @@ done
   printf '%s\n' "${rows[@]}"
   if [[ " $* " == *" bench "* && -s $out/bench.json ]]; then
     echo
-    "$python" -m msdd_fast.bench.report.text "$out/bench.json"
+    "$python" -m msdd_fast.bench.report.op_table "$out/bench.json"
   fi
 } >"$out/summary.md"
 cat "$out/summary.md"

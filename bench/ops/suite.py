@@ -1,4 +1,4 @@
-"""What the benchmarks of all ops share: a case with its inputs, the providers of an op, the facts of a result."""
+"""Shared by the benchmarks of all ops: a case with its inputs, the providers of an op, the metrics of a result."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from torch import Tensor
 from msdd_fast.bench.timing.ceilings import copy_bandwidth, floor_seconds
 from msdd_fast.bench.timing.harness import Measurement, Provider
 from msdd_fast.errors import BackendUnavailableError
+
+Measure = Callable[..., None]
+"""The fixture ``measure`` of bench/conftest.py."""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SCALES = (32, 64, 128, 256)
@@ -53,7 +56,7 @@ class Case:
 
 @dataclass
 class Providers:
-    """Those that run here, and for each of the others the reason why not."""
+    """The providers that run here, and the reason why each of the others does not."""
 
     usable: list[Provider] = field(default_factory=list)
     missing: dict[str, str] = field(default_factory=dict)
@@ -66,9 +69,9 @@ def op_providers(
     backends: Sequence[str],
     compile_reason: str | None = None,
 ) -> Providers:
-    """Baselines, ``torch.compile`` of the first one, and the op's backends: each runs once, to see whether it can.
+    """Baselines, ``torch.compile`` of the first one, and the op's backends, without gradients.
 
-    Without gradients. ``compile_reason`` says why torch.compile is left out.
+    torch.compile and the backends run once, to see whether they can. ``compile_reason``: why torch.compile is left out.
     """
     found = Providers()
     for name, function in baselines.items():
@@ -81,7 +84,7 @@ def op_providers(
         try:
             compiled()
             found.usable.append(Provider("compile", compiled))
-        except Exception as error:  # whatever the compiler chokes on is a fact to report, not a failure of ours
+        except Exception as error:  # any failure of the compiler is a result to report
             found.missing["compile"] = f"torch.compile failed: {type(error).__name__}: {str(error).splitlines()[0]}"
     for name in backends:
         function = _call(op, inputs, backend=name)
@@ -104,10 +107,10 @@ def in_float32(inputs: Sequence[Any]) -> list[Any]:
     return [convert(value) for value in inputs]
 
 
-def facts(
+def metrics(
     op: str, case: Case, shape: Sequence[int], m: Measurement, baseline: Measurement, num_bytes: int, flops: int = 0
 ) -> dict[str, Any]:
-    """What goes beside a measurement into the JSON: SI units, fractions of the ceilings of this run."""
+    """The JSON entry of a measurement: SI units, and fractions of the ceilings of this run."""
     copy = copy_bandwidth(case.device)
     rows: dict[str, Any] = {
         "op": op,

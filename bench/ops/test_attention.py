@@ -5,6 +5,7 @@ packed token-major buffer; against PyTorch's own call.
 import torch.nn.functional as F
 
 from msdd_fast import ops
+from msdd_fast.bench.ops.suite import Case, Measure
 
 CONTEXT, HEADS, HEAD_SIZE = 128, 12, 64
 BASELINES = {
@@ -13,7 +14,7 @@ BASELINES = {
 }
 
 
-def test_attention(case, measure):
+def test_attention(case: Case, measure: Measure) -> None:
     tokens = CONTEXT + case.tokens
     qkv = case.randn(tokens, case.batch, 3, HEADS, HEAD_SIZE).transpose(0, 1)
     flops = 4 * case.batch * HEADS * HEAD_SIZE * tokens**2

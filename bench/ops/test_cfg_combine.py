@@ -3,6 +3,7 @@
 import torch
 
 from msdd_fast import ops
+from msdd_fast.bench.ops.suite import Case, Measure
 
 SCALE = 1.5
 BASELINES = {
@@ -11,6 +12,6 @@ BASELINES = {
 }
 
 
-def test_cfg_combine(case, measure):
+def test_cfg_combine(case: Case, measure: Measure) -> None:
     v_cond, v_uncond = case.image(), case.image()
     measure(ops.cfg_combine, (v_cond, v_uncond, case.scalar(SCALE)), bytes_moved=3 * v_cond.nbytes)

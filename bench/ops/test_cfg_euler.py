@@ -3,6 +3,7 @@
 import torch
 
 from msdd_fast import ops
+from msdd_fast.bench.ops.suite import Case, Measure
 
 SCALE, DT = 1.5, -0.25
 BASELINES = {
@@ -11,7 +12,7 @@ BASELINES = {
 }
 
 
-def test_cfg_euler(case, measure):
+def test_cfg_euler(case: Case, measure: Measure) -> None:
     x, v_cond, v_uncond = case.image(), case.image(), case.image()
     inputs = (x, v_cond, v_uncond, case.scalar(SCALE), case.scalar(DT))
     measure(ops.cfg_euler, inputs, bytes_moved=4 * x.nbytes)

@@ -3,6 +3,7 @@
 import torch
 
 from msdd_fast import ops
+from msdd_fast.bench.ops.suite import Case, Measure
 
 DT = -0.25
 BASELINES = {
@@ -11,6 +12,6 @@ BASELINES = {
 }
 
 
-def test_euler_step(case, measure):
+def test_euler_step(case: Case, measure: Measure) -> None:
     x, v = case.image(), case.image()
     measure(ops.euler_step, (x, v, case.scalar(DT)), bytes_moved=3 * x.nbytes)

@@ -5,6 +5,7 @@ resolution (AdaGN), against PyTorch's GroupNorm, interpolation and pointwise ope
 import torch
 
 from msdd_fast import ops
+from msdd_fast.bench.ops.suite import Case, Measure
 from msdd_fast.bench.timing.harness import FLOAT32_SLACK, ROUNDING
 from msdd_fast.ops.group_norm_modulate_silu import group_norm_modulate_silu_eager
 
@@ -13,7 +14,7 @@ BATCH = {"cpu": 1, "cuda": 64}
 BASELINES = {"plain": group_norm_modulate_silu_eager}
 
 
-def test_group_norm_modulate_silu(case, measure):
+def test_group_norm_modulate_silu(case: Case, measure: Measure) -> None:
     x = case.randn(case.batch, CHANNELS, case.scale, case.scale).contiguous(memory_format=torch.channels_last)
     cells = 0.1 * case.randn(case.batch, case.scale // 8, case.scale // 8, 2 * CHANNELS)
     scale, shift = cells.permute(0, 3, 1, 2).chunk(2, dim=1)

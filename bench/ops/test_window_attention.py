@@ -3,6 +3,7 @@ packed buffer; against dense attention with a mask, as the paper's code has it. 
 """
 
 from msdd_fast import ops
+from msdd_fast.bench.ops.suite import Case, Measure
 from msdd_fast.ops.window_attention import window_attention_eager
 
 HEADS, HEAD_SIZE, WINDOW = 4, 40, 8
@@ -12,7 +13,7 @@ BATCH = {"cpu": 1, "cuda": 64}
 BASELINES = {"dense": window_attention_eager}
 
 
-def test_window_attention(case, measure):
+def test_window_attention(case: Case, measure: Measure) -> None:
     grid = case.scale // 8
     q, k, v = case.randn(case.batch, grid**2, 3, HEADS, HEAD_SIZE).unbind(2)
     table = case.randn(2 * WINDOW - 1, 2 * WINDOW - 1, HEADS)

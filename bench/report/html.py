@@ -1,4 +1,4 @@
-"""The report of a run as one HTML page: inline CSS and SVG, nothing fetched, light and dark, wide and narrow."""
+"""The report of a run as one HTML page: inline CSS and SVG, no network, light and dark, wide and narrow."""
 
 from __future__ import annotations
 
@@ -7,9 +7,16 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from msdd_fast.bench.decode.waterfall import notes
 from msdd_fast.bench.report import svg
-from msdd_fast.bench.report.results import PERCENTILES, device_of, facts_lines, measurements, number, percentile
+from msdd_fast.bench.report.results import (
+    PERCENTILES,
+    device_of,
+    measurements,
+    metadata_lines,
+    percentile,
+    waterfall_notes,
+)
+from msdd_fast.bench.report.text import number
 
 STYLE = """
 :root { color-scheme: light dark; --bg: #fff; --fg: #1b1f24; --soft: #667; --line: #d8dce2; --card: #f6f7f9; }
@@ -41,9 +48,9 @@ text { fill: var(--fg); font: 11px system-ui, sans-serif; } text.value { fill: v
 
 
 def page(document: Mapping[str, Any], past: Sequence[Mapping[str, Any]] = ()) -> str:
-    """The page of one run; ``past``: stored runs of the same device, oldest first, perhaps this one among them."""
+    """The page of one run. ``past``: stored runs of the same device, oldest first; may include this one."""
     series = list(dict.fromkeys(p["provider"] for r in document["cases"] for p in r["providers"]))
-    where = "".join(f"<p class=note>{html.escape(line)}</p>" for line in facts_lines(document))
+    where = "".join(f"<p class=note>{html.escape(line)}</p>" for line in metadata_lines(document))
     parts = [
         ("Images per second", _throughput(document, series)),
         ("Latency", _latency(document, series)),
@@ -79,7 +86,7 @@ def _throughput(document: Mapping[str, Any], series: Sequence[str]) -> str:
 
 
 def _latency(document: Mapping[str, Any], series: Sequence[str]) -> str:
-    """Percentiles of one call; those that there were too few rounds for are left out."""
+    """Percentiles of one call, where there are enough rounds."""
     parts = []
     for result in document["cases"]:
         groups: dict[str, dict[str, float]] = {f"p{q}": {} for q in PERCENTILES}
@@ -113,8 +120,8 @@ def _waterfall(document: Mapping[str, Any], series: Sequence[str]) -> str:
     for result in waterfall["results"]:
         bars = {r["provider"]: {colour(r["provider"]): r["images_per_second"]} for r in result["rows"]}
         name = html.escape(f"{waterfall['model']} decode, batch {result['batch']}, img/s")
-        said = "".join(f"<p class=note>{html.escape(line)}</p>" for line in notes(result))
-        parts.append(f"<article><h3>{name}</h3>{svg.bars(bars, 'img/s', colours)}{said}</article>")
+        notes = "".join(f"<p class=note>{html.escape(line)}</p>" for line in waterfall_notes(result))
+        parts.append(f"<article><h3>{name}</h3>{svg.bars(bars, 'img/s', colours)}{notes}</article>")
     note = (
         "<p class=note>Each bar has everything above it, up to the exact tier. Beside it: the fast tier, "
         "torch.compile, and the bare matrix products.</p>"
@@ -137,7 +144,7 @@ def _roofline(document: Mapping[str, Any]) -> str:
     chart = svg.scatter(points, roofs, ("FLOP per byte", "GFLOP/s"))
     note = (
         "FLOP and bytes by formula, as the engine runs the decode in two-byte elements; ceilings measured in this run. "
-        "A point over a roof had its data in a cache, or multiplied 8-bit numbers."
+        "A point above a roof had its data in a cache, or multiplied 8-bit numbers."
     )
     return f"{svg.legend(list(points))}<figure>{chart}<figcaption>{note}</figcaption></figure>"
 

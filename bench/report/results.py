@@ -1,42 +1,38 @@
-"""Documents of ``msdd-fast bench``: reading, whose device they are from, and their tables."""
+"""Documents of ``msdd-fast bench``: storing, reading, telling which device they are from, and their tables."""
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from msdd_fast.bench.decode.suite import FORMAT
-from msdd_fast.bench.report.text import ceilings_line
+from msdd_fast.bench.report.documents import read_json, write_json
+from msdd_fast.bench.report.text import aligned, ceilings_line, error_text, number
 from msdd_fast.bench.timing.harness import Measurement
 from msdd_fast.errors import InputError
-from msdd_fast.io.files import atomic_write
 
+FORMAT = "msdd-fast bench 1"
+FAST = "engine-fast"
 PERCENTILES = (50, 95, 99)
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 
 def save(document: Mapping[str, Any], path: str | Path) -> None:
-    """JSON with short lines of samples."""
-    with atomic_write(Path(path)) as temporary:
-        temporary.write_text(json.dumps(document, separators=(",", ":")).replace('{"provider"', '\n{"provider"') + "\n")
+    """Store a run as JSON, one line per provider."""
+    write_json(document, path, indent=None)
 
 
 def read(path: str | Path) -> dict[str, Any]:
     """A stored run. Raises InputError for a file that is missing or is something else."""
-    try:
-        document = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} must be a JSON file of msdd-fast bench: {error}") from error
+    document = read_json(path, "a JSON file of msdd-fast bench")
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise InputError(f"{path} must be a JSON file of msdd-fast bench, format {FORMAT!r}")
     return document
 
 
 def device_of(document: Mapping[str, Any]) -> str:
-    """What a number must be measured on to be compared: the GPU, or the CPU with its threads."""
+    """The device whose numbers are comparable: the GPU, or the CPU with its number of threads."""
     machine = document["machine"]
     if document["device"] == "cuda":
         return str(machine["gpu"]["name"])
@@ -69,49 +65,43 @@ def measurements(provider: Mapping[str, Any]) -> Iterator[tuple[str, Measurement
 
 
 def percentile(samples: Sequence[float], percent: int) -> float | None:
-    """None where there are too few samples to have seen one beyond it."""
+    """None if there are too few samples for one of them to lie beyond it."""
     if percent > 50 and len(samples) < round(100 / (100 - percent)):
         return None
     return Measurement("", tuple(samples), None).quantile(percent / 100)
 
 
 def case_lines(result: Mapping[str, Any]) -> list[str]:
-    """The table of one case: img/s for each scale and the whole, and latencies of the whole in ms."""
+    """The tables of one case: img/s for each scale and the whole, and the latency of the whole in ms."""
     batch, providers = result["case"]["batch"], result["providers"]
     scales = list(providers[0].get("scales", {}))
-    whole = "decode" if scales else "encode"
-    header = [
-        "",
-        *(f"{s} px" for s in scales),
-        whole,
-        "x",
-        *(f"p{p} ms" for p in PERCENTILES),
-        "rounds",
-        "first s",
-        "error",
-    ]
-    rows = [header]
     base = statistics.median(providers[0]["samples"])
+    speeds = [["img/s", *(f"{s} px" for s in scales), "decode" if scales else "encode", "x", "error"]]
+    latencies = [["ms", *(f"p{p}" for p in PERCENTILES), "rounds", "first call"]]
     for p in providers:
         medians = {name: m.median for name, m in measurements(p)}
-        latencies = [percentile(p["samples"], q) for q in PERCENTILES]
-        rows.append(
+        speeds.append(
             [
                 p["provider"],
-                *(number(batch / medians[s]) for s in scales),
-                number(batch / medians["whole"]),
+                *(number(batch / medians[s]) for s in [*scales, "whole"]),
                 f"{base / medians['whole']:.2f}",
-                *("-" if x is None else number(x * 1e3) for x in latencies),
-                str(len(p["samples"])),
-                number(p["first_call_s"]),
-                "-" if p["max_error"] is None else f"{p['max_error']:.0e}",
+                error_text(p["max_error"]),
             ]
         )
-    title = f"{result['case']['name']}: img/s"
-    return [title, *aligned(rows), *(f"  {name}: {reason}" for name, reason in result["missing"].items())]
+        times = [percentile(p["samples"], q) for q in PERCENTILES]
+        latencies.append(
+            [
+                p["provider"],
+                *("-" if x is None else number(x * 1e3) for x in times),
+                str(len(p["samples"])),
+                number(p["first_call_s"] * 1e3),
+            ]
+        )
+    missing = [f"  {name}: {reason}" for name, reason in result["missing"].items()]
+    return [result["case"]["name"], *aligned(speeds), *aligned(latencies), *missing]
 
 
-def facts_lines(document: Mapping[str, Any]) -> list[str]:
+def metadata_lines(document: Mapping[str, Any]) -> list[str]:
     """Device, versions, ceilings and cold start."""
     machine = document["machine"]
     commit, _, changes = (machine["commit"] or "unknown").partition("+")
@@ -126,15 +116,8 @@ def facts_lines(document: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def number(x: float) -> str:
-    """Three digits."""
-    return f"{x:.0f}" if x >= 100 else f"{x:.1f}" if x >= 10 else f"{x:.2f}" if x >= 1 else f"{x:.3f}"
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Columns: the first to the left, the others to the right."""
-    widths = [max(len(r[c]) for r in rows) for c in range(len(rows[0]))]
-    return [
-        "  ".join(cell.ljust(w) if c == 0 else cell.rjust(w) for c, (cell, w) in enumerate(zip(r, widths, strict=True)))
-        for r in rows
-    ]
+def waterfall_notes(result: Mapping[str, Any]) -> list[str]:
+    """The fast tier's expected loss, and the reasons why bars are missing."""
+    losses = [r["expected_psnr_loss"] for r in result["rows"] if "expected_psnr_loss" in r]
+    notes = [f"{FAST} is not exact: int8 or float8 products, expected to cost {loss:.3f} dB of PSNR" for loss in losses]
+    return notes + [f"{name}: {why}" for name, why in result.get("missing", {}).items()]

@@ -1,9 +1,9 @@
-"""Pictures of a report as Chromium shows it: wide and as on a phone, light and dark. For docs/images.
+"""Screenshots of a report in Chromium: wide and phone, light and dark. For docs/images.
 
     python -m msdd_fast.bench.report.screenshots out/bench/report.html docs/images [--browser chromium]
 
-Writes bench-light.png, bench-dark.png, bench-phone-light.png and bench-phone-dark.png. The page is opened without a
-network: a name that it wanted to resolve would not be found.
+Writes bench-light.png, bench-dark.png, bench-phone-light.png and bench-phone-dark.png. The browser
+resolves no names, so a page that needs the network would show.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ MARGIN = 16
 
 
 def take(page: Path, target: Path, size: tuple[int, int], options: Sequence[str], browser: str) -> None:
-    """One picture, without the empty rest of the window below the page."""
+    """One screenshot, cropped to the page."""
     with tempfile.TemporaryDirectory() as profile:
         window = f"--window-size={size[0]},{size[1]}"
         command = [browser, *OFFLINE, *options, f"--user-data-dir={profile}", window, f"--screenshot={target}"]
         subprocess.run([*command, page.absolute().as_uri()], check=True, capture_output=True, timeout=120)
-    with Image.open(target) as picture:
-        shown = picture.convert("RGB")
+    with Image.open(target) as opened:
+        shown = opened.convert("RGB")
     empty = Image.new("RGB", shown.size, shown.getpixel((0, shown.height - 1)))
     box = ImageChops.difference(shown, empty).getbbox()
     bottom = shown.height if box is None else min(box[3] + MARGIN, shown.height)

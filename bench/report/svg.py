@@ -1,4 +1,4 @@
-"""Small charts as inline SVG: bars, points and lines. Colours are CSS classes (s0, s1, ...), so that themes apply."""
+"""Small charts as inline SVG: bars, points and lines. Colours are CSS classes (s0, s1, ...), which themes define."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SERIES = 8
 
 
 def bars(groups: Mapping[str, Mapping[str, float]], unit: str, series: Sequence[str], log: bool = False) -> str:
-    """Horizontal bars, one group after the other; a bar's colour is its place in ``series``."""
+    """Horizontal bars, group by group; a bar's colour follows from its place in ``series``."""
     values = [v for g in groups.values() for v in g.values() if v > 0]
     if not values:
         return ""
@@ -89,7 +89,7 @@ def scatter(
 
 
 def lines(series: Mapping[str, Sequence[tuple[int, float]]], ticks: Sequence[str], unit: str) -> str:
-    """One line per name over the places of ``ticks``; from zero."""
+    """One line per name over the positions of ``ticks``; the y axis starts at zero."""
     flat = [v for vs in series.values() for _, v in vs]
     if not flat:
         return ""

@@ -1,51 +1,40 @@
-"""The table of a run, from the extra_info of its benchmarks.
-
-python -m msdd_fast.bench.report.text FILE.json [...]     (prints Markdown)
-"""
+"""Tables and numbers as text, for all benchmarks."""
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
 
-HEADER = ("op", "px", "dtype", "batch", "provider", "median us", "GB/s", "% of copy", "speed-up", "img/s", "max error")
-
-
-def cells(info: Mapping[str, Any]) -> tuple[str, ...]:
-    """One row; speed-up is against the first baseline of the same case."""
-    error = info["max_error"]
-    return (
-        info["op"],
-        str(info["scale"]),
-        info["dtype"],
-        str(info["batch"]),
-        info["backend"],
-        f"{info['median_us']:.1f}",
-        f"{info['gigabytes_per_second']:.2f}",
-        f"{100 * info['fraction_of_copy']:.0f}",
-        f"{info['speedup']:.2f}",
-        f"{info['images_per_second']:.0f}",
-        "-" if error is None else f"{error:.1e}",
-    )
+COLUMNS = 80
+"""Width of a terminal. Wider tables have one space between columns instead of two."""
 
 
-def text_table(infos: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Aligned lines for a terminal."""
-    rows = [HEADER, *(cells(i) for i in infos)]
-    left = (True, False, True, False, True) + (False,) * (len(HEADER) - 5)
-    widths = [max(len(r[c]) for r in rows) for c in range(len(HEADER))]
+def aligned(rows: Sequence[Sequence[str]], left: Iterable[int] = (0,)) -> list[str]:
+    """Lines of a table for a terminal: columns in ``left`` are aligned to the left, the others to the right."""
+    widths = [max(len(r[c]) for r in rows) for c in range(len(rows[0]))]
+    gap = "  " if sum(widths) + 2 * (len(widths) - 1) <= COLUMNS else " "
+    to_left = set(left)
     return [
-        "  ".join(cell.ljust(w) if is_left else cell.rjust(w) for cell, w, is_left in zip(r, widths, left, strict=True))
+        gap.join(
+            cell.ljust(w) if c in to_left else cell.rjust(w) for c, (cell, w) in enumerate(zip(r, widths, strict=True))
+        ).rstrip()
         for r in rows
     ]
 
 
-def markdown_table(infos: Iterable[Mapping[str, Any]]) -> list[str]:
-    rows: Sequence[Sequence[str]] = [HEADER, ["---"] * len(HEADER), *(cells(i) for i in infos)]
-    return ["| " + " | ".join(r) + " |" for r in rows]
+def markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table; the first row is the header."""
+    header, *body = rows
+    return ["| " + " | ".join(header) + " |", "|" + "---|" * len(header), *("| " + " | ".join(r) + " |" for r in body)]
+
+
+def number(x: float) -> str:
+    """Three digits."""
+    return f"{x:.0f}" if x >= 100 else f"{x:.1f}" if x >= 10 else f"{x:.2f}" if x >= 1 else f"{x:.3f}"
+
+
+def error_text(error: float | None) -> str:
+    """ "1e-06"; "-" where results could not be compared."""
+    return "-" if error is None else f"{error:.0e}"
 
 
 def ceilings_line(ceilings: Mapping[str, float]) -> str:
@@ -55,31 +44,3 @@ def ceilings_line(ceilings: Mapping[str, float]) -> str:
         for name, rate in ceilings.items()
     ]
     return ", ".join(parts)
-
-
-def markdown(document: Mapping[str, Any]) -> str:
-    """Machine, ceilings and table of one JSON file of pytest-benchmark."""
-    machine = document["machine_info"]["msdd_fast"]
-    gpu, cpu = machine["gpu"], machine["cpu"]
-    device = f"{gpu['name']}, driver {gpu.get('driver_version')}" if gpu else f"{cpu['model']}, {cpu['cores']} cores"
-    packages = machine["packages"]
-    lines = [
-        f"{device}; torch {packages['torch']}, triton {packages['triton']}; {machine['torch_threads']} CPU threads; "
-        f"commit {machine['commit']}",
-        "",
-        f"Ceilings measured in this run: {ceilings_line(document['ceilings'])}",
-        "",
-        *markdown_table(b["extra_info"] for b in document["benchmarks"]),
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="+", type=Path)
-    for path in parser.parse_args().files:
-        print(markdown(json.loads(path.read_text())))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""What the hardware gives at best, measured in the same run: copy bandwidth and matrix multiplication."""
+"""The ceilings of the hardware, measured in the same run: copy bandwidth and matrix multiplication."""
 
 from __future__ import annotations
 
@@ -34,9 +34,10 @@ def copy_bandwidth(device: torch.device) -> float:
 
 @functools.cache
 def gemm_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP per second of ``torch.mm(a, w.t())``, as a linear layer has it, of square random matrices, 8192 on a GPU.
+    """FLOP per second of ``torch.mm(a, w.t())``, the product of a linear layer, on square random matrices.
 
-    On a CPU 256, doubled until one product takes 10 ms: rates differ by a hundred with the instructions it has.
+    Their side is 8192 on a GPU. On a CPU it is 256, doubled until one product takes 10 ms: rates of CPUs differ by a
+    factor of a hundred.
     """
     n = 8192 if device.type == "cuda" else 256
     while True:
@@ -48,7 +49,7 @@ def gemm_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def floor_seconds(device: torch.device, dtype: torch.dtype, num_bytes: int, flops: int = 0) -> float:
-    """The least time for so many bytes and FLOP by the measured ceilings: the roofline."""
+    """The least time for this many bytes and FLOP by the measured ceilings: the roofline."""
     arithmetic = flops / gemm_rate(device, dtype) if flops else 0.0
     return max(num_bytes / copy_bandwidth(device), arithmetic)
 

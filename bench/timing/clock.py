@@ -16,17 +16,17 @@ FLUSH_BYTES = 2**30
 
 
 class Timer(Protocol):
-    """What ``harness.compare`` needs of a clock."""
+    """A clock for ``harness.compare``."""
 
     def calls(self, function: Callable[[], Any]) -> int:
-        """How many calls make one good sample."""
+        """Calls of one sample."""
 
     def seconds(self, function: Callable[[], Any], calls: int) -> float:
-        """One sample: seconds per call over so many calls, all of whose work is done when it returns."""
+        """One sample: seconds per call over ``calls`` calls, with all their work done."""
 
 
 class CpuTimer:
-    """Wall clock around enough calls to fill ``sample_s``. Inputs stay in whatever cache holds them."""
+    """Wall clock around enough calls to fill ``sample_s``. Caches stay warm."""
 
     def __init__(self, sample_s: float = CPU_SAMPLE_S) -> None:
         self.sample_s = sample_s
@@ -44,8 +44,8 @@ class CpuTimer:
 class GpuTimer:
     """CUDA events around each call, the L2 cache overwritten before it; one sample is the median of its calls.
 
-    While the GPU overwrites (1 GiB, well over 100 us) the CPU queues the call, so what is timed is the GPU's work and
-    not the launch, as in a CUDA graph, unless launching takes longer than that.
+    While the GPU overwrites 1 GiB (well over 100 us), the CPU queues the call. So the sample is the GPU's work without
+    the launch, as in a CUDA graph, unless launching takes longer than that.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -67,7 +67,7 @@ class GpuTimer:
 
 
 class WallTimer:
-    """Wall clock around single calls and all the work that they queue: what a caller waits for."""
+    """Wall clock around single calls and all the work that they queue: the caller's waiting time."""
 
     def calls(self, function: Callable[[], Any]) -> int:
         return 1
@@ -84,7 +84,7 @@ def timer_for(device: torch.device, sample_s: float = CPU_SAMPLE_S) -> Timer:
 
 
 def now() -> float:
-    """perf_counter after all work queued on the GPU, if this process uses one: a clock for any benchmark."""
+    """perf_counter, after all work queued on the GPU if this process uses one."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     return time.perf_counter()

@@ -3,7 +3,7 @@
     compare([Provider("plain", f), Provider("cpu", g)], close_to(reference, 1e-5), timer_for(device), rounds=20)
 
 Every provider's result is checked before any is timed. Each round then times every provider once, in an order that
-moves on by one from round to round, so that a machine that slows down slows all of them down.
+rotates from round to round, so that a machine that slows down slows all of them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from msdd_fast.bench.timing.clock import Timer, now
 from msdd_fast.errors import InputError
 
 # Relative error of one rounding to nearest. A plain expression rounds after every operation, on intermediates that may
-# be larger than the result: 16 roundings of the largest value. The tests of the ops hold ours to a single one.
+# be larger than the result, so we allow 16 roundings of the largest value. The ops' own tests allow ours a single one.
 ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}
 ROUNDINGS = 16
 FLOAT32_SLACK = 2e-6
@@ -33,14 +33,14 @@ Check = Callable[[str, Any], float | None]
 
 
 class WrongResultError(AssertionError):
-    """A provider computes something else than the reference: its time would mean nothing."""
+    """A provider's result differs from the reference, so its time means nothing."""
 
 
 @dataclass(frozen=True)
 class Provider:
-    """One way to compute a result; the inputs are inside ``function``.
+    """One way to compute a result; ``function`` holds its inputs.
 
-    ``clock``: seconds of one more call by a clock of its own, for a provider that runs in another process.
+    ``clock``: returns the seconds of one more call, for a provider that another process runs and times.
     """
 
     name: str
@@ -50,9 +50,9 @@ class Provider:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What was measured of one provider; ``samples`` are seconds per call, one for each round.
+    """The result of one provider; ``samples`` are seconds per call, one for each round.
 
-    ``first_s``: seconds of the call whose result was checked, the first one of a fresh provider.
+    ``first_s``: seconds of the first call, whose result was checked.
     """
 
     provider: str
@@ -65,7 +65,7 @@ class Measurement:
         return statistics.median(self.samples)
 
     def quantile(self, q: float) -> float:
-        """Linear between samples, as numpy does it."""
+        """Linear interpolation between samples, as in numpy."""
         ordered = sorted(self.samples)
         place = q * (len(ordered) - 1)
         low = int(place)
@@ -88,8 +88,8 @@ def compare(
 ) -> dict[str, Measurement]:
     """Measurements by name, in the given order.
 
-    A provider that has ``min_rounds`` samples and was timed for ``seconds`` in all leaves the rounds that follow:
-    a slow one gets few samples and does not keep the others from theirs.
+    A provider that has ``min_rounds`` samples and has been timed for ``seconds`` in total drops out of later rounds, so
+    a slow one gets few samples and does not hold up the others.
 
     Raises InputError for no provider, a name given twice or no round, WrongResultError before anything is timed.
     """
@@ -155,7 +155,7 @@ def close_to(reference: Tensor | Sequence[Tensor], tolerance: float | None = Non
 
 
 def same_moments(reference: Tensor) -> Check:
-    """A check for other random numbers of the same kind: shape, and mean and deviation to eight standard errors."""
+    """A check for other random numbers of the same distribution: shape, and mean and deviation to 8 standard errors."""
 
     def check(name: str, result: Tensor) -> None:
         if result.shape != reference.shape:

@@ -1,11 +1,11 @@
 """A call in a process of its own, which can be stopped: torch.compile may take longer than anybody waits.
 
-    with isolated("msdd_fast.bench.decode.suite:compiled", {"model": "msdd-nano", ...}, limit=60) as call:
-        call.first_s, call.result      # its first call: seconds, and what it gave
-        call.laps()                    # one more call: seconds between its marks
+    with isolated("msdd_fast.bench.decode.models:compiled", {"case": {"model": "msdd-nano"}, ...}, limit=60) as call:
+        call.first_s, call.result      # its first call: seconds, and its result
+        call.stage_seconds()           # one more call: seconds of its stages, and of the rest
 
-The process imports ``module:factory``, calls it with the arguments (plain data) and gets a function, which takes
-``mark``, a function to call after every part of its work, and gives a tensor.
+The process imports ``module:factory`` and calls it with the arguments (plain data). The factory returns a function from
+``stage_done``, a callback for the end of every stage, to a tensor.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ Run = Callable[[Callable[[], None]], Tensor]
 
 
 class IsolatedError(RuntimeError):
-    """The process did not get through its first call in time, or died."""
+    """The process died, or did not finish its first call in time."""
 
 
 class Isolated:
-    """A running process. ``first_s`` and ``result`` are there once ``wait`` has come back."""
+    """A running process. ``first_s`` and ``result`` are set once ``wait`` has returned."""
 
     def __init__(self, process: subprocess.Popen[str], folder: Path) -> None:
         self.process, self.folder, self.started = process, folder, now()
@@ -48,9 +48,9 @@ class Isolated:
         self.result: Tensor = torch.empty(0)
 
     def wait(self, limit: float) -> Isolated:
-        """Itself, past its first call.
+        """Wait for the first call; returns ``self``.
 
-        Raises IsolatedError if that has not ended ``limit`` seconds after the start, or the process died.
+        Raises IsolatedError if it has not ended ``limit`` seconds after the start, or the process died.
         """
         try:
             (first,) = self._answer(max(0.0, self.started + limit - now()))
@@ -59,14 +59,16 @@ class Isolated:
         self.first_s, self.result = first, torch.load(self.folder / "result.pt", weights_only=True)
         return self
 
-    def laps(self, marked: bool = True) -> list[float]:
-        """Seconds of each part of one more call, by the clock of the process; of the whole call if not ``marked``.
+    def stage_seconds(self, staged: bool = True) -> list[float]:
+        """Seconds of each stage of one more call and of the rest, by the clock of the process.
+
+        Not ``staged``: seconds of the whole call alone.
 
         Raises IsolatedError if the process died.
         """
         assert self.process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # its answer says why
-            self.process.stdin.write("marked\n" if marked else "whole\n")
+            self.process.stdin.write("staged\n" if staged else "whole\n")
             self.process.stdin.flush()
         return self._answer(None)
 
@@ -89,10 +91,10 @@ class Isolated:
 
 @contextlib.contextmanager
 def started(factory: str, arguments: Mapping[str, Any]) -> Iterator[Isolated]:
-    """Start it; ``wait`` for its first call. The process and all of its children end with the block.
+    """Start the process; ``wait`` for its first call. It ends with the block, and so do all of its children.
 
-    Inductor's cache is one of its own for every spec: a compiler that is killed leaves half a library there, on which
-    everybody who shares the cache would fail. So that of a process which was not done is removed.
+    Every spec has an Inductor cache of its own, which is removed if the process did not finish: a killed compiler
+    leaves half a library behind, on which every user of a shared cache would fail.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -120,7 +122,7 @@ def started(factory: str, arguments: Mapping[str, Any]) -> Iterator[Isolated]:
 
 @contextlib.contextmanager
 def isolated(factory: str, arguments: Mapping[str, Any], limit: float) -> Iterator[Isolated]:
-    """``started``, and past its first call. Raises IsolatedError if that takes more than ``limit`` seconds."""
+    """``started``, with the first call done. Raises IsolatedError if that takes more than ``limit`` seconds."""
     with started(factory, arguments) as call:
         yield call.wait(limit)
 
@@ -131,8 +133,16 @@ def _message(errors: str) -> str:
     return next((line for line in reversed(lines) if re.match(r"[\w.]+(Error|Exception): ", line)), lines[-1])
 
 
+def _timed(run: Run, staged: bool) -> list[float]:
+    """Seconds of the stages of one call and of the rest; on a GPU the end of each stage waits for the device."""
+    times = [now()]
+    run((lambda: times.append(now())) if staged else (lambda: None))
+    times.append(now())
+    return [b - a for a, b in itertools.pairwise(times)]
+
+
 def main() -> None:
-    """The process: the spec is its argument; every line that it reads asks for one call."""
+    """The process: its argument is the spec; every line of its input asks for one call."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints must not look like an answer
     spec = json.loads(sys.argv[1])
@@ -143,11 +153,7 @@ def main() -> None:
     torch.save(run(lambda: None).float().cpu(), Path(spec["folder"]) / "result.pt")
     print(json.dumps([now() - begin]), file=answers, flush=True)
     for line in sys.stdin:
-        marks = [now()]
-        # On a GPU a mark waits for the device.
-        run((lambda marks=marks: marks.append(now())) if line == "marked\n" else lambda: None)
-        marks.append(now())
-        print(json.dumps([b - a for a, b in itertools.pairwise(marks)]), file=answers, flush=True)
+        print(json.dumps(_timed(run, staged=line == "staged\n")), file=answers, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The machine that numbers were measured on, as plain data for their JSON."""
+"""The machine that a result was measured on, as plain data for its JSON."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def _cpu_flags() -> set[str]:
 
 
 def _output(command: list[str]) -> str:
-    """What a command prints; empty if it is missing or fails."""
+    """Output of a command; empty if it is missing or fails."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
     except (OSError, subprocess.SubprocessError):

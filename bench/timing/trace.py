@@ -1,7 +1,7 @@
-"""Kernels that a piece of work would launch on a GPU, and the bytes they touch, counted where it runs.
+"""Count the kernels that a call would launch on a GPU, and the bytes they touch.
 
-Counted, not measured: every operator that reaches the device and is not a view is one launch, and touches each of its
-tensor arguments and results once. A library call that launches several kernels counts as one.
+Every operator that reaches the device and is not a view counts as one launch, and touches each of its tensor arguments
+and results once. A library call that launches several kernels counts as one.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def _packed_linear_flops(x: Any, weight: Any, *_: Any, **__: Any) -> int:
     return 2 * math.prod(x) * int(weight[0])
 
 
-# torch's counter does not know the operator, nor has every build of torch got it.
+# torch's counter does not know this operator, and not every build of torch has it.
 if hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch.ops.mkldnn._linear_pointwise not in flop_registry:
     register_flop_formula(torch.ops.mkldnn._linear_pointwise)(_packed_linear_flops)
 
@@ -55,7 +55,7 @@ def touched_bytes(args: Any, kwargs: Any, out: Any) -> int:
 
 
 def _place(t: Tensor) -> int:
-    """Weights that oneDNN packed keep their storage to themselves."""
+    """Identity of the memory; weights packed by oneDNN expose no storage."""
     return t.data_ptr() if t.layout == torch.strided else id(t)
 
 

@@ -1,7 +1,7 @@
-"""Measure img/s for each scale and the whole decode, latencies and cold start; tell whether anything became slower.
+"""Measure img/s for each scale and the whole decode, latencies and cold start, and find regressions.
 
 Every provider is checked against the eager model in float32, then all are timed in turns; numbers are medians. Exit
-code 1 if --compare finds a case slower by more than 10 % (GPU: 5 % and 20 us).
+code 1 if --compare finds a slower case (docs/benchmarks.md has the thresholds).
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from msdd_fast.errors import RegressionError
 from msdd_fast.io.files import atomic_write, require_writable
 
 if TYPE_CHECKING:
+    from msdd_fast.bench.decode.cases import DecodeCase
     from msdd_fast.bench.decode.regressions import Verdict
-    from msdd_fast.bench.decode.suite import DecodeCase
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("what to measure")
     what.add_argument("--suite", choices=("standard", "full"), default="standard", help="default: %(default)s")
-    what.add_argument("--gate", action="store_true", help="a subset of at most a minute")
+    what.add_argument("--gate", action="store_true", help="a subset that takes at most a minute")
     what.add_argument("--model", nargs="+", help="checkpoints or presets (random weights) instead of a suite")
     what.add_argument("--batch", type=positive_int, nargs="+", default=[1], help="with --model (default: 1)")
     what.add_argument("--steps", type=positive_int, default=1, help="with --model (default: 1)")
@@ -34,17 +34,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--kind", nargs="+", choices=("decode", "encode"), default=["decode"], help="with --model")
     how = parser.add_argument_group("how")
     how.add_argument("--device", help="torch device (default: cuda if there is one, else cpu)")
-    how.add_argument("--rounds", type=positive_int, default=200, help="at most so many (default: %(default)s)")
-    how.add_argument("--seconds", type=float, help="of timing for each provider of a case, preparation aside")
-    how.add_argument(
-        "--compile-seconds", type=float, metavar="N", help="leave torch.compile out where it needs more than N seconds"
-    )
-    how.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    how.add_argument("--no-cold-start", action="store_true", help="leave the cold start out")
-    out = parser.add_argument_group("what to do with it")
+    how.add_argument("--rounds", type=positive_int, default=200, help="maximum (default: %(default)s)")
+    how.add_argument("--seconds", type=float, help="timing budget of each provider of a case, preparation not included")
+    how.add_argument("--compile-seconds", type=float, metavar="N", help="time limit of torch.compile's first call")
+    how.add_argument("--no-compile", action="store_true", help="do not measure torch.compile")
+    how.add_argument("--no-cold-start", action="store_true", help="do not measure the cold start")
+    out = parser.add_argument_group("output")
     out.add_argument("--json", metavar="FILE", help="store the run")
-    out.add_argument("--html", metavar="FILE", help="write a report: one page that needs nothing else")
-    out.add_argument("--from", dest="source", metavar="FILE", help="measure nothing: use this stored run")
+    out.add_argument("--html", metavar="FILE", help="write a report as one self-contained page")
+    out.add_argument("--from", dest="source", metavar="FILE", help="measure nothing and use this stored run")
     out.add_argument(
         "--compare",
         metavar="BASE",
@@ -81,7 +79,7 @@ def run(args: argparse.Namespace) -> None:
             progress=_print_case,
             note=_progress,
         )
-    print("\n".join(results.facts_lines(document)))
+    print("\n".join(results.metadata_lines(document)))
     if args.json:
         results.save(document, args.json)
     if args.html:
@@ -94,18 +92,20 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _cases(args: argparse.Namespace) -> list[DecodeCase]:
-    from msdd_fast.bench.decode import suite as decode
+    from msdd_fast.bench.decode.cases import SUITES, DecodeCase
 
     if args.model:
         cases = [
-            decode.DecodeCase(model, batch, args.steps, args.cfg_scale, kind)
+            DecodeCase(model, batch, args.steps, args.cfg_scale, kind)
             for model, batch, kind in itertools.product(args.model, args.batch, args.kind)
         ]
     else:
-        cases = decode.SUITES["gate" if args.gate else args.suite]()
-    limit = 0.0 if args.no_compile else args.compile_seconds
-    changes = {k: v for k, v in (("seconds", args.seconds), ("compile_seconds", limit)) if v is not None}
-    return [replace(case, **changes) for case in cases]
+        cases = SUITES["gate" if args.gate else args.suite]()
+    if args.seconds is not None:
+        cases = [replace(case, seconds=args.seconds) for case in cases]
+    if args.no_compile or args.compile_seconds is not None:
+        cases = [replace(case, compile_seconds=0.0 if args.no_compile else args.compile_seconds) for case in cases]
+    return cases
 
 
 def _print_case(result: dict[str, Any]) -> None:
@@ -119,7 +119,7 @@ def _progress(message: str) -> None:
 
 
 def _finish(verdicts: Sequence[Verdict]) -> None:
-    """Print the verdicts. Raises RegressionError if one is bad."""
+    """Print the verdicts. Raises RegressionError if a case is slower."""
     from msdd_fast.bench.decode.regressions import lines
 
     print("\n".join(lines(verdicts)))

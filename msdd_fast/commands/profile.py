@@ -1,6 +1,6 @@
 """Show where the time of a decode goes: kernels by time, with bytes, FLOP and the fraction of the measured roofline.
 
-Without graphs, which hide the kernels. docs/profiling.md walks through an example.
+CUDA graphs are off, since they hide the kernels. docs/profiling.md walks through an example.
 """
 
 from __future__ import annotations
@@ -28,23 +28,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=positive_int, default=1, help="images (default: 1)")
     parser.add_argument("--top", type=positive_int, default=20, metavar="N", help="rows of the table (default: 20)")
     parser.add_argument("--trace", metavar="FILE", help="write a Chrome trace (.json), for ui.perfetto.dev")
-    parser.add_argument("--memory", action="store_true", help="also the peak of allocated memory")
+    parser.add_argument("--memory", action="store_true", help="also print the peak of allocated memory")
     add_sampling(parser)
-    op = parser.add_argument_group("one op alone, with the inputs of its benchmark")
-    op.add_argument("--op", metavar="NAME", help="instead of a decode")
+    op = parser.add_argument_group("one op alone, with its benchmark's inputs")
+    op.add_argument("--op", metavar="NAME", help="profile this op instead of a decode")
     op.add_argument("--shape", default="1x256", metavar="BATCHxPIXELS", help="default: %(default)s")
-    op.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="default: what the engine computes in")
+    op.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="default: the engine's compute dtype")
     op.add_argument("--backend", help="of the op or the engine (default: auto)")
-    op.add_argument("--ncu", action="store_true", help="run this op under Nsight Compute; without it print the command")
+    op.add_argument(
+        "--ncu", action="store_true", help="run under Nsight Compute, or print its command if it is missing"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
-    from msdd_fast.bench.decode import waterfall
+    from msdd_fast.bench.decode import models
     from msdd_fast.bench.ops import suite
+    from msdd_fast.bench.ops.one import one_op, parse_shape
     from msdd_fast.bench.timing import profile
+    from msdd_fast.bench.timing.memory import memory
+    from msdd_fast.bench.timing.profile_table import table
     from msdd_fast.engine import accelerate
     from msdd_fast.engine.compute import compute_dtype
-    from msdd_fast.families import family_of
 
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes a line for each start and stop
     if args.trace:
@@ -55,12 +59,12 @@ def run(args: argparse.Namespace) -> None:
     device = pick_device(args.device)
     dtype = suite.DTYPES[args.dtype] if args.dtype else compute_dtype(torch.bfloat16, device)[0]
     if args.op:
-        batch, scale = profile.parse_shape(args.shape)
-        call = profile.one_op(args.op, suite.Case(scale, dtype, batch, device), args.backend)
+        batch, scale = parse_shape(args.shape)
+        call = one_op(args.op, suite.Case(scale, dtype, batch, device), args.backend)
         found, profiler = profile.rows(call, device)
     else:
-        tokenizer = waterfall.load(args.model, device)
-        z = torch.randn(args.batch, *family_of(tokenizer.config).example, device=device)
+        tokenizer = models.load(args.model, device)
+        z = models.random_latents(tokenizer.config, args.batch, device)
         sampling = {"steps": args.steps, "cfg_scale": args.cfg_scale}
         if args.provider == "engine":
             engine = accelerate(
@@ -78,8 +82,8 @@ def run(args: argparse.Namespace) -> None:
 
             found, profiler = profile.rows(call, device)
         else:
-            tokenizer = waterfall.in_dtype(tokenizer, dtype)  # here, so that the layers named below are those that run
-            decode = waterfall.eager(tokenizer, dtype)
+            tokenizer = models.in_dtype(tokenizer, dtype)  # cast here: the layers named below must be those that run
+            decode = models.eager(tokenizer, dtype)
             options = {name: value for name, value in sampling.items() if value is not None}
 
             def call() -> object:
@@ -87,17 +91,17 @@ def run(args: argparse.Namespace) -> None:
 
             with profile.named_layers(tokenizer.decoder):
                 found, profiler = profile.rows(call, device)
-    print("\n".join(profile.table(found, device, dtype, args.top)))
+    print("\n".join(table(found, device, dtype, args.top)))
     if args.memory:
         snapshot = Path(args.trace).with_suffix(".memory.pickle") if args.trace and device.type == "cuda" else None
-        print(profile.memory(call, device, snapshot))
+        print(memory(call, device, snapshot))
     if args.trace:
         profiler.export_chrome_trace(args.trace)
         print(f"wrote {args.trace}: open it at https://ui.perfetto.dev")
 
 
 def _nsight(args: argparse.Namespace) -> None:
-    """Nsight Compute over this very command without --ncu; the command alone where it is not installed."""
+    """Run this command without --ncu under Nsight Compute; print it if that is not installed."""
     mine = [sys.executable, "-m", "msdd_fast", *(word for word in sys.argv[1:] if word != "--ncu")]
     command = [*NCU, *mine]
     if shutil.which("ncu") is None:

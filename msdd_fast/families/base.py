@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from msdd_fast.diffusion.config import Config
 from msdd_fast.diffusion.schedule import StageSchedule
+from msdd_fast.families.work import Work
 from msdd_fast.io.files import read_torch_file
 from msdd_fast.io.safetensors import read_safetensors
 from msdd_fast.layers.linear.dense import MakeLinear
@@ -128,6 +129,16 @@ class Family(Protocol):
 
     def tables_memory(self, tables: Any) -> int:
         """Bytes."""
+        ...
+
+    def decode_work(
+        self, batch: int = 1, steps: int = 1, cfg_scale: float = 1.0, itemsize: int = 2, hoisted: bool = True
+    ) -> list[Work]:
+        """FLOP and bytes of one decode of ``batch`` images: as the engine runs it, or as the eager model does."""
+        ...
+
+    def encode_work(self, batch: int = 1, itemsize: int = 2) -> list[Work]:
+        """FLOP and bytes of encoding ``batch`` images. Raises InputError if the family does not count them."""
         ...
 
     def activation_bytes(self, itemsize: int, guided: bool, quantized: bool) -> int:

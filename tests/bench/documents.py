@@ -1,6 +1,6 @@
 """A small document of ``msdd-fast bench``, made up."""
 
-from msdd_fast.bench.decode.suite import FORMAT
+from msdd_fast.bench.report.results import FORMAT
 
 
 def provider(name, base, rounds=20):

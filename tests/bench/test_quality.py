@@ -50,7 +50,7 @@ def test_report(tmp_path, monkeypatch, capsys):
     ]
     speeds = [line.split("|")[4].strip() for line in lines[2:]]
     assert all(float(v) > 0 for v in speeds[3:7]) and set(speeds[:3] + speeds[7:]) == {"-"}
-    assert float(lines[2].split("|")[2]) > 60  # flat pictures are their mean colour
+    assert float(lines[2].split("|")[2]) > 60  # flat images are their mean colour
     assert (tmp_path / "q.json").exists()
 
 

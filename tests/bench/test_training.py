@@ -28,7 +28,7 @@ def counted(loss):
 
 @pytest.mark.parametrize("config", [PRESETS["tiny"], JOINT], ids=["cross", "joint"])
 def test_flops_of_a_step(config):
-    """A backward pass is two forward passes but for the gradients of images and times, which nobody asks for."""
+    """A backward pass is two forward passes but for the gradients of images and times, which are not needed."""
     draws, images = Draws(0, 0, torch.arange(4)), torch.zeros(4, 3, 64, 64)
     tokenizer, objective = Tokenizer(config), Stage1Config(stages_per_image=2)
     flops = counted(lambda: stage1_loss(tokenizer, images, objective, draws))

@@ -24,6 +24,8 @@ from msdd_fast.families.msdd.engine.tables import StageTables, stage_tables
 from msdd_fast.families.msdd.engine.weights import pack
 from msdd_fast.families.msdd.presets import PRESETS
 from msdd_fast.families.msdd.released import RELEASED
+from msdd_fast.families.msdd.work import decode_work, encode_work
+from msdd_fast.families.work import Work
 from msdd_fast.layers.linear.dense import MakeLinear
 
 
@@ -94,6 +96,14 @@ class MSDDFamily:
 
     def tables_memory(self, tables: list[StageTables]) -> int:
         return tables_memory(tables)
+
+    def decode_work(
+        self, batch: int = 1, steps: int = 1, cfg_scale: float = 1.0, itemsize: int = 2, hoisted: bool = True
+    ) -> list[Work]:
+        return decode_work(self.config, batch, steps, cfg_scale, itemsize, hoisted)
+
+    def encode_work(self, batch: int = 1, itemsize: int = 2) -> list[Work]:
+        return encode_work(self.config, batch, itemsize)
 
     def activation_bytes(self, itemsize: int, guided: bool, quantized: bool) -> int:
         return activation_bytes(self.config, itemsize, guided, quantized)

@@ -24,6 +24,8 @@ from msdd_fast.families.ssdd.engine.tables import SSDDStep, ssdd_steps
 from msdd_fast.families.ssdd.engine.weights import pack_ssdd
 from msdd_fast.families.ssdd.presets import SSDD_PRESETS
 from msdd_fast.families.ssdd.released import RELEASED
+from msdd_fast.families.ssdd.work import decode_work
+from msdd_fast.families.work import Work
 from msdd_fast.layers.linear.dense import MakeLinear
 
 
@@ -95,6 +97,14 @@ class SSDDFamily:
 
     def tables_memory(self, tables: list[SSDDStep]) -> int:
         return sum(t.nbytes for step in tables for norm in step.norms for t in norm)
+
+    def decode_work(
+        self, batch: int = 1, steps: int = 1, cfg_scale: float = 1.0, itemsize: int = 2, hoisted: bool = True
+    ) -> list[Work]:
+        return decode_work(self.config, batch, steps, itemsize, hoisted)
+
+    def encode_work(self, batch: int = 1, itemsize: int = 2) -> list[Work]:
+        raise InputError("the work of an SSDD encode is not counted: its encoder is a plain convolutional network")
 
     def activation_bytes(self, itemsize: int, guided: bool, quantized: bool) -> int:
         return ssdd_activation_bytes(self.config, itemsize)

@@ -6,7 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from msdd_fast.bench.baselines import peers
+from msdd_fast.bench.baselines import peers, turns
+from msdd_fast.bench.baselines.peer import build, size_of
+from msdd_fast.bench.baselines.turns import Options, in_turns
 from msdd_fast.bench.timing.harness import WrongResultError
 from msdd_fast.bench.timing.isolated import IsolatedError
 from msdd_fast.errors import InputError
@@ -40,31 +42,31 @@ def test_the_ways_take_turns():
     """After a first call of each; a slow decoder has one more."""
     order = []
     calls = ways(order, eager=torch.ones(2), engine=torch.tensor([1.0, 1.25]))
-    timed = peers.in_turns("a", calls, peers.Options(CPU, torch.float32, rounds=3, compile_seconds=0))
+    timed = in_turns("a", calls, Options(CPU, torch.float32, rounds=3, compile_seconds=0))
     assert " ".join(order) == "eager engine" + " eager engine" + " engine eager" + " eager engine"
     assert timed["compile"] == {"missing": "left out"}
     assert timed["eager"]["max_error"] == 0 and timed["engine"]["max_error"] == 0.25
     assert len(timed["engine"]["samples"]) == 3 and timed["engine"]["median_s"] < 1
     order.clear()
-    peers.in_turns("a", calls, peers.Options(CPU, torch.float32, seconds=0, compile_seconds=0))
+    in_turns("a", calls, Options(CPU, torch.float32, seconds=0, compile_seconds=0))
     assert len(order) == 4
 
 
 def test_the_compiled_one_takes_turns_too(monkeypatch):
-    compiled = SimpleNamespace(first_s=60.0, result=torch.ones(2), laps=lambda: [1.0, 2.0])
-    monkeypatch.setattr(peers, "isolated", lambda *_: contextlib.nullcontext(compiled))
-    options = peers.Options(CPU, torch.float32, rounds=2)
-    timed = peers.in_turns("a", ways([], eager=torch.ones(2)), options)
+    compiled = SimpleNamespace(first_s=60.0, result=torch.ones(2), stage_seconds=lambda: [1.0, 2.0])
+    monkeypatch.setattr(turns, "isolated", lambda *_: contextlib.nullcontext(compiled))
+    options = Options(CPU, torch.float32, rounds=2)
+    timed = in_turns("a", ways([], eager=torch.ones(2)), options)
     assert timed["compile"] == {"median_s": 3.0, "samples": (3.0, 3.0), "first_s": 60.0, "max_error": 0}
     compiled.result = torch.ones(3)
     with pytest.raises(WrongResultError, match=r"compile must give finite numbers of the shape \(2,\)"):
-        peers.in_turns("a", ways([], eager=torch.ones(2)), options)
+        in_turns("a", ways([], eager=torch.ones(2)), options)
 
     def too_slow(*_):
         raise IsolatedError("did not end in 60 s")
 
-    monkeypatch.setattr(peers, "isolated", too_slow)
-    timed = peers.in_turns("a", ways([], eager=torch.ones(2)), options)
+    monkeypatch.setattr(turns, "isolated", too_slow)
+    timed = in_turns("a", ways([], eager=torch.ones(2)), options)
     assert timed["compile"] == {"missing": "torch.compile did not end in 60 s"}
 
 
@@ -72,7 +74,7 @@ def test_the_compiled_one_takes_turns_too(monkeypatch):
 def test_the_consistency_decoder_runs():
     """Two evaluations; small latents, since the network is the same at every size."""
     pytest.importorskip("diffusers", reason="pip install 'msdd-fast[peers]'")
-    model, _ = peers.build(next(p for p in peers.PEERS if p.name == "consistency decoder"), CPU, torch.float32, 1)
+    model, _ = build(next(p for p in peers.PEERS if p.name == "consistency decoder"), CPU, torch.float32, 1)
     with torch.no_grad():
         image = model.decode(torch.randn(1, 4, 4, 4)).sample
     assert image.shape == (1, 3, 32, 32) and image.isfinite().all()
@@ -80,9 +82,9 @@ def test_the_consistency_decoder_runs():
 
 def _check(name, millions, gflop):
     pytest.importorskip("diffusers", reason="pip install 'msdd-fast[peers]'")
-    facts = peers.facts(next(p for p in peers.PEERS if p.name == name))
-    assert facts["parameters"] / 1e6 == pytest.approx(millions, rel=0.01)
-    assert facts["flops"] / 1e9 == pytest.approx(gflop, rel=0.01)
+    size = size_of(next(p for p in peers.PEERS if p.name == name))
+    assert size["parameters"] / 1e6 == pytest.approx(millions, rel=0.01)
+    assert size["flops"] / 1e9 == pytest.approx(gflop, rel=0.01)
 
 
 def test_the_table():

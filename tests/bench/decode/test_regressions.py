@@ -164,7 +164,7 @@ def test_the_trial_tells_a_gate_that_works_from_one_that_does_not(monkeypatch, c
         return [Verdict("a", 0.1, 0.1, 1.0, found(slowdown)), Verdict("b", 0.1, 0.1, 1.0, found(slowdown))]
 
     for found, code, last in (
-        (lambda s: s > 0.1, 0, "all 3 as they must be"),
+        (lambda s: s > 0.1, 0, "all 3 as expected"),
         (lambda _: False, 1, "1 of 3 wrong"),
         (lambda _: True, 1, "2 of 3 wrong"),
     ):

@@ -6,6 +6,8 @@ import torch
 from msdd_fast import Tokenizer
 from msdd_fast.bench.decode import suite as decode
 from msdd_fast.bench.decode import waterfall
+from msdd_fast.bench.decode.cases import DecodeCase
+from msdd_fast.bench.decode.models import load
 from msdd_fast.errors import InputError
 
 
@@ -21,10 +23,10 @@ def test_the_waterfall():
 
 @pytest.mark.slow
 def test_a_case_has_the_engine_and_its_one_scale():
-    case = decode.DecodeCase("tiny-ssdd", batch=2, seconds=0.0, compile_seconds=0)
-    result = decode.measure_case(waterfall.load("tiny-ssdd", torch.device("cpu")), case, rounds=1)
+    case = DecodeCase("tiny-ssdd", batch=2, seconds=0.0, compile_seconds=0)
+    result = decode.measure_case(load("tiny-ssdd", torch.device("cpu")), case, rounds=1)
     providers = {p["provider"]: p for p in result["providers"]}
     assert providers["engine-exact"]["max_error"] < 1e-4 and list(providers["engine-exact"]["scales"]) == ["64"]
     assert "convolutions" in result["missing"]["engine-fast"]
-    with pytest.raises(InputError, match="kind must be decode for tiny-ssdd"):
-        decode.inputs_of(Tokenizer.from_config("tiny-ssdd"), decode.DecodeCase("tiny-ssdd", kind="encode"))
+    with pytest.raises(InputError, match="the work of an SSDD encode is not counted"):
+        decode.measure_case(Tokenizer.from_config("tiny-ssdd"), DecodeCase("tiny-ssdd", kind="encode"))

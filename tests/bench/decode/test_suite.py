@@ -9,17 +9,21 @@ import torch
 
 from msdd_fast import Tokenizer
 from msdd_fast import profiling as ranges
-from msdd_fast.bench.decode import suite as decode
 from msdd_fast.bench.decode import waterfall
-from msdd_fast.bench.decode.suite import SUITES, DecodeCase, measure_case
+from msdd_fast.bench.decode.cases import SUITES, DecodeCase
+from msdd_fast.bench.decode.coldstart import STEPS, cold_start
+from msdd_fast.bench.decode.suite import measure_case
 from msdd_fast.bench.ops import suite
+from msdd_fast.bench.ops.one import one_op, parse_shape
 from msdd_fast.bench.report.html import page
-from msdd_fast.bench.report.results import case_lines, facts_lines, history, percentile, read, save, slug
+from msdd_fast.bench.report.results import FAST, case_lines, history, metadata_lines, percentile, read, save, slug
 from msdd_fast.bench.timing import profile
-from msdd_fast.bench.work.roofline import decode_work, total
+from msdd_fast.bench.timing.profile_table import table as profile_table
 from msdd_fast.commands import main as cli
 from msdd_fast.engine import accelerate
 from msdd_fast.errors import InputError
+from msdd_fast.families import family_of
+from msdd_fast.families.work import total
 from msdd_fast.layers.linear.dense import DenseLinear
 from tests.bench.documents import document
 
@@ -41,9 +45,13 @@ def test_a_case_has_every_provider_its_scales_and_its_work(tiny):
             assert 0 < sum(s[i] for s in p["scales"].values()) <= whole * 1.01 + 1e-4
     assert providers["engine-exact"]["max_error"] < 1e-3
     assert result["missing"]["compile-fp32"] == "left out"
-    assert result["work"]["whole"]["flops"] == total(decode_work(tiny.config, 2, cfg_scale=2.0)).flops
+    assert result["work"]["whole"]["flops"] == total(family_of(tiny.config).decode_work(2, cfg_scale=2.0)).flops
     table = case_lines(result)
-    assert table[1].split()[:4] == ["8", "px", "16", "px"] and len(table) == 2 + len(providers) + len(result["missing"])
+    assert (
+        table[1].split()[:5] == ["img/s", "8", "px", "16", "px"]
+        and max(map(len, table[: 3 + 2 * len(providers)])) <= 80
+    )
+    assert len(table) == 1 + 2 * (1 + len(providers)) + len(result["missing"])
 
 
 def test_the_command_stores_what_it_prints(tmp_path, capsys, monkeypatch):
@@ -91,7 +99,7 @@ def test_storage_and_history(tmp_path):
     assert [d["time"][:7] for d in history(run, tmp_path)] == ["2026-01", "2026-02"]
     with pytest.raises(InputError, match="must be a JSON file of msdd-fast bench"):
         read(folder / "missing.json")
-    assert "cold start of msdd-nano: import torch 1.50 s, load 0.50 s" in facts_lines(run)
+    assert "cold start of msdd-nano: import torch 1.50 s, load 0.50 s" in metadata_lines(run)
 
 
 class Checker(HTMLParser):
@@ -116,7 +124,7 @@ def test_the_page_stands_alone_and_shows_everything():
                     {"provider": "engine-fast", "images_per_second": 4.0, "expected_psnr_loss": 0.0123},
                     {"provider": "compile-bf16", "images_per_second": 2.0},
                 ],
-                "missing": {"engine-slow": "nobody wants it"},
+                "missing": {"engine-slow": "left out"},
             }
         ],
     }
@@ -131,7 +139,7 @@ def test_the_page_stands_alone_and_shows_everything():
     assert ("name", "viewport") in checker.attributes and "prefers-color-scheme: dark" in text
     for heading in ("Images per second", "Latency", "Where the speed comes from", "Roofline", "Cold start", "History"):
         assert f"<h2>{heading}</h2>" in text
-    assert "expected to cost 0.012 dB of PSNR" in text and "engine-slow: nobody wants it" in text
+    assert "expected to cost 0.012 dB of PSNR" in text and "engine-slow: left out" in text
     assert "Some &lt;CPU&gt;" in text and "<CPU>" not in text
     # img/s of the whole: batch 2, medians 3.095 * 0.01 and * 0.02 s
     assert "64.6" in text and "32.3" in text
@@ -144,7 +152,7 @@ def test_profile_attributes_time_bytes_and_flop_to_scales(tiny, monkeypatch):
     z = torch.randn(1, tiny.config.num_latent_tokens, tiny.config.latent_dim)
     rows, profiler = profile.rows(lambda: engine.decode(z), CPU)
     assert {r.scale for r in rows} == {"-", "8", "16", "32", "64"}
-    work = decode_work(tiny.config, itemsize=4)
+    work = family_of(tiny.config).decode_work(itemsize=4)
     for scale in (8, 16, 32, 64):
         counted = sum(r.flops for r in rows if r.scale == str(scale))
         assert counted == total(w for w in work if w.scale == scale).flops
@@ -153,7 +161,7 @@ def test_profile_attributes_time_bytes_and_flop_to_scales(tiny, monkeypatch):
     assert swiglu.calls == 2 and swiglu.bytes == expected.bytes and swiglu.seconds > 0
     names = {e.name for e in profiler.events()}
     assert {"scale 64", "layer 1", swiglu.kernel} <= names
-    assert "all" in "\n".join(profile.table(rows, CPU, torch.float32, top=3))
+    assert "all" in "\n".join(profile_table(rows, CPU, torch.float32, top=3))
 
 
 def test_packed_weights_are_counted_as_plain_ones():
@@ -186,8 +194,8 @@ def test_one_op_alone(capsys, monkeypatch):
     assert "--op must be one of attention, " in capsys.readouterr().err
     for bad in ("8", "0x32", "axb"):
         with pytest.raises(InputError, match="--shape must be BATCHxPIXELS, such as 8x256, got"):
-            profile.parse_shape(bad)
-    call = profile.one_op("euler_step", suite.Case(32, torch.float32, 2, CPU), None)
+            parse_shape(bad)
+    call = one_op("euler_step", suite.Case(32, torch.float32, 2, CPU), None)
     assert call().shape == (2, 3, 32, 32)
 
 
@@ -200,7 +208,7 @@ def test_without_nsight_its_command_is_printed(capsys, monkeypatch):
     assert "needs Nsight Compute" in captured.err
 
 
-def test_ranges_cost_nothing_when_nobody_looks():
+def test_ranges_cost_nothing_unless_recorded():
     assert list(ranges.spans([1, 2], lambda i: pytest.fail("named"))) == [1, 2]
     with ranges.watched():
         for i in ranges.spans([0, 1], lambda i: f"range {i}"):
@@ -214,14 +222,14 @@ def test_the_waterfall_has_a_bar_for_every_measure_and_the_fast_tier_s_loss(tiny
     assert list(rows)[:5] == ["eager-bf16", "eager-fp32", "hoist", "fused ops", "attention"]
     assert rows["attention"]["launches"] < rows["fused ops"]["launches"] < rows["hoist"]["launches"]
     text = waterfall.table(result)
-    if waterfall.FAST in rows:
-        assert 0 <= rows[waterfall.FAST]["expected_psnr_loss"] <= 0.1 and "dB of PSNR" in text
-        assert rows[waterfall.FAST]["bytes"] > 0
+    if FAST in rows:
+        assert 0 <= rows[FAST]["expected_psnr_loss"] <= 0.1 and "dB of PSNR" in text
+        assert rows[FAST]["bytes"] > 0
     else:
-        assert f"{waterfall.FAST}: {result['missing'][waterfall.FAST]}" in text
+        assert f"{FAST}: {result['missing'][FAST]}" in text
 
 
 @pytest.mark.slow
 def test_cold_start_runs_in_a_fresh_process():
-    steps = decode.cold_start(CPU, "msdd-nano", runs=1)
-    assert list(steps) == list(decode.cold_start.__globals__["STEPS"]) and min(steps.values()) > 0
+    steps = cold_start(CPU, "msdd-nano", runs=1)
+    assert list(steps) == list(STEPS) and min(steps.values()) > 0

@@ -9,8 +9,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[3]
 
 
-def run_all(out, *parts, **environment):
-    command = [str(ROOT / "bench/gpu/run_all.sh"), str(out), *parts]
+def run_all(out, *parts, budget=None, **environment):
+    options = [] if budget is None else ["--budget", str(budget)]
+    command = [str(ROOT / "bench/gpu/run_all.sh"), *options, str(out), *parts]
     environment = {**os.environ, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": "", **environment}
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
@@ -45,4 +46,15 @@ def test_a_failure_is_recorded_and_the_next_part_runs(tmp_path):
 
 def test_usage(tmp_path):
     done = run_all(tmp_path, "tset")
-    assert done.returncode == 2 and "unknown part tset; usage: run_all.sh OUT [build tests" in done.stderr
+    assert (
+        done.returncode == 2
+        and "unknown part tset; usage: run_all.sh [--budget SECONDS] OUT [build tests" in done.stderr
+    )
+    assert run_all(tmp_path, "bench", budget="soon").returncode == 2
+
+
+def test_parts_beyond_the_budget_are_skipped(tmp_path):
+    done = run_all(tmp_path, "bench", "suite", budget=1)  # importing torch alone takes as long
+    summary = (tmp_path / "summary.md").read_text()
+    assert "| suite | skipped: the budget of 1 s is used up | 0 |" in summary
+    assert done.returncode in (0, 1)

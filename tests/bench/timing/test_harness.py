@@ -13,7 +13,7 @@ import torch
 
 from msdd_fast import ops
 from msdd_fast.bench.ops.suite import in_float32, op_providers
-from msdd_fast.bench.report.text import markdown
+from msdd_fast.bench.report.op_table import markdown
 from msdd_fast.bench.timing import harness
 from msdd_fast.bench.timing.ceilings import copy_bandwidth, floor_seconds, gemm_rate, last_level_cache
 from msdd_fast.bench.timing.clock import CpuTimer

@@ -1,4 +1,4 @@
-"""A call in a process of its own: what it gives, its laps, and its end where it takes too long or dies."""
+"""A call in a process of its own: its result, its stages, and its end if it takes too long or dies."""
 
 import contextlib
 import os
@@ -9,16 +9,17 @@ import pytest
 import torch
 
 from msdd_fast import Tokenizer
-from msdd_fast.bench.decode.suite import DecodeCase, compile_all, measure_case
+from msdd_fast.bench.decode.cases import DecodeCase
+from msdd_fast.bench.decode.suite import compile_all, measure_case
 from msdd_fast.bench.timing.isolated import IsolatedError, isolated
 
 HERE = "tests.bench.timing.test_isolated:"
 
 
 def doubled(value):
-    def run(mark):
-        mark()
-        mark()
+    def run(stage_done):
+        stage_done()
+        stage_done()
         return torch.full((2,), 2.0 * value, dtype=torch.bfloat16)
 
     print("what a library prints is no answer")
@@ -55,10 +56,11 @@ def test_the_cache_of_a_compiler_that_was_not_done_is_removed(monkeypatch, tmp_p
     assert len(list(tmp_path.rglob("half.so"))) == 1
 
 
-def test_result_and_laps():
+def test_result_and_stages():
     with isolated(HERE + "doubled", {"value": 3}, 600) as call:
         assert call.result.tolist() == [6.0, 6.0] and call.first_s > 0
-        assert len(call.laps()) == 3 and min(call.laps()) >= 0 and len(call.laps(marked=False)) == 1
+        assert len(call.stage_seconds()) == 3 and min(call.stage_seconds()) >= 0
+        assert len(call.stage_seconds(staged=False)) == 1
         process = call.process
     assert process.returncode is not None
 
@@ -76,10 +78,10 @@ def test_what_dies_says_why():
     with pytest.raises(IsolatedError, match="died"):
         with isolated(HERE + "doubled", {"value": 1}, 600) as call:
             os.kill(call.process.pid, 9)
-            call.laps()
+            call.stage_seconds()
 
 
-def test_a_compiler_that_is_too_slow_is_a_fact_of_the_table():
+def test_a_compiler_that_is_too_slow_is_reported_in_the_table():
     result = measure_case(Tokenizer.from_config("tiny"), DecodeCase("tiny", seconds=0, compile_seconds=0.01))
     assert result["missing"]["compile-fp32"] == "torch.compile did not end in 0.01 s"
     assert "engine-exact" in [p["provider"] for p in result["providers"]]

@@ -1,58 +1,14 @@
-"""FLOP and bytes of a decode by formula: per op, layer, scale and as a whole.
-
-A multiply-add is 2 FLOP; only matrix products and attention are counted, as ``torch.utils.flop_counter`` does. Bytes
-are the least that the engine's ops can move: every op reads its inputs and its weights once and writes its result once.
-
-    work = decode_work(PRESETS["msdd-d12-joint"], batch=1, itemsize=2)
-    total(work).flops, total(w for w in work if w.scale == 32).weight_bytes
-"""
+"""FLOP and bytes of an MSDD encode or decode, op by op (families/work.py has the rules)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from msdd_fast.families.msdd.config import TokenizerConfig
 from msdd_fast.families.msdd.embeddings import TimestepEmbedder
 from msdd_fast.families.msdd.mmdit import swiglu_hidden_size
-
-
-class Work(NamedTuple):
-    """One op of one layer at one scale (pixels per side; 0 where it is done once per image). ``layer`` -1: none."""
-
-    op: str
-    layer: int
-    scale: int
-    flops: int
-    weight_bytes: int
-    activation_bytes: int
-
-    @property
-    def bytes(self) -> int:
-        return self.weight_bytes + self.activation_bytes
-
-
-class Total(NamedTuple):
-    """Sum of some work."""
-
-    flops: int
-    weight_bytes: int
-    activation_bytes: int
-
-    @property
-    def bytes(self) -> int:
-        return self.weight_bytes + self.activation_bytes
-
-    def floor(self, flops_per_second: float, bytes_per_second: float) -> float:
-        """Seconds at the ceilings: the roofline, with arithmetic and memory overlapped."""
-        return max(self.flops / flops_per_second, self.bytes / bytes_per_second)
-
-
-def total(work: Iterable[Work]) -> Total:
-    items = list(work)
-    return Total(
-        sum(w.flops for w in items), sum(w.weight_bytes for w in items), sum(w.activation_bytes for w in items)
-    )
+from msdd_fast.families.work import Work
 
 
 def decode_work(
@@ -63,10 +19,10 @@ def decode_work(
     itemsize: int = 2,
     hoisted: bool = True,
 ) -> list[Work]:
-    """Everything that one decode of ``batch`` images does.
+    """The work of one decode of ``batch`` images, with elements of ``itemsize`` bytes.
 
-    ``hoisted``: as the engine runs it, with adaLN vectors as constants and the context embedded once per image. Else as
-    the eager model does, which computes both, per image, at every evaluation. ``itemsize``: bytes of an element.
+    ``hoisted``: as the engine runs it, with adaLN vectors as constants and the context embedded once per image.
+    Otherwise as the eager model runs it, which computes both per image at every evaluation.
     """
     guided = cfg_scale != 1.0
     rows = 2 * batch if guided else batch
@@ -87,7 +43,7 @@ def decode_work(
 
 
 def encode_work(config: TokenizerConfig, batch: int = 1, itemsize: int = 2) -> list[Work]:
-    """Everything that encoding ``batch`` images does, in ops as fused as a decode's."""
+    """The work of encoding ``batch`` images, in ops as fused as a decode's."""
     enc, n = config.encoder, config.grid_size**2
     linear = _Linears(config.image_size, batch, itemsize)
     hidden = swiglu_hidden_size(enc.hidden_size, enc.mlp_multiple_of)

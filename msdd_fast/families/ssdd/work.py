@@ -1,8 +1,7 @@
-"""FLOP and bytes of an SSDD decode by formula, op by op: what ``roofline`` is for MSDD.
+"""FLOP and bytes of an SSDD decode, op by op (families/work.py has the rules).
 
-Products, convolutions and attention are counted, as ``torch.utils.flop_counter`` does. ``layer`` is the index of the
-residual or transformer block in its order of use, -1 for neither; ``scale`` is the height of the image, 0 for what the
-engine does once per image.
+``layer`` is the index of the residual or transformer block in its order of use, -1 outside them; ``scale`` is the
+height of the image, 0 for what the engine does once per image.
 """
 
 from __future__ import annotations
@@ -10,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import pairwise
 
-from msdd_fast.bench.work.roofline import Work
 from msdd_fast.families.ssdd.config import SSDDConfig
 from msdd_fast.families.ssdd.decoder import DOWN_BLOCKS, UP_BLOCKS
+from msdd_fast.families.work import Work
 
 
-def ssdd_decode_work(
+def decode_work(
     config: SSDDConfig,
     batch: int = 1,
     steps: int = 1,
@@ -23,10 +22,11 @@ def ssdd_decode_work(
     hoisted: bool = True,
     sides: tuple[int, int] | None = None,
 ) -> list[Work]:
-    """Everything that one decode of ``batch`` images of ``sides`` (default: ``config.image_size``) does.
+    """The work of one decode of ``batch`` images of ``sides`` (height, width; default: ``config.image_size`` squared).
 
-    ``hoisted``: as the engine runs it, with time in the norms, latents once per image, upsampling convolutions by
-    phases and attention in its windows. Else as the eager model does: everything at every step, dense attention.
+    ``hoisted``: as the engine runs it, with time folded into the norms, latents processed once per image, upsampling
+    convolutions by phases and attention in its windows. Otherwise as the eager model runs it: everything at every step,
+    dense attention.
     """
     count = _Counter(config, batch, itemsize, hoisted, sides or (config.image_size, config.image_size))
     work = list(count.latents(0)) if hoisted else []

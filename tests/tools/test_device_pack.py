@@ -1,4 +1,4 @@
-"""The pack that travels to a GPU machine."""
+"""The pack of reference data for a GPU machine."""
 
 import io
 import tarfile
@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from msdd_fast.bench.gpu.device_pack import choose_quality, pack, write_train_tar
 from msdd_fast.errors import InputError
 from msdd_fast.training.data.dataset import CropConfig, ImageDataset, find_images
+from tools.device_pack import choose_quality, pack, write_train_tar
 
 
 @pytest.fixture
@@ -38,14 +38,16 @@ def test_pack(shared, tmp_path, capsys):
     before = ImageDataset(find_images([shared / "data/train256-000.tar"]), 64, 0, CropConfig(min_crop=1.0, flip=False))
     after = ImageDataset(packed, 64, 0, CropConfig(min_crop=1.0, flip=False))
     assert (before[0] - after[0]).abs().mean() < 0.1
-    assert "4 training pictures as WebP quality 80" in capsys.readouterr().out
+    assert "4 training images as WebP quality 80" in capsys.readouterr().out
 
 
 def test_limits(shared, tmp_path):
     refs = find_images([shared / "data/train256-000.tar"])
     assert choose_quality(refs, 10_000) < choose_quality(refs, 10_000_000) == 80
-    with pytest.raises(InputError, match="limit must leave room for 4 pictures, got 100 bytes"):
+    with pytest.raises(InputError, match="limit must leave room for 4 images, got 100 bytes"):
         write_train_tar(refs, tmp_path / "train.tar", 100)
     assert not list(tmp_path.glob("train*"))
     with pytest.raises(InputError, match=r"SHARED must hold data/train256-\*.tar"):
         pack(tmp_path, tmp_path / "out")
+    with pytest.raises(InputError, match=r"the pack must be at most 0.001 MB, got 0\.0 MB"):
+        pack(shared, tmp_path / "out", total_mb=0.001)

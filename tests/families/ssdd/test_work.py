@@ -7,9 +7,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from msdd_fast import Tokenizer, accelerate
 from msdd_fast.backends import use_backend
-from msdd_fast.bench.work.roofline import total
-from msdd_fast.bench.work.ssdd_roofline import keys_seen, ssdd_decode_work
 from msdd_fast.families.ssdd.presets import SSDD_PRESETS
+from msdd_fast.families.ssdd.work import decode_work, keys_seen
+from msdd_fast.families.work import total
 
 # GFLOP of one evaluation at 256 px with dense attention; of M at other sizes.
 # GFLOP of the authors' network, by torch's counter, at 256 px; of size M at other sides.
@@ -18,7 +18,7 @@ EXPECTED_M = {128: 132.0, 512: 2329.0, 1024: 12100.0}
 
 
 def gflop(size, **options):
-    return total(ssdd_decode_work(SSDD_PRESETS[f"ssdd-{size}-f8c4"], **options)).flops / 1e9
+    return total(decode_work(SSDD_PRESETS[f"ssdd-{size}-f8c4"], **options)).flops / 1e9
 
 
 def test_gflop_of_every_size():
@@ -47,8 +47,8 @@ def test_formula_against_the_counter(batch, steps, sides):
     z, pixels = torch.randn(batch, 4, *sides), (8 * sides[0], 8 * sides[1])
     with use_backend("eager"):
         eager = counted(lambda: tok.decode(z, steps=steps))
-    assert total(ssdd_decode_work(tok.config, batch, steps, hoisted=False, sides=pixels)).flops == eager
+    assert total(decode_work(tok.config, batch, steps, hoisted=False, sides=pixels)).flops == eager
     engine = accelerate(tok, dtype=torch.float32, steps=steps)
-    work = ssdd_decode_work(tok.config, batch, steps, sides=pixels)
+    work = decode_work(tok.config, batch, steps, sides=pixels)
     attention = sum(w.flops for w in work if w.op == "mid.attention")
     assert total(work).flops - attention == counted(lambda: engine.decode(z))  # it does not know our ops

@@ -9,10 +9,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from msdd_fast import Tokenizer
 from msdd_fast.backends import use_backend
-from msdd_fast.bench.work.roofline import decode_work, encode_work, total
 from msdd_fast.diffusion.config import ScheduleConfig
 from msdd_fast.families.msdd.config import DecoderConfig, EncoderConfig
 from msdd_fast.families.msdd.presets import PRESETS
+from msdd_fast.families.msdd.work import decode_work, encode_work
+from msdd_fast.families.work import total
 
 # Calculated apart from this code: GFLOP of one evaluation per scale, and in all; of the encoder.
 EXPECTED_JOINT = {32: 24.05, 64: 32.83, 128: 69.63, 256: 244.03}

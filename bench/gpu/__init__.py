@@ -1,1 +1,0 @@
-"""What a session with a lent GPU needs."""
