@@ -5,7 +5,8 @@ CPP_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -n
 NATIVE := setup.py pyproject.toml CMakeLists.txt $(CPP_FILES)
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-full bench bench-full bench-ops lint typecheck device-pack format clean
+.PHONY: help build demo test test-full bench bench-full bench-ops lint typecheck types docs package package-test \
+	device-pack format clean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +41,36 @@ typecheck: .venv/.installed ## mypy over all packages
 	@rm -rf $(TYPECHECK) && mkdir -p $(TYPECHECK)
 	@ln -s $(addprefix $(CURDIR)/,$(wildcard msdd_fast/*.py msdd_fast/py.typed) $(filter-out %/__pycache__/,$(sort $(dir $(wildcard msdd_fast/*/)))) kernels training bench) $(TYPECHECK)/
 	$(BIN)/mypy --no-error-summary --config-file pyproject.toml $(TYPECHECK)
+
+# Documentation and packaging tools have a virtual environment of their own, without torch.
+TOOLS := build/tools/bin
+build/tools/.installed: requirements-tools.txt
+	$(PYTHON) -m venv build/tools
+	$(TOOLS)/python -m pip install --quiet --disable-pip-version-check -r requirements-tools.txt
+	@touch $@
+
+# verifytypes asks the first python on PATH, and wants a package in one folder: kernels, training and bench are left out.
+types: .venv/.installed build/tools/.installed ## Type completeness of the public API; pyright must find 100 %
+	mkdir -p build/types && ln -sfn ../../msdd_fast build/types/msdd_fast
+	PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONPATH=$(CURDIR)/build/types $(TOOLS)/pyright --verifytypes msdd_fast --ignoreexternal
+
+docs: build/tools/.installed ## The documentation site, in build/site; a warning is an error
+	$(TOOLS)/mkdocs build --quiet --strict
+
+package: build/tools/.installed ## Source distribution, and a wheel built from it, in dist/
+	rm -rf dist
+	MSDD_FAST_BUILD_EXT=1 $(TOOLS)/pyproject-build --outdir dist
+	$(TOOLS)/twine check --strict dist/*
+
+package-test: ## Install dist/*.whl in a fresh environment and run the demo from an empty folder
+	@set -eu; wheel=$$(ls "$(CURDIR)"/dist/*.whl); folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; \
+	$(PYTHON) -m venv "$$folder/venv"; \
+	"$$folder/venv/bin/python" -m pip install --quiet --disable-pip-version-check -c requirements-dev.txt "$$wheel[eval]"; \
+	mkdir "$$folder/empty"; cd "$$folder/empty"; \
+	../venv/bin/python -c "import msdd_fast; print(msdd_fast.__file__)"; \
+	../venv/bin/msdd-fast env --json | grep '"extension": "loaded"'; \
+	../venv/bin/msdd-fast demo; \
+	test -s out/demo.png
 
 test: lint ## Lint and the tests that need neither a GPU nor much time
 	$(BIN)/python -m pytest -q -rs -m "not gpu and not slow"
