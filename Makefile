@@ -6,7 +6,7 @@ NATIVE := setup.py pyproject.toml CMakeLists.txt $(CPP_FILES)
 
 .DEFAULT_GOAL := help
 .PHONY: help build demo test test-full bench bench-full bench-ops lint typecheck types docs package package-test \
-	device-pack format clean
+	project-files device-pack format clean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -53,6 +53,14 @@ build/tools/.installed: requirements-tools.txt
 types: .venv/.installed build/tools/.installed ## Type completeness of the public API; pyright must find 100 %
 	mkdir -p build/types && ln -sfn ../../msdd_fast build/types/msdd_fast
 	PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONPATH=$(CURDIR)/build/types $(TOOLS)/pyright --verifytypes msdd_fast --ignoreexternal
+
+project-files: build/tools/.installed ## Workflows, issue forms, CITATION.cff and pre-commit's hooks against their schemas
+	$(TOOLS)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(TOOLS)/check-jsonschema --builtin-schema vendor.github-issue-forms $(filter-out %/config.yml,$(wildcard .github/ISSUE_TEMPLATE/*.yml))
+	$(TOOLS)/check-jsonschema --builtin-schema vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
+	$(TOOLS)/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
+	$(TOOLS)/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
+	$(TOOLS)/pre-commit validate-config
 
 docs: build/tools/.installed ## The documentation site, in build/site; a warning is an error
 	$(TOOLS)/mkdocs build --quiet --strict
