@@ -46,7 +46,7 @@ typecheck: .venv/.installed ## mypy over all packages
 TOOLS := build/tools/bin
 build/tools/.installed: requirements-tools.txt
 	$(PYTHON) -m venv build/tools
-	$(TOOLS)/python -m pip install --quiet --disable-pip-version-check -r requirements-tools.txt
+	$(TOOLS)/python -m pip install --quiet --disable-pip-version-check -r requirements-tools.txt -c requirements-dev.txt
 	@touch $@
 
 # verifytypes asks the first python on PATH, and wants a package in one folder: kernels, training and bench are left out.
@@ -63,7 +63,7 @@ project-files: build/tools/.installed ## Workflows, issue forms, CITATION.cff an
 	$(TOOLS)/pre-commit validate-config
 
 docs: build/tools/.installed ## The documentation site, in build/site; a warning is an error
-	$(TOOLS)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(TOOLS)/mkdocs build --quiet --strict
 
 package: build/tools/.installed ## Source distribution, and a wheel built from it, in dist/
 	rm -rf dist
