@@ -49,10 +49,8 @@ build/tools/.installed: requirements-tools.txt
 	$(TOOLS)/python -m pip install --quiet --disable-pip-version-check -r requirements-tools.txt -c requirements-dev.txt
 	@touch $@
 
-# verifytypes asks the first python on PATH, and wants a package in one folder: kernels, training and bench are left out.
-types: .venv/.installed build/tools/.installed ## Type completeness of the public API; pyright must find 100 %
-	mkdir -p build/types && ln -sfn ../../msdd_fast build/types/msdd_fast
-	PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONPATH=$(CURDIR)/build/types $(TOOLS)/pyright --verifytypes msdd_fast --ignoreexternal
+types: .venv/.installed build/tools/.installed ## Type completeness of the public API, by pyright
+	$(BIN)/python tools/type_completeness.py $(TOOLS)/pyright
 
 project-files: build/tools/.installed ## Workflows, issue forms, CITATION.cff and pre-commit's hooks against their schemas
 	$(TOOLS)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
