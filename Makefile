@@ -74,7 +74,7 @@ package-test: ## Install dist/*.whl in a fresh environment and run the demo from
 	"$$folder/venv/bin/python" -m pip install --quiet --disable-pip-version-check -c requirements-dev.txt "$$wheel[eval]"; \
 	mkdir "$$folder/empty"; cd "$$folder/empty"; \
 	../venv/bin/python -c "import msdd_fast; print(msdd_fast.__file__)"; \
-	../venv/bin/msdd-fast env --json | grep '"extension": "loaded"'; \
+	../venv/bin/msdd-fast env --check; \
 	../venv/bin/msdd-fast demo; \
 	test -s out/demo.png
 
