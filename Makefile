@@ -5,7 +5,8 @@ CPP_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -n
 NATIVE := setup.py pyproject.toml CMakeLists.txt $(CPP_FILES)
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-full bench bench-full bench-ops lint typecheck device-pack format clean
+.PHONY: help build demo test test-full bench bench-full bench-ops lint typecheck types docs package package-test \
+	project-files device-pack format clean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +41,42 @@ typecheck: .venv/.installed ## mypy over all packages
 	@rm -rf $(TYPECHECK) && mkdir -p $(TYPECHECK)
 	@ln -s $(addprefix $(CURDIR)/,$(wildcard msdd_fast/*.py msdd_fast/py.typed) $(filter-out %/__pycache__/,$(sort $(dir $(wildcard msdd_fast/*/)))) kernels training bench) $(TYPECHECK)/
 	$(BIN)/mypy --no-error-summary --config-file pyproject.toml $(TYPECHECK)
+
+# Documentation and packaging tools have a virtual environment of their own, without torch.
+TOOLS := build/tools/bin
+build/tools/.installed: requirements-tools.txt
+	$(PYTHON) -m venv build/tools
+	$(TOOLS)/python -m pip install --quiet --disable-pip-version-check -r requirements-tools.txt -c requirements-dev.txt
+	@touch $@
+
+types: .venv/.installed build/tools/.installed ## Type completeness of the public API, by pyright
+	$(BIN)/python tools/type_completeness.py $(TOOLS)/pyright
+
+project-files: build/tools/.installed ## Workflows, issue forms, CITATION.cff and pre-commit's hooks against their schemas
+	$(TOOLS)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(TOOLS)/check-jsonschema --builtin-schema vendor.github-issue-forms $(filter-out %/config.yml,$(wildcard .github/ISSUE_TEMPLATE/*.yml))
+	$(TOOLS)/check-jsonschema --builtin-schema vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
+	$(TOOLS)/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
+	$(TOOLS)/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
+	$(TOOLS)/pre-commit validate-config
+
+docs: build/tools/.installed ## The documentation site, in build/site; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(TOOLS)/mkdocs build --quiet --strict
+
+package: build/tools/.installed ## Source distribution, and a wheel built from it, in dist/
+	rm -rf dist
+	MSDD_FAST_BUILD_EXT=1 $(TOOLS)/pyproject-build --outdir dist
+	$(TOOLS)/twine check --strict dist/*
+
+package-test: ## Install dist/*.whl in a fresh environment and run the demo from an empty folder
+	@set -eu; wheel=$$(ls "$(CURDIR)"/dist/*.whl); folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; \
+	$(PYTHON) -m venv "$$folder/venv"; \
+	"$$folder/venv/bin/python" -m pip install --quiet --disable-pip-version-check -c requirements-dev.txt "$$wheel[eval]"; \
+	mkdir "$$folder/empty"; cd "$$folder/empty"; \
+	../venv/bin/python -c "import msdd_fast; print(msdd_fast.__file__)"; \
+	../venv/bin/msdd-fast env --check; \
+	../venv/bin/msdd-fast demo; \
+	test -s out/demo.png
 
 test: lint ## Lint and the tests that need neither a GPU nor much time
 	$(BIN)/python -m pytest -q -rs -m "not gpu and not slow"

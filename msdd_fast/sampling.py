@@ -39,6 +39,9 @@ class StageResult:
         state: float32 (B, 3, H, H); still noisy at level end_t unless it is the last stage.
     """
 
+    stage: int
+    state: Tensor
+
     def __init__(self, stage: Stage, state: Tensor, x_t: Tensor, v: Tensor, t: float) -> None:
         self.stage, self.state = stage.index, state
         self._last_step = (x_t, v, t, stage)

@@ -34,6 +34,7 @@ class Tokenizer(nn.Module):
 
     encoder: nn.Module
     decoder: nn.Module
+    schedule: StageSchedule
 
     def __init__(self, config: Config) -> None:
         super().__init__()

@@ -48,6 +48,8 @@ CONTINUOUS = Stage(0, start_t=1.0, end_t=0.0, timestep_max=1000.0, timestep_min=
 class StageSchedule:
     """The stages of a decode, coarse to fine, and the times of their Euler steps."""
 
+    stages: tuple[Stage, ...]
+
     def __init__(self, config: ScheduleConfig) -> None:
         self.config = config
         self.stages = (CONTINUOUS,) if config.time_grid == "power" else build_stages(config.num_stages)

@@ -8,12 +8,23 @@ from tests.conftest import HAS_GPU
 from tests.tolerances import assert_no_worse, assert_rounded_once
 
 
+def skip_without_extension(backend):
+    if backend == "cpu" and not extension_status()[0]:
+        pytest.skip(f"backend 'cpu': {extension_status()[1]}")
+
+
 @pytest.fixture(params=["cpu", "triton"])
 def backend(request):
     """A backend that is not the reference; skipped with its reason where it cannot run."""
-    if request.param == "cpu" and not extension_status()[0]:
-        pytest.skip(f"backend 'cpu': {extension_status()[1]}")
+    skip_without_extension(request.param)
     return request.param
+
+
+@pytest.fixture(autouse=True)
+def named_backend(request):
+    """Skips a test whose parameter ``name`` is a backend that cannot run."""
+    if hasattr(request.node, "callspec"):
+        skip_without_extension(request.node.callspec.params.get("name"))
 
 
 @pytest.fixture

@@ -104,13 +104,14 @@ def test_an_image_does_not_depend_on_its_batch(backend, device, order):
     assert torch.equal(whole[1:2], alone)
 
 
-def test_threads_do_not_change_a_bit():
+@pytest.mark.parametrize("backend", ["cpu"], indirect=True)
+def test_threads_do_not_change_a_bit(backend):
     x, *tables = case((2, 32, 60, 50), (6, 5), "cpu", torch.float32)
     threads, results = torch.get_num_threads(), []
     try:
         for count in (1, 2, 5):
             torch.set_num_threads(count)
-            results.append(ops.group_norm_modulate_silu(x, 16, 1e-5, *tables, backend="cpu"))
+            results.append(ops.group_norm_modulate_silu(x, 16, 1e-5, *tables, backend=backend))
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
