@@ -18,7 +18,7 @@ from pathlib import Path
 from PIL import Image
 
 from msdd_fast.errors import InputError
-from msdd_fast.training.data.dataset import ImageRef, find_images
+from msdd_fast.training.data import ImageRef, find_images
 
 TRAIN_BYTES = 24_000_000
 TOTAL_BYTES = 64 * 2**20

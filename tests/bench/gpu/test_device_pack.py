@@ -9,7 +9,7 @@ from PIL import Image
 
 from msdd_fast.bench.gpu.device_pack import choose_quality, pack, write_train_tar
 from msdd_fast.errors import InputError
-from msdd_fast.training.data.dataset import CropConfig, ImageDataset, find_images
+from msdd_fast.training.data import CropConfig, ImageDataset, find_images
 
 
 @pytest.fixture
