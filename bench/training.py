@@ -27,13 +27,14 @@ from msdd_fast.errors import InputError, MsddFastError
 from msdd_fast.families import family_of, get_preset
 from msdd_fast.families.work import total
 from msdd_fast.tokenizer import Tokenizer
-from msdd_fast.training.data.dataset import Batch, ImageDataset
-from msdd_fast.training.loop.trainer import LoopConfig, OptimConfig, Trainer, memory_gib
-from msdd_fast.training.recipes.run_stage1 import TrainConfig
-from msdd_fast.training.recipes.run_stage2 import DistillConfig
-from msdd_fast.training.recipes.stage1 import Stage1Config, Stage1Recipe
-from msdd_fast.training.recipes.stage2 import Stage2Config
-from msdd_fast.training.run import read_config
+from msdd_fast.training.config import read_config
+from msdd_fast.training.data import ImageDataset
+from msdd_fast.training.data.loader import Batch
+from msdd_fast.training.loop.config import LoopConfig, OptimConfig
+from msdd_fast.training.loop.memory import memory_gib
+from msdd_fast.training.loop.trainer import Trainer
+from msdd_fast.training.recipes.msdd_stage1 import MSDDTrainConfig, Stage1Config, Stage1Recipe
+from msdd_fast.training.recipes.msdd_stage2 import MSDDDistillConfig, Stage2Config
 
 WARM_UP = 3
 COLUMNS = ("batch", "img/s", "TFLOP/s", "of a large GEMM", "GiB")
@@ -147,13 +148,15 @@ def measure_all(args: argparse.Namespace) -> None:
         write_json(record, args.out)
 
 
-def estimate(config: TrainConfig | DistillConfig, preset: str, measured: dict[str, Any], gpus: int) -> list[str]:
-    """Lines: how long a configuration takes on ``gpus`` such devices, and how much memory each of them needs."""
+def estimate(
+    config: MSDDTrainConfig | MSDDDistillConfig, preset: str, measured: dict[str, Any], gpus: int
+) -> list[str]:
+    """Lines that say how long a configuration will take on ``gpus`` such devices, and how much memory each needs."""
     model, loop = get_preset(preset), config.loop
     rows = [row for row in measured["rows"] if not row.get("out_of_memory")]
     if not rows:
-        raise InputError("measured must hold at least one batch that fits in memory, got none")
-    if isinstance(config, TrainConfig):
+        raise InputError("measured must hold at least one batch that fitted, got none")
+    if isinstance(config, MSDDTrainConfig):
         flops, plain = stage1_flops(model, config.objective, loop.activation_checkpointing), False
     else:
         flops, plain = stage2_flops(model, config.objective, loop.activation_checkpointing), True
@@ -175,7 +178,7 @@ def estimate(config: TrainConfig | DistillConfig, preset: str, measured: dict[st
         f"memory per device: {fixed:.1f} GiB of weights, gradients, moments and average, plus activations",
     ]
     same = measured["preset"] == preset and measured["activation_checkpointing"] == loop.activation_checkpointing
-    if isinstance(config, TrainConfig) and same and len(rows) > 1:
+    if isinstance(config, MSDDTrainConfig) and same and len(rows) > 1:
         (a, b) = min(rows, key=lambda r: r["batch"]), max(rows, key=lambda r: r["batch"])
         slope = (b["memory_gib"] - a["memory_gib"]) / (b["batch"] - a["batch"])
         peak = a["memory_gib"] + slope * (micro - a["batch"])
@@ -187,7 +190,7 @@ def estimate(config: TrainConfig | DistillConfig, preset: str, measured: dict[st
 
 def print_estimate(args: argparse.Namespace) -> None:
     measured = read_json(args.measured, "a file that measure wrote")
-    kind: Any = DistillConfig if args.config.startswith("stage2") else TrainConfig
+    kind: Any = MSDDDistillConfig if args.config.startswith("stage2") else MSDDTrainConfig
     config = read_config(kind, args.config, missing="")
     preset = args.preset or getattr(config, "preset", None)
     if preset is None:

@@ -45,7 +45,17 @@ MOVED: dict[str, tuple[str, ...]] = {
     "schedule": ("diffusion.schedule",),
     "selection": ("backends.tuned",),
     "ssdd_weights": ("families.ssdd.released",),
-    "training.trainer": ("training.loop.trainer",),
+    "training.perceptual": ("training.losses.perceptual",),
+    "training.ssdd": (
+        *("training.recipes.ssdd_flow", "training.recipes.ssdd_distill"),
+        *("training.recipes.ssdd_objective", "training.recipes.ssdd_alignment"),
+    ),
+    "training.stage1": ("training.recipes.msdd_stage1",),
+    "training.stage2": ("training.recipes.msdd_stage2", "training.recipes.msdd_unroll"),
+    "training.trainer": (
+        *("training.loop.trainer", "training.loop.config", "training.loop.objective"),
+        *("training.loop.optimizers", "training.loop.ema"),
+    ),
 }
 
 

@@ -11,7 +11,7 @@ from msdd_fast.checkpoint import bundled_names
 from msdd_fast.diffusion.config import ScheduleConfig
 from msdd_fast.diffusion.schedule import StageSchedule, build_stages
 from msdd_fast.families.msdd.presets import PRESETS
-from msdd_fast.training.recipes.stage1 import time_weight
+from msdd_fast.training.recipes.msdd_stage1 import time_weight
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()

@@ -18,7 +18,7 @@ from pathlib import Path
 from PIL import Image
 
 from msdd_fast.errors import InputError
-from msdd_fast.training.data.dataset import ImageRef, find_images
+from msdd_fast.training.data import ImageRef, find_images
 
 TRAIN_MB, TOTAL_MB = 24.0, 67.0
 QUALITIES = (80, 70, 60, 50, 40, 30, 20, 10)

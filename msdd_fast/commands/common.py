@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
 
 import torch
-from torch import Tensor
 
 from msdd_fast.engine import FastDecoder, accelerate
 from msdd_fast.errors import InputError
-from msdd_fast.io.images import center_crop, load_image, to_tensor
+from msdd_fast.io.images import load_batch as load_batch
 from msdd_fast.tokenizer import Tokenizer
 
 DEFAULT_CHECKPOINT = "msdd-nano"
@@ -90,46 +86,7 @@ def device_of(tokenizer: Tokenizer) -> torch.device:
     return next(tokenizer.parameters()).device
 
 
-def load_batch(files: Sequence[Path], size: int) -> Tensor:
-    """Centre crops of picture files: float32 (len(files), 3, size, size) in [-1, 1]."""
-    return torch.stack([to_tensor(center_crop(load_image(f), size)) for f in files])
-
-
 def chunks(count: int, size: int) -> Iterator[range]:
     """Consecutive index ranges of at most ``size``."""
     for first in range(0, count, size):
         yield range(first, min(first + size, count))
-
-
-def training_config(kind: Any, prog: str, description: str | None, arguments: Sequence[str]) -> Any:
-    """The dataclass ``kind`` from the command line; ``--config FILE`` gives defaults, every other option a field."""
-    try:
-        import tyro
-    except ImportError as e:
-        raise InputError("training options need tyro: pip install 'msdd-fast[train]'") from e
-    from msdd_fast.training.run import config_names, read_config
-
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config")
-    known, rest = parser.parse_known_args(arguments)
-    default = None if known.config is None else read_config(kind, known.config, tyro.MISSING)
-    text = (
-        f"{description} --config FILE takes the defaults from a JSON file, such as the config.json of a run, or from "
-        f"one of {', '.join(config_names())}. Under torchrun the processes share every batch."
-    )
-    return tyro.cli(kind, prog=prog, description=text, default=default, args=rest)
-
-
-def peek(arguments: Sequence[str], name: str) -> str | None:
-    """The value of ``--name`` on a command line for ``training_config``, or in its ``--config`` file; else None."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config")
-    parser.add_argument(f"--{name}")
-    known, _ = parser.parse_known_args(arguments)
-    value = getattr(known, name)
-    if value is None and known.config is not None:
-        try:
-            value = json.loads(Path(known.config).read_text()).get(name)
-        except (OSError, ValueError, AttributeError):  # a name, or what read_config will complain about
-            value = None
-    return value if isinstance(value, str) else None

@@ -8,7 +8,7 @@ from PIL import Image
 from torch import Tensor
 
 from msdd_fast.engine import FastDecoder
-from msdd_fast.io.images import grid_image
+from msdd_fast.io.images import preview_grid
 from msdd_fast.sampling import StageResult
 from msdd_fast.tokenizer import Tokenizer
 
@@ -34,12 +34,6 @@ def reconstruct(
     return Reconstruction(images, [r.clean for r in results], out)
 
 
-def reconstruction_grid(tokenizer: Tokenizer, images: Tensor, seed: int = 0) -> Image.Image:
-    """One row per image: original, clean estimate of every stage (enlarged), result."""
-    return draw(reconstruct(tokenizer, images, seed))
-
-
 def draw(r: Reconstruction, size: int | None = None) -> Image.Image:
-    """Picture of a reconstruction; tiles of ``size`` pixels (default: the image size)."""
-    rows = [[r.original[i], *(s[i] for s in r.stages[:-1]), r.result[i]] for i in range(len(r.original))]
-    return grid_image(rows, size or r.original.shape[-1])
+    """A row per image: original, clean estimates, result. ``size``: pixels per tile, default the image's."""
+    return preview_grid([r.original, *r.stages[:-1], r.result], size)

@@ -1,24 +1,17 @@
-"""Train a tokenizer, stage 1 (multi-scale flow matching). Options come from the training dataclasses."""
+"""Train a tokenizer. The options are the fields of the training program's configuration."""
 
 from __future__ import annotations
 
 import argparse
 
-from msdd_fast.commands.common import peek, training_config
-
 FORWARDS = True
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    del parser  # everything is forwarded to the parser that tyro makes of TrainConfig
+    del parser  # the parser that tyro makes of the configuration takes all arguments
 
 
 def run(args: argparse.Namespace) -> None:
-    from msdd_fast.families.ssdd.presets import SSDD_PRESETS
-    from msdd_fast.training.recipes.run_ssdd import SSDDTrainConfig, train_ssdd
-    from msdd_fast.training.recipes.run_stage1 import TrainConfig, train_stage1
+    from msdd_fast.training.command_line import run_command
 
-    if peek(args.rest, "preset") in SSDD_PRESETS:
-        train_ssdd(training_config(SSDDTrainConfig, "msdd-fast train", __doc__, args.rest))
-        return
-    train_stage1(training_config(TrainConfig, "msdd-fast train", __doc__, args.rest))
+    run_command("train", "Train a tokenizer; the family follows from --preset.", args.rest)

@@ -1,15 +1,14 @@
-"""Configurations that every family shares, and how configurations are read from JSON."""
+"""Configurations that every family shares."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import math
-import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
+from msdd_fast.diffusion.from_dict import from_dict
 from msdd_fast.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -108,34 +107,3 @@ class SamplingConfig:
 def require(ok: bool, message: str) -> None:
     if not ok:
         raise ConfigError(message)
-
-
-def from_dict(cls: Any, data: Any, where: str) -> Any:
-    if not isinstance(data, dict):
-        raise ConfigError(f"{where} must be a mapping, got {type(data).__name__}")
-    hints = typing.get_type_hints(cls)
-    unknown = sorted(set(data) - set(hints))
-    if unknown:
-        raise ConfigError(f"{where} has unknown field {unknown[0]!r}; known: {', '.join(sorted(hints))}")
-    return cls(**{name: _coerce(hints[name], value, f"{where}.{name}") for name, value in data.items()})
-
-
-def _coerce(kind: Any, value: Any, where: str) -> Any:
-    if dataclasses.is_dataclass(kind):
-        return from_dict(kind, value, where)
-    if typing.get_origin(kind) is Literal:
-        if value not in typing.get_args(kind):
-            raise ConfigError(f"{where} must be one of {', '.join(typing.get_args(kind))}, got {value!r}")
-        return value
-    if typing.get_origin(kind) is tuple:
-        kinds = typing.get_args(kind)
-        if not isinstance(value, (list, tuple)) or len(value) != len(kinds):
-            raise ConfigError(f"{where} must be a list of {len(kinds)} values, got {value!r}")
-        return tuple(_coerce(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise ConfigError(f"{where} must be of type {kind.__name__}, got {value!r}")
-    if kind is float and not math.isfinite(value):
-        raise ConfigError(f"{where} must be finite, got {value!r}")
-    return value

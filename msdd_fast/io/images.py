@@ -51,6 +51,11 @@ def to_tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(array).permute(2, 0, 1).float().div_(127.5).sub_(1.0)
 
 
+def load_batch(files: Sequence[Path], size: int) -> Tensor:
+    """Centre crops of image files: float32 (len(files), 3, size, size) in [-1, 1]."""
+    return torch.stack([to_tensor(center_crop(load_image(f), size)) for f in files])
+
+
 def to_image(x: Tensor) -> Image.Image:
     """(3, H, W) in [-1, 1] to an RGB image."""
     return Image.fromarray(to_uint8(x).permute(1, 2, 0).cpu().numpy())
@@ -100,3 +105,8 @@ def grid_image(rows: Sequence[Sequence[Tensor]], size: int, gap: int = 4) -> Ima
             tile = to_image(tensor).resize((size, size), Image.Resampling.NEAREST)
             canvas.paste(tile, (j * (size + gap), i * (size + gap)))
     return canvas
+
+
+def preview_grid(columns: Sequence[Tensor], size: int | None = None) -> Image.Image:
+    """A row per image, a column per tensor (B, 3, h, w) in [-1, 1]; ``size``: pixels per tile, default column 0's."""
+    return grid_image([list(row) for row in zip(*columns, strict=True)], size or columns[0].shape[-1])

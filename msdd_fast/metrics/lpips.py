@@ -7,16 +7,13 @@ fetched. Images are float (B, 3, H, W) in [-1, 1].
 from __future__ import annotations
 
 import os
-from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from msdd_fast.errors import CheckpointError
-from msdd_fast.io.files import read_torch_file
 from msdd_fast.metrics._checks import check_pair
+from msdd_fast.metrics._weights import copy_weight, read_weights
 
 
 class LpipsVgg(nn.Module):
@@ -43,7 +40,8 @@ class LpipsVgg(nn.Module):
 
     def __init__(self, vgg16: str | os.PathLike[str], heads: str | os.PathLike[str]) -> None:
         super().__init__()
-        trunk, linear = (_read(f, s) for f, s in ((vgg16, self.SOURCE), (heads, self.HEADS)))
+        trunk = read_weights(vgg16, "LPIPS weights", self.SOURCE)
+        linear = read_weights(heads, "LPIPS weights", self.HEADS)
         # The package's ScalingLayer: ImageNet mean and deviation for inputs in [-1, 1].
         self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1))
         self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1))
@@ -53,13 +51,12 @@ class LpipsVgg(nn.Module):
         for i, (block, width) in enumerate(zip(self._BLOCKS, self._WIDTHS, strict=True)):
             for index in block:
                 conv = nn.Conv2d(n_in, width, 3, padding=1)
-                _fill(conv.weight, trunk, f"features.{index}.weight", vgg16, self.SOURCE)
-                assert conv.bias is not None
-                _fill(conv.bias, trunk, f"features.{index}.bias", vgg16, self.SOURCE)
+                for name, parameter in conv.named_parameters():
+                    copy_weight(parameter, trunk, f"features.{index}.{name}", vgg16, self.SOURCE)
                 self.convs[str(index)] = conv
                 n_in = width
             head = nn.Parameter(torch.zeros(1, width, 1, 1))
-            _fill(head, linear, f"lin{i}.model.1.weight", heads, self.HEADS)
+            copy_weight(head, linear, f"lin{i}.model.1.weight", heads, self.HEADS)
             self.heads.append(head)
         self.requires_grad_(False).eval()
 
@@ -83,17 +80,3 @@ class LpipsVgg(nn.Module):
         for a, b, head in zip(self.features(x), self.features(y), self.heads, strict=True):
             total = total + ((a - b).square() * head).sum(dim=1).mean(dim=(1, 2))
         return total
-
-
-def _read(path: str | os.PathLike[str], source: str) -> Any:
-    if not Path(path).is_file():
-        raise CheckpointError(f"LPIPS weights not found: expected {source}, got {path}")
-    return read_torch_file(path)
-
-
-def _fill(parameter: Tensor, state: Any, key: str, path: str | os.PathLike[str], source: str) -> None:
-    tensor = state.get(key) if isinstance(state, dict) else None
-    if not isinstance(tensor, Tensor) or tensor.shape != parameter.shape:
-        got = tuple(tensor.shape) if isinstance(tensor, Tensor) else "nothing of the kind"
-        raise CheckpointError(f"{path} is not {source}: expected {key} of shape {tuple(parameter.shape)}, got {got}")
-    parameter.data.copy_(tensor)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from msdd_fast.errors import CheckpointError
-from msdd_fast.io.files import read_torch_file
 from msdd_fast.metrics._checks import check_pair
+from msdd_fast.metrics._weights import copy_weight, read_weights
 
 
 class Vgg19Distance(nn.Module):
@@ -28,6 +26,7 @@ class Vgg19Distance(nn.Module):
     """
 
     SOURCE = "the VGG-19 features vgg_normalised_conv3_1.pth"
+    _NETWORK = "the VGG-19 feature network up to relu3_1"
     # State-dict key -> (in, out, kernel); pools follow conv1_2 and conv2_2; taps after relu1_1, 2_1, 3_1.
     _LAYERS = ((0, 3, 3, 1), (2, 3, 64, 3), (5, 64, 64, 3), (9, 64, 128, 3), (12, 128, 128, 3), (16, 128, 256, 3))
     _TAPS = (2, 9, 16)
@@ -35,24 +34,12 @@ class Vgg19Distance(nn.Module):
 
     def __init__(self, weights: str | os.PathLike[str]) -> None:
         super().__init__()
-        path = Path(weights)
-        if not path.is_file():
-            raise CheckpointError(
-                f"VGG-19 features not found: expected the file vgg_normalised_conv3_1.pth, got {path}"
-            )
-        state = read_torch_file(path)
+        state = read_weights(weights, "VGG-19 features", "the file vgg_normalised_conv3_1.pth")
         self.convs = nn.ModuleDict()
         for key, n_in, n_out, kernel in self._LAYERS:
             conv = nn.Conv2d(n_in, n_out, kernel)
             for name, parameter in conv.named_parameters():
-                tensor = state.get(f"{key}.{name}") if isinstance(state, dict) else None
-                if not isinstance(tensor, Tensor) or tensor.shape != parameter.shape:
-                    got = tuple(tensor.shape) if isinstance(tensor, Tensor) else "nothing of the kind"
-                    raise CheckpointError(
-                        f"{path} is not the VGG-19 feature network up to relu3_1: "
-                        f"expected {key}.{name} of shape {tuple(parameter.shape)}, got {got}"
-                    )
-                parameter.data.copy_(tensor)
+                copy_weight(parameter, state, f"{key}.{name}", weights, self._NETWORK)
             self.convs[str(key)] = conv
         self.requires_grad_(False).eval()
 

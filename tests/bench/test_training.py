@@ -13,9 +13,8 @@ from msdd_fast.backends import use_backend
 from msdd_fast.bench.training import main, stage1_flops, stage2_flops
 from msdd_fast.families.msdd.presets import PRESETS
 from msdd_fast.training.loop.draws import Draws
-from msdd_fast.training.recipes.run_stage2 import make_student
-from msdd_fast.training.recipes.stage1 import Stage1Config, stage1_loss
-from msdd_fast.training.recipes.stage2 import Stage2Config, Stage2Recipe
+from msdd_fast.training.recipes.msdd_stage1 import Stage1Config, stage1_loss
+from msdd_fast.training.recipes.msdd_stage2 import Stage2Config, Stage2Recipe, make_student
 
 JOINT = replace(PRESETS["tiny"], decoder=replace(PRESETS["tiny"].decoder, conditioning="joint"))
 

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from msdd_fast.errors import InputError
-from msdd_fast.training.data.dataset import CropConfig, ImageDataset, find_images
+from msdd_fast.training.data import CropConfig, ImageDataset, find_images
 from tools.device_pack import choose_quality, pack, write_train_tar
 
 

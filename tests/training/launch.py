@@ -16,14 +16,15 @@ import torch
 import torch.multiprocessing as mp
 
 from msdd_fast import Tokenizer
-from msdd_fast.training.data.dataset import ImageDataset, find_images
-from msdd_fast.training.loop.trainer import AdamConfig, Critic, LoopConfig, OptimConfig, Trainer
+from msdd_fast.training.data import ImageDataset, find_images
+from msdd_fast.training.loop.config import AdamConfig, LoopConfig, OptimConfig
+from msdd_fast.training.loop.objective import Critic
+from msdd_fast.training.loop.trainer import Trainer
 from msdd_fast.training.losses.dino import random_features
 from msdd_fast.training.losses.discriminator import Discriminator
 from msdd_fast.training.losses.perceptual import make_perceptual
-from msdd_fast.training.recipes.run_stage2 import make_student
-from msdd_fast.training.recipes.stage1 import Stage1Config, Stage1Recipe
-from msdd_fast.training.recipes.stage2 import Stage2Config, Stage2Recipe
+from msdd_fast.training.recipes.msdd_stage1 import Stage1Config, Stage1Recipe
+from msdd_fast.training.recipes.msdd_stage2 import Stage2Config, Stage2Recipe, make_student
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT = 300

@@ -1,1 +1,1 @@
-"""The training loop: optimiser, schedule, saved states, processes."""
+"""The training loop: optimisers, schedule, saved states, logs, processes. It knows no objective."""

@@ -1,4 +1,4 @@
-"""Several processes, as torchrun starts them: NCCL between GPUs, gloo between CPUs. One process needs none of this."""
+"""Several processes started by torchrun: NCCL between GPUs, gloo between CPUs. All of it works in one process, too."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import datetime
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -29,17 +29,17 @@ def rank() -> int:
     return dist.get_rank() if is_distributed() else 0
 
 
-def is_first() -> bool:
-    """Whether this process writes what is written once."""
+def is_rank0() -> bool:
+    """Whether this process writes the files that exist once."""
     return rank() == 0
 
 
 @contextmanager
 def process_group(device: str, timeout_minutes: float = 30.0) -> Iterator[str]:
-    """Joins the processes that torchrun started, if it did; gives the device of this process.
+    """Join torchrun's process group, if there is one; yields the device of this process.
 
-    ``device`` "cuda" becomes "cuda:LOCAL_RANK". Raises ConfigError where a process has no GPU of its own, or where
-    torchrun's environment is incomplete.
+    ``device`` "cuda" becomes "cuda:LOCAL_RANK". Raises ConfigError if a process has no GPU of its own or torchrun's
+    environment is incomplete.
     """
     size = os.environ.get("WORLD_SIZE")
     if size is None or is_distributed():
@@ -52,8 +52,8 @@ def process_group(device: str, timeout_minutes: float = 30.0) -> Iterator[str]:
     backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
     dist.init_process_group(backend, timeout=datetime.timedelta(minutes=timeout_minutes))
     try:
-        yield agree(_own_gpu) if gpu else device
-        barrier()  # nobody leaves while another still reads what it was sent
+        yield on_all_ranks(_own_gpu) if gpu else device
+        barrier()  # do not leave while another process still reads from this one
     finally:
         dist.destroy_process_group()
 
@@ -67,10 +67,10 @@ def _own_gpu() -> str:
     return f"cuda:{local}"
 
 
-def outcome(build: Callable[[], T]) -> tuple[T | None, MsddFastError | None]:
-    """(result, None) of ``build`` in every process, or (None, error) in all: that of the first process that has one.
+def try_on_all_ranks(build: Callable[[], T]) -> tuple[T | None, MsddFastError | None]:
+    """Run ``build`` on every rank: (its result, None), or (None, error) on all ranks if it failed on any.
 
-    ``build`` must not wait for other processes itself.
+    The error is that of the lowest rank that has one. ``build`` must not communicate with other ranks.
     """
     result: T | None = None
     mine: MsddFastError | None = None
@@ -89,41 +89,20 @@ def outcome(build: Callable[[], T]) -> tuple[T | None, MsddFastError | None]:
     return result, None
 
 
-def agree(build: Callable[[], T]) -> T:
-    """The result of ``build`` in every process, or one error for all; see ``outcome``."""
-    result, error = outcome(build)
+def on_all_ranks(build: Callable[[], T]) -> T:
+    """The result of ``build`` on every rank. If it fails on any, all stop; see ``try_on_all_ranks``."""
+    result, error = try_on_all_ranks(build)
     if error is not None:
-        fail(error)
-    return result  # type: ignore[return-value]  # build may well return None
+        raise_on_rank0(error)
+    return cast(T, result)
 
 
-def fail(error: MsddFastError) -> NoReturn:
-    """Raise an error that every process has: in the first one only, so that it is printed once."""
-    if not is_first():
-        with suppress(RuntimeError):
-            dist.all_reduce(torch.zeros(()))  # ends when the first process has gone
-        raise SystemExit(1)
-    raise error
-
-
-def sum_over_processes(x: Tensor) -> Tensor:
-    """The sum of ``x`` over the processes, in ``x`` itself; every process gets the same bits."""
-    if world_size() > 1:
-        dist.all_reduce(x)
-    return x
-
-
-def mean_over_processes(x: Tensor) -> Tensor:
-    """The mean of ``x`` over the processes, in ``x`` itself."""
-    return sum_over_processes(x).div_(world_size()) if world_size() > 1 else x
-
-
-def broadcast_object(build: Callable[[], T]) -> T:
-    """The first process's ``build()``, or its error, in all."""
+def on_rank0_and_broadcast(build: Callable[[], T]) -> T:
+    """Run ``build`` on rank 0 and send its result, or its error, to all ranks."""
     if world_size() == 1:
         return build()
     box: list[Any] = [None]
-    if is_first():
+    if is_rank0():
         try:
             box = [(build(), None)]
         except MsddFastError as e:
@@ -131,8 +110,29 @@ def broadcast_object(build: Callable[[], T]) -> T:
     dist.broadcast_object_list(box)
     result, error = box[0]
     if error is not None:
-        fail(error[0](error[1]))
-    return result  # type: ignore[no-any-return]
+        raise_on_rank0(error[0](error[1]))
+    return cast(T, result)
+
+
+def raise_on_rank0(error: MsddFastError) -> NoReturn:
+    """Stop all ranks with an error that all have: rank 0 raises it, the others exit, so that it is printed once."""
+    if not is_rank0():
+        with suppress(RuntimeError):
+            dist.all_reduce(torch.zeros(()))  # ends when rank 0 has gone
+        raise SystemExit(1)
+    raise error
+
+
+def sum_over_processes(x: Tensor) -> Tensor:
+    """Sum ``x`` over the processes, in place; every process gets the same bits."""
+    if world_size() > 1:
+        dist.all_reduce(x)
+    return x
+
+
+def mean_over_processes(x: Tensor) -> Tensor:
+    """Average ``x`` over the processes, in place."""
+    return sum_over_processes(x).div_(world_size()) if world_size() > 1 else x
 
 
 def barrier() -> None:
@@ -141,7 +141,7 @@ def barrier() -> None:
 
 
 def batch_share(batch_size: int, micro_batch: int | None) -> tuple[int, int]:
-    """(images at a time in this process, how often per step).
+    """(images per micro-batch of a process, micro-batches per step).
 
     Raises ConfigError unless ``batch_size`` divides evenly among the processes and their micro-batches.
     """

@@ -1,7 +1,7 @@
 """The random numbers of training: each a function of (seed, global sample index), or of (seed, step).
 
-Hence a run does not depend on how a batch is split over processes and micro-batches, nor on restarts. The generator is
-the Philox of ``msdd_fast/diffusion/noise.py``: key = the run's seed, counter = (sample, purpose, variant).
+A run therefore depends neither on how a batch is split over processes and micro-batches nor on restarts. The generator
+is the Philox of ``msdd_fast/diffusion/noise.py``: key = the run's seed, counter = (sample, purpose, variant).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _MASK32 = 0xFFFFFFFF
 
 
 class Purpose(enum.IntEnum):
-    """What a number is for; a new purpose gets a new number, so that the others stay what they were."""
+    """What a random number is for. A new purpose takes a new value, so that existing runs keep their numbers."""
 
     STAGE = 0
     TIME = 1
@@ -41,7 +41,7 @@ class Draws:
 
     Args:
         seed: of the run.
-        step: optimiser step, for what a whole batch shares.
+        step: optimiser step, for numbers that a whole batch shares.
         samples: int64 (B,) on the CPU, global sample indices.
     """
 
@@ -54,13 +54,13 @@ class Draws:
         return len(self.samples)
 
     def words(self, purpose: Purpose, variant: int = 0, index: Tensor | None = None) -> tuple[Tensor, ...]:
-        """Four 32-bit words, each int64 (B,), per sample (or per ``index``, int64 (B,), in its place)."""
+        """Four 32-bit words, each int64 (B,), per sample, or per element of ``index``, int64 (B,)."""
         index = self.samples if index is None else index
         constant = torch.zeros_like(index)
         return philox((index & _MASK32, index >> 32, constant + int(purpose), constant + variant), self._key)
 
     def seeds(self, purpose: Purpose, variant: int = 0) -> Tensor:
-        """int64 (B,) in [0, 2^62): the seeds of noise of ``msdd_fast/diffusion/noise.py``."""
+        """int64 (B,) in [0, 2^62): seeds for ``msdd_fast/diffusion/noise.py``."""
         low, high, *_ = self.words(purpose, variant)
         return low | ((high & 0x3FFFFFFF) << 32)
 
@@ -77,7 +77,7 @@ class Draws:
     def order(self, purpose: Purpose, items: int) -> Tensor:
         """int64 (B,): sample g gets element g % items of the permutation of its block of ``items`` samples.
 
-        So every ``items`` consecutive samples from a multiple of ``items`` on have each element exactly once.
+        Any ``items`` consecutive samples that start at a multiple of ``items`` get each element exactly once.
         """
         block = self.samples // items
         keys = [w for v in range(-(-items // 4)) for w in self.words(purpose, v, block)]
@@ -85,7 +85,7 @@ class Draws:
         return permutation.gather(1, (self.samples % items)[:, None])[:, 0]
 
     def shared(self, purpose: Purpose) -> torch.Generator:
-        """A CPU generator that all samples of the step share; every call starts it anew."""
+        """A CPU generator that all samples of the step share; every call restarts it."""
         return torch.Generator().manual_seed(hash_seed(self.seed, self.step, int(purpose)))
 
 

@@ -1,5 +1,4 @@
-"""What keeps a long run from being spoilt: steps whose loss or gradient is not finite, or far above the usual, are
-left out; too many in a row end the run."""
+"""Skips steps with a NaN, an Inf or a spike in the loss or the gradient norm; too many in a row end the run."""
 
 from __future__ import annotations
 
@@ -12,14 +11,14 @@ from msdd_fast.errors import ConfigError, TrainingError
 
 @dataclass(frozen=True)
 class GuardConfig:
-    """Which steps are left out."""
+    """Which steps are skipped."""
 
     spike_factor: float = 20.0
-    """A step whose loss or gradient norm is more than this times its running mean is left out; 0 = only NaN, Inf."""
+    """Skip a step whose loss or gradient norm exceeds this many times its running mean; 0: only for NaN and Inf."""
     after: int = 50
-    """Accepted steps before anything is called a spike."""
+    """Accepted steps before a step can count as a spike."""
     max_in_a_row: int = 20
-    """So many left out one after another end the run."""
+    """This many skipped steps in a row end the run."""
 
     def __post_init__(self) -> None:
         if self.spike_factor != 0 and not self.spike_factor > 1:
@@ -31,21 +30,21 @@ class GuardConfig:
 
 
 class Guard:
-    """Decides from figures that all processes share, hence alike in all; its state is part of a run's."""
+    """Decides from metrics that are equal in all processes, so all decide alike. Its state is part of a run's."""
 
     def __init__(self, config: GuardConfig) -> None:
         self.config = config
         self.accepted = self.skipped = self.in_a_row = 0
         self.means: dict[str, float] = {}
 
-    def accepts(self, step: int, **figures: float) -> bool:
-        """Whether to take the step. Raises TrainingError when too many in a row were not."""
-        reason = self._objection(figures)
+    def accepts(self, step: int, **metrics: float) -> bool:
+        """Whether to take the step. Raises TrainingError when too many in a row were skipped."""
+        reason = self._objection(metrics)
         if reason is None:
             self.in_a_row = 0
             self.accepted += 1
             weight = max(1 / self.accepted, 0.02)
-            for name, value in figures.items():
+            for name, value in metrics.items():
                 mean = self.means.get(name, 0.0)
                 self.means[name] = mean + weight * (abs(value) - mean)
             return True
@@ -53,17 +52,17 @@ class Guard:
         self.in_a_row += 1
         if self.in_a_row >= self.config.max_in_a_row:
             raise TrainingError(
-                f"{self.in_a_row} steps in a row were left out, the last (step {step}) because {reason}; "
+                f"{self.in_a_row} steps in a row were skipped, the last (step {step}) because {reason}; "
                 "the saved states are from before"
             )
         return False
 
-    def _objection(self, figures: dict[str, float]) -> str | None:
-        for name, value in figures.items():
+    def _objection(self, metrics: dict[str, float]) -> str | None:
+        for name, value in metrics.items():
             if not math.isfinite(value):
                 return f"{name} is {value}"
         if self.config.spike_factor and self.accepted >= self.config.after:
-            for name, value in figures.items():
+            for name, value in metrics.items():
                 if value > self.config.spike_factor * self.means[name]:
                     return f"{name} is {value:.4g} where {self.means[name]:.4g} is usual"
         return None

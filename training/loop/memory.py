@@ -1,8 +1,11 @@
-"""Memory against time: activation checkpointing and torch.compile of the transformer blocks."""
+"""Memory: activation checkpointing, torch.compile of the transformer blocks, and the peak so far."""
 
 from __future__ import annotations
 
 import functools
+import resource
+import sys
+from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -11,18 +14,26 @@ from msdd_fast.tokenizer import Tokenizer
 
 
 def prepare_blocks(tokenizer: Tokenizer, compiled: bool, checkpointed: bool) -> None:
-    """Every block calculates its activations again in the backward pass, or is compiled, or both; names stay.
+    """Compile every block, or recompute its activations in the backward pass, or both; parameter names stay.
 
-    The blocks are those that a network lists as ``blocks``. Compiled for each scale's shapes apart, since a decoder has
+    Blocks are what a network lists as ``blocks``. Each shape gets a compiled program of its own, since a decoder has
     few of them.
     """
     if compiled:
         # One program per scale and kind of block, more than the default limit allows.
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-    for network in (tokenizer.encoder, tokenizer.decoder):
+    networks: tuple[Any, ...] = (tokenizer.encoder, tokenizer.decoder)
+    for network in networks:
         for block in network.blocks:
             forward = torch.compile(block.forward, dynamic=False) if compiled else block.forward
             if checkpointed:
                 forward = functools.partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
             if compiled or checkpointed:
                 block.forward = forward
+
+
+def memory_gib(device: str) -> float:
+    """Peak memory so far, in GiB: that of the GPU, or on a CPU the resident memory of this process."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)

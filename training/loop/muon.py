@@ -1,8 +1,8 @@
 """Muon: momentum SGD whose matrix updates are orthogonalised (Jordan et al., 2024).
 
-``torch.optim.Muon`` orthogonalises in bfloat16, several times slower than float32 on CPUs without bf16
-instructions, which is where the nano model trains; here the dtype follows the device. Fused projections
-(q|k|v and k|v stacked in rows) are orthogonalised one square part at a time.
+``torch.optim.Muon`` orthogonalises in bfloat16, which is several times slower than float32 on CPUs without bf16
+instructions; here the dtype follows the device. Fused projections (q, k and v stacked in rows) are orthogonalised one
+square part at a time.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Muon(torch.optim.Optimizer):
 
     Args:
         params: matrices (out, in). If ``out`` is a multiple of ``in`` greater than one, each square block of
-            rows is a projection of its own and orthogonalised by itself.
+            rows is a separate projection and orthogonalised on its own.
         lr: learning rate, on the scale of AdamW's.
         momentum: Nesterov momentum.
         weight_decay: decoupled.

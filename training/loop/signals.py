@@ -1,4 +1,4 @@
-"""Being asked to stop: by a scheduler that preempts the job (SIGTERM), or by torchrun on its behalf."""
+"""SIGTERM: a scheduler that preempts the job, or torchrun on its behalf, asks the run to stop."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 class StopSignals:
-    """Within the block SIGTERM only sets ``received``; the loop looks at it after every step."""
+    """Inside the block, SIGTERM only sets ``received``, which the loop checks after every step."""
 
     def __init__(self) -> None:
         self.received = False
@@ -28,5 +28,5 @@ class StopSignals:
 
 
 def ignore_stop_signals(worker: int) -> None:
-    """For the workers of a DataLoader: torchrun signals the whole process group, and they must outlive the save."""
+    """For DataLoader workers: torchrun signals the whole process group, and the workers must live until the save."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

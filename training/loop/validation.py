@@ -1,4 +1,4 @@
-"""Figures of held-out pictures during training."""
+"""Metrics on held-out images during training."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from msdd_fast.io.images import center_crop, load_image, to_tensor
+from msdd_fast.io.images import load_batch
 from msdd_fast.metrics.image import psnr
 from msdd_fast.metrics.vgg19 import Vgg19Distance
 from msdd_fast.tokenizer import Tokenizer
@@ -15,14 +15,14 @@ from msdd_fast.training.loop.distributed import rank, sum_over_processes, world_
 
 
 class Validation:
-    """Reconstructs held-out pictures: the largest centred square (images.center_crop), each with a seed of its own.
+    """Reconstructs the largest centred square of held-out images; image i is decoded with seed i.
 
     Args:
-        files: pictures; process r of n takes every n-th from the r-th on.
+        files: images; rank r of n takes every n-th, starting at r.
         size: pixels per side.
-        device: where the tokenizer is.
+        device: of the tokenizer.
         distance: optional perceptual distance.
-        batch: pictures at a time.
+        batch: images at a time.
     """
 
     def __init__(
@@ -37,12 +37,12 @@ class Validation:
 
     @torch.no_grad()
     def measure(self, tokenizer: Tokenizer) -> dict[str, float]:
-        """Means over all pictures, alike in every process: psnr_db and, with a distance, vgg19_distance."""
+        """Means over all images, equal in all processes: psnr_db and, with a distance, vgg19_distance."""
         sums = torch.zeros(3, dtype=torch.float64)
         mine = list(enumerate(self.files))[rank() :: world_size()]
         for i in range(0, len(mine), self.batch):
             part = mine[i : i + self.batch]
-            x = torch.stack([to_tensor(center_crop(load_image(f), self.size)) for _, f in part]).to(self.device)
+            x = load_batch([file for _, file in part], self.size).to(self.device)
             y = tokenizer.decode(tokenizer.encode(x), seed=[seed for seed, _ in part])
             distance = self.distance(y.clamp(-1, 1), x) if self.distance else torch.zeros(1)
             sums += torch.tensor([len(part), float(psnr(y, x).double().sum()), float(distance.double().sum())])

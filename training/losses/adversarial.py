@@ -1,4 +1,4 @@
-"""Terms of the stage-2 objective: adversarial losses and their adaptive weight (docs/spec.md#adversarial)."""
+"""Adversarial losses and their adaptive weight (docs/spec.md#adversarial)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from msdd_fast.training.loop.distributed import mean_over_processes
 
@@ -14,7 +14,7 @@ AdversarialLoss = Literal["hinge", "log"]
 
 
 def generator_loss(fake: Tensor, kind: AdversarialLoss) -> Tensor:
-    """What the student minimises over the discriminator's logits of its images, any shape.
+    """The student's loss, from the discriminator's logits of its images, of any shape.
 
     "hinge": -mean(D) (the authors' code). "log": -mean(log sigmoid(D)), the paper's log loss in its
     non-saturating form.
@@ -23,7 +23,7 @@ def generator_loss(fake: Tensor, kind: AdversarialLoss) -> Tensor:
 
 
 def discriminator_loss(real: Tensor, fake: Tensor, kind: AdversarialLoss) -> Tensor:
-    """What the discriminator minimises over its logits of photographs and of the student's images.
+    """The discriminator's loss, from its logits of real images and of the student's.
 
     "hinge": (mean relu(1 - D(real)) + mean relu(1 + D(fake))) / 2 (the authors' code).
     "log": -(mean log sigmoid(D(real)) + mean log(1 - sigmoid(D(fake)))) / 2 (the paper).
@@ -33,11 +33,11 @@ def discriminator_loss(real: Tensor, fake: Tensor, kind: AdversarialLoss) -> Ten
     return 0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean())
 
 
-def adaptive_weight(regression: Tensor, adversarial: Tensor, parameter: nn.Parameter) -> Tensor:
+def adaptive_weight(regression: Tensor, adversarial: Tensor, parameter: Tensor) -> Tensor:
     """|d regression / dW| / (|d adversarial / dW| + 1e-4), at most 1e4, with W = ``parameter``.
 
-    Balances the two losses where the student draws its pixels. No gradient flows through the weight; the graph
-    is kept for the backward pass that follows. The gradients are those of all processes' images.
+    Balances the gradients of the two losses at the student's final layer. Detached; the graph is kept for the backward
+    pass that follows. The gradients are averaged over all processes.
     """
     (a,) = torch.autograd.grad(regression, parameter, retain_graph=True)
     (b,) = torch.autograd.grad(adversarial, parameter, retain_graph=True)

@@ -10,9 +10,9 @@ NUM_DRAWS = 7
 
 
 def augment(images: Tensor, uniform: Tensor) -> Tensor:
-    """Colour, translation by up to 1/8 and a cut-out square of half the side, drawn per image.
+    """Colour, translation by up to 1/8 of the side and a cutout of half the side, drawn per image.
 
-    (B, 3, H, W) to the same; differentiable. ``uniform``: (NUM_DRAWS, B) numbers in [0, 1).
+    (B, 3, H, W) to the same shape; differentiable. ``uniform``: (NUM_DRAWS, B) in [0, 1).
     """
     height, width = images.shape[-2:]
     draws = uniform[:, :, None, None, None].to(images.device)
@@ -35,7 +35,7 @@ def _steps(draw: Tensor, most: int) -> Tensor:
 
 
 def _shift(x: Tensor, down: Tensor, right: Tensor) -> Tensor:
-    """Every image moved by its own number of pixels; zeros come in."""
+    """Translate every image by its own number of pixels, filling with zeros."""
     batch, channels, height, width = x.shape
     padded = F.pad(x, (1, 1, 1, 1))
     rows = (torch.arange(height, device=x.device).view(1, 1, -1, 1) - down + 1).clamp(0, height + 1)

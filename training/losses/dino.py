@@ -1,6 +1,6 @@
 """Patch features of a frozen DINO ViT-S/16 for the discriminator (Caron et al., 2021; docs/spec.md#adversarial).
 
-The weights come from a file, or from what timm has already put into the Hugging Face cache; nothing is downloaded.
+The weights come from a file or from timm's entry in the Hugging Face cache; nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from msdd_fast.errors import CheckpointError
 from msdd_fast.io.files import read_torch_file
 from msdd_fast.io.safetensors import read_safetensors
+from msdd_fast.metrics._weights import copy_weight
 
 log = logging.getLogger(__name__)
 
@@ -75,15 +76,19 @@ class PatchFeatures(nn.Module):
     """Patch tokens of a frozen ViT at five depths, each with the class token added.
 
     Parameter names are those of DINO's files and of timm. Depths: before the first block and after blocks 2, 5, 8
-    and 11 of twelve; the final norm is not applied. The authors zero the biases of the keys, which changes nothing:
-    a softmax does not see what is common to all keys.
+    and 11 of twelve; the final norm is not applied. The authors zero the biases of the keys, which changes nothing: a
+    softmax is invariant to a constant added to all keys.
 
     Attributes:
-        name: the network whose weights these are; it appears in every figure that is logged of it.
-        image_size, width, depths: resolution it takes, channels, number of feature maps it gives.
+        name: the network whose weights these are; a prefix of its metrics in the log.
+        image_size: pixels per side of its input.
+        width: channels of a feature map.
+        depths: number of feature maps.
     """
 
     taps = (0, 3, 6, 9, 12)
+    mean: Tensor
+    std: Tensor
 
     def __init__(
         self, name: str, image_size: int = 224, patch: int = 16, width: int = 384, heads: int = 6, depth: int = 12
@@ -115,7 +120,7 @@ class PatchFeatures(nn.Module):
 def load_dino(file_or_name: str) -> PatchFeatures:
     """DINO ViT-S/16 from a .pth or .safetensors file, or by the name of a timm model in the Hugging Face cache.
 
-    Raises CheckpointError, which says where to get the file, if it is missing or another network.
+    Raises CheckpointError, which says where to get the file, if it is missing or contains another network.
     """
     path = Path(file_or_name)
     if not path.is_file():
@@ -123,15 +128,9 @@ def load_dino(file_or_name: str) -> PatchFeatures:
     state: Any = read_safetensors(path) if path.suffix == ".safetensors" else read_torch_file(path)
     model = PatchFeatures("dino-vit-s16")
     for name, parameter in model.named_parameters():
-        tensor = state.get(name) if isinstance(state, dict) else None
-        if not isinstance(tensor, Tensor) or tensor.shape != parameter.shape:
-            got = tuple(tensor.shape) if isinstance(tensor, Tensor) else "nothing of the kind"
-            raise CheckpointError(
-                f"{path} is not {SOURCE}: expected {name} of shape {tuple(parameter.shape)}, got {got}"
-            )
-        parameter.data.copy_(tensor)
+        copy_weight(parameter, state, name, path, SOURCE)
     if "head.weight" in state:
-        raise CheckpointError(f"{path} is not {SOURCE}: it has a classifier, which a self-supervised network has not")
+        raise CheckpointError(f"{path} is not {SOURCE}: it has a classifier, which self-supervised networks lack")
     return model
 
 
@@ -144,7 +143,7 @@ def _cached_by_timm(name: str) -> Path:
         raise CheckpointError(f"{missing} (huggingface_hub is not installed). It takes {SOURCE}") from e
     try:
         found = try_to_load_from_cache(f"timm/{name}", "model.safetensors")
-    except HFValidationError:  # a path is no name of a repository
+    except HFValidationError:  # a path is not a valid repository name
         found = None
     if not isinstance(found, str):
         raise CheckpointError(f"{missing}. It takes {SOURCE}")
@@ -152,8 +151,8 @@ def _cached_by_timm(name: str) -> Path:
 
 
 def random_features(seed: int = 0) -> PatchFeatures:
-    """A small untrained ViT, for tests only; it says so in the log and in the name of its figures."""
-    log.warning("discriminator backbone 'random' is an untrained network, for tests only: it cannot judge pictures")
+    """A small untrained ViT for tests; a warning and the name of its metrics say so."""
+    log.warning("discriminator backbone 'random' is an untrained network, for tests only: it cannot judge images")
     model = PatchFeatures("random-vit", image_size=32, patch=8, width=32, heads=2, depth=12)
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():

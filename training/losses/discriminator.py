@@ -1,4 +1,4 @@
-"""The discriminator of stage 2: trained heads on the patch features of a frozen ViT (docs/spec.md#adversarial)."""
+"""The discriminator: trained heads on the patch features of a frozen ViT (docs/spec.md#adversarial)."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from msdd_fast.training.losses.dino import PatchFeatures
 
 
 class BatchNorm(nn.Module):
-    """Batch normalisation of (B, C, L) over B, L and all processes; always by the statistics of the batch.
+    """Batch normalisation of (B, C, L) over B, L and all processes, always with the statistics of the batch.
 
-    Two passes, float32, differentiable through the statistics; works with any ``torch.distributed`` backend, on the
-    CPU too, which ``nn.SyncBatchNorm`` does not. No running averages: a discriminator has no inference.
+    Two passes in float32, differentiable through the statistics. Unlike ``nn.SyncBatchNorm`` it works with any
+    ``torch.distributed`` backend, also on the CPU. It has no running averages, since a discriminator has no inference.
     """
 
     def __init__(self, channels: int, eps: float = 1e-6) -> None:
@@ -47,9 +47,9 @@ def _sum_over_processes(x: Tensor) -> Tensor:
 
 
 class Head(nn.Module):
-    """Logits (B, L) of features (B, C, L): h = block1(x), h = (h + block9(h)) / sqrt 2, a linear to one number.
+    """Logits (B, L) of features (B, C, L): h = block1(x), h = (h + block9(h)) / sqrt(2), linear to one channel.
 
-    block_k: convolution of width k along the tokens (circular), spectrally normalised; BatchNorm; LeakyReLU 0.2.
+    block_k: circular convolution of width k along the tokens with spectral normalisation, BatchNorm, LeakyReLU 0.2.
     """
 
     def __init__(self, channels: int) -> None:
@@ -71,11 +71,10 @@ def _block(channels: int, width: int) -> nn.Sequential:
 
 
 class Discriminator(nn.Module):
-    """Logits of images: one head for every depth of a frozen ViT. Trains in float32 whatever autocast says.
+    """Logits of images: one head per depth of a frozen ViT. Computes in float32, also under autocast.
 
     Args:
-        features: of the frozen backbone; not a submodule, so that neither the optimiser nor the state of a run
-            holds it.
+        features: the frozen backbone. Not a submodule, so that neither the optimiser nor a saved state contains it.
     """
 
     def __init__(self, features: PatchFeatures) -> None:
@@ -94,12 +93,12 @@ class Discriminator(nn.Module):
     def change_under_augmentation(
         self, images: Tensor, logits: Tensor, uniform: Tensor, generator: torch.Generator
     ) -> Tensor:
-        """Mean squared difference between ``logits`` of ``images`` and those of copies, augmented by ``uniform``."""
+        """Consistency regularisation: mean squared change of ``logits`` when ``uniform`` augments ``images``."""
         return F.mse_loss(self(augment(images, uniform), generator), logits)
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
-        """No gradients for the heads within: those of the images only."""
+        """Inside the block the heads get no gradients; the images still do."""
         self.requires_grad_(False)
         try:
             yield
@@ -108,10 +107,10 @@ class Discriminator(nn.Module):
 
 
 def fit(images: Tensor, size: int, generator: torch.Generator) -> Tensor:
-    """Images at the backbone's resolution.
+    """Images at the backbone's resolution (docs/spec.md#adversarial).
 
-    Larger ones: with probability 1/2 a random crop, one for the batch, else area averaging. Smaller ones are
-    enlarged bicubically (the authors have none).
+    Larger images: with probability 1/2 a random crop, the same for the whole batch, else area averaging. Smaller images
+    are enlarged bicubically; the authors have none.
     """
     height, width = images.shape[-2:]
     if (height, width) == (size, size):

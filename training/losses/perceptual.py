@@ -1,4 +1,4 @@
-"""Perceptual distances by name. Weights come from files that the user names; nothing is downloaded."""
+"""Perceptual distances by name. Weights come from local files; nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ PerceptualName = Literal["vgg19", "lpips-vgg", "random"]
 
 
 class Perceptual(nn.Module):
-    """A distance with the name under which its figures are logged.
+    """A distance and the name of its metric in the log.
 
     Args:
-        name: of the network that is really used: "vgg19_distance", "lpips_vgg", "random_distance".
-        distance: two images (B, 3, H, W) in [-1, 1] to (B,), differentiable, its parameters frozen.
+        name: says which network is used: "vgg19_distance", "lpips_vgg", "random_distance".
+        distance: two batches of images (B, 3, H, W) in [-1, 1] to (B,); differentiable, with frozen parameters.
     """
 
     def __init__(self, name: str, distance: nn.Module) -> None:
@@ -36,7 +36,10 @@ class Perceptual(nn.Module):
 
 
 class RandomDistance(nn.Module):
-    """For tests only: squared difference of untrained convolutional features; it says nothing about perception."""
+    """Squared difference of untrained convolutional features, for tests only."""
+
+    weight1: Tensor
+    weight2: Tensor
 
     def __init__(self, width: int = 8, seed: int = 0) -> None:
         super().__init__()
@@ -55,16 +58,16 @@ class RandomDistance(nn.Module):
 def make_perceptual(
     name: PerceptualName, vgg19: str | None = None, vgg16: str | None = None, lpips_heads: str | None = None
 ) -> Perceptual:
-    """The distance called ``name`` from its files.
+    """The distance called ``name``, from the files that it needs.
 
-    Raises ConfigError if a file that it needs is not named, CheckpointError if it is missing or another network.
+    Raises ConfigError if a file is not given, CheckpointError if it is missing or contains another network.
     """
     if name == "vgg19":
         return Perceptual("vgg19_distance", Vgg19Distance(_named(name, "vgg19", vgg19, Vgg19Distance.SOURCE)))
     if name == "lpips-vgg":
         weights = _named(name, "vgg16", vgg16, LpipsVgg.SOURCE)
         return Perceptual("lpips_vgg", LpipsVgg(weights, _named(name, "lpips_heads", lpips_heads, LpipsVgg.HEADS)))
-    log.warning("perceptual 'random' is an untrained network, for tests only: it measures nothing that eyes do")
+    log.warning("perceptual 'random' is an untrained network, for tests only: it does not measure perception")
     return Perceptual("random_distance", RandomDistance())
 
 
@@ -72,3 +75,9 @@ def _named(name: str, option: str, file: str | None, source: str) -> str:
     if file is None:
         raise ConfigError(f"perceptual {name!r} needs the file {option}, got none: {source}")
     return file
+
+
+def require_perceptual(weight: float, perceptual: object) -> None:
+    """Raises ConfigError if the perceptual distance has a weight but is missing."""
+    if weight > 0 and perceptual is None:
+        raise ConfigError("perceptual_weight > 0 needs a perceptual distance; give its weights file")

@@ -11,14 +11,10 @@ import torch
 from PIL import Image
 
 from msdd_fast.errors import InputError
-from msdd_fast.training.data.dataset import (
-    CropConfig,
-    ImageDataset,
-    MicroBatches,
-    crop_image,
-    expand_braces,
-    find_images,
-)
+from msdd_fast.training.data import CropConfig, ImageDataset, find_images
+from msdd_fast.training.data.crop import crop_image
+from msdd_fast.training.data.loader import MicroBatches
+from msdd_fast.training.data.sources import expand_braces
 from msdd_fast.training.loop.draws import hash_seed
 
 
@@ -177,8 +173,8 @@ def test_micro_batches_share_every_step():
     def samples(world, micro):
         steps = [[], [], []]
         for rank in range(world):
-            sampler = list(MicroBatches(2, 5, 12, micro, rank, world))
-            assert len(sampler) == len(MicroBatches(2, 5, 12, micro, rank, world))
+            sampler = list(MicroBatches(range(2, 5), 12, micro, rank, world))
+            assert len(sampler) == len(MicroBatches(range(2, 5), 12, micro, rank, world))
             each = len(sampler) // 3
             for step in range(3):
                 steps[step] += [g for part in sampler[step * each : (step + 1) * each] for g in part]

@@ -1,4 +1,4 @@
-"""Steps that would spoil a run are left out; unreadable pictures are counted; held-out figures."""
+"""Spoilt steps are skipped; unreadable images are counted; validation metrics."""
 
 import json
 import multiprocessing
@@ -26,7 +26,7 @@ def test_spikes_and_nan():
     copy.load(json.loads(json.dumps(guard.state())))
     for g in (guard, copy):
         assert not g.accepts(8, loss=100, grad_norm=1) and not g.accepts(9, loss=100, grad_norm=1)
-        with pytest.raises(TrainingError, match=r"3 steps in a row were left out, the last \(step 10\)"):
+        with pytest.raises(TrainingError, match=r"3 steps in a row were skipped, the last \(step 10\)"):
             g.accepts(10, loss=100, grad_norm=1)
 
 
@@ -51,7 +51,7 @@ def test_a_nan_step_changes_nothing_and_too_many_end_the_run(images, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(heads, run.critic.module.parameters(), strict=True))
     assert run.train_step(next(batches))["skipped_steps"] == 1  # and it goes on
     run.train_step(bad)
-    with pytest.raises(TrainingError, match="2 steps in a row were left out"):
+    with pytest.raises(TrainingError, match="2 steps in a row were skipped"):
         run.train_step(bad)
 
 
@@ -66,7 +66,7 @@ def test_unreadable_pictures_are_counted_and_named(images, tmp_path, capsys):
     assert curve(run.out)[-1]["unreadable"] == run.unreadable == 4
     lines = [json.loads(line) for line in (run.out / "unreadable.jsonl").read_text().splitlines()]
     assert len(lines) == 4 and all(line["image"].endswith("text.jpg") for line in lines)
-    assert "passed over: " in capsys.readouterr().err
+    assert "skipped: " in capsys.readouterr().err
     assert trainer("stage1", folder, tmp_path / "out", steps=3, batch_size=4).unreadable == 4
     with pytest.raises(InputError, match=r"text.jpg is not a readable image: its format is not known \(strict\)"):
         trainer("stage1", folder, tmp_path / "strict", steps=3, strict=True).run()

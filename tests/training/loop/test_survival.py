@@ -152,7 +152,7 @@ def test_which_states_stay(images, tmp_path):
         run.best = {"step": min(run.step, 2), "psnr_db": 1.0}
         run.save_state()
     assert run.store.steps() == [2, 4, 5]
-    assert json.loads((tmp_path / "state/00000005/facts.json").read_text())["best"]["step"] == 2
+    assert json.loads((tmp_path / "state/00000005/metadata.json").read_text())["best"]["step"] == 2
 
 
 def test_damaged_and_foreign_states(images, tmp_path, caplog):
@@ -169,6 +169,24 @@ def test_damaged_and_foreign_states(images, tmp_path, caplog):
         metadata.write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"cannot resume from .*00000001: it is damaged"):
         trainer("stage1", images, tmp_path, 4)
+
+
+def test_a_state_of_version_0_1(images, tmp_path):
+    """Its metadata are in facts.json: it resumes, and the next state has the new name."""
+    whole = trainer("stage1", images, tmp_path / "whole", 4)
+    whole.run()
+    old = trainer("stage1", images, tmp_path / "old", 4, checkpoint_every=2, keep=5)
+    old.run()
+    shutil.rmtree(old.out / "state/00000004")
+    (old.out / "state/00000002/metadata.json").rename(old.out / "state/00000002/facts.json")
+    resumed = trainer("stage1", images, tmp_path / "old", 4)
+    assert resumed.step == 2
+    resumed.run()
+    assert curve(whole.out) == curve(resumed.out)
+    for p, q in zip(whole.ema.model.parameters(), resumed.ema.model.parameters(), strict=True):
+        assert torch.equal(p, q)
+    assert (old.out / "state/00000004/metadata.json").exists()
+    assert main(["convert", str(old.out / "state/00000002"), str(tmp_path / "model")]) == 0
 
 
 def test_export_of_a_state(images, tmp_path):

@@ -9,10 +9,12 @@ from PIL import Image
 from msdd_fast import Tokenizer
 from msdd_fast.commands.main import main
 from msdd_fast.errors import CheckpointError, ConfigError
-from msdd_fast.training.data.dataset import ImageDataset, find_images
+from msdd_fast.training.data import ImageDataset, find_images
+from msdd_fast.training.loop.config import LoopConfig, OptimConfig
 from msdd_fast.training.loop.muon import Muon, orthogonalize
-from msdd_fast.training.loop.trainer import LoopConfig, OptimConfig, Trainer, build_optimizers, learning_rate_factor
-from msdd_fast.training.recipes.stage1 import Stage1Config, Stage1Recipe
+from msdd_fast.training.loop.optimizers import build_optimizers, learning_rate_factor
+from msdd_fast.training.loop.trainer import Trainer
+from msdd_fast.training.recipes.msdd_stage1 import Stage1Config, Stage1Recipe
 
 
 def trainer(images, out, steps, optimizer="adamw", **loop):
@@ -21,10 +23,11 @@ def trainer(images, out, steps, optimizer="adamw", **loop):
     return Trainer(
         Tokenizer.from_config("tiny"),
         ImageDataset(find_images([images]), 64, seed=0),
-        Stage1Recipe(Stage1Config(), preview=torch.zeros(1, 3, 64, 64)),
+        Stage1Recipe(Stage1Config()),
         out,
         OptimConfig(optimizer=optimizer, lr=2e-3, warmup_steps=3, ema_decay=0.9),
         LoopConfig(steps=steps, **loop),
+        preview=torch.zeros(1, 3, 64, 64),
     )
 
 

@@ -8,7 +8,7 @@ import torch
 from msdd_fast import Tokenizer, accelerate
 from msdd_fast.commands.main import main
 from msdd_fast.metrics.image import psnr
-from msdd_fast.training.data.dataset import ImageDataset, find_images
+from msdd_fast.training.data import ImageDataset, find_images
 
 pytest.importorskip("tyro")
 LOOP = ["--loop.steps", "20", "--loop.batch-size", "4", "--loop.workers", "0", "--loop.log-every", "1"]

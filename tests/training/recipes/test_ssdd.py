@@ -9,19 +9,16 @@ import torch.nn.functional as F
 from msdd_fast import Tokenizer
 from msdd_fast.commands.main import main
 from msdd_fast.errors import ConfigError
-from msdd_fast.training.data.dataset import ImageDataset, find_images
+from msdd_fast.training.data import ImageDataset, find_images
+from msdd_fast.training.loop.config import AdamConfig, LoopConfig, OptimConfig
 from msdd_fast.training.loop.draws import Draws, Purpose
-from msdd_fast.training.loop.trainer import AdamConfig, LoopConfig, OptimConfig, Trainer, build_optimizers
+from msdd_fast.training.loop.optimizers import build_optimizers
+from msdd_fast.training.loop.trainer import Trainer
 from msdd_fast.training.losses.perceptual import make_perceptual
-from msdd_fast.training.recipes.ssdd import (
-    Alignment,
-    SSDDDistillation,
-    SSDDObjective,
-    SSDDRecipe,
-    draw_noise,
-    one_step_student,
-    trainable,
-)
+from msdd_fast.training.recipes.ssdd_alignment import Alignment
+from msdd_fast.training.recipes.ssdd_distill import SSDDDistillation, one_step_student
+from msdd_fast.training.recipes.ssdd_flow import SSDDRecipe, trainable
+from msdd_fast.training.recipes.ssdd_objective import SSDDObjective, draw_noise
 from tests.families.ssdd.test_ssdd import random_tokenizer
 from tests.training.launch import curve, spawn
 
@@ -74,7 +71,7 @@ def test_flow_matching_by_hand(batch, monkeypatch):
     """x_t on the line from image to noise, t and z as drawn, the velocity's error; KL of the sampled posterior."""
     tok = random_tokenizer()
     calls = spied(tok, monkeypatch)
-    loss, figures = SSDDRecipe(SSDDObjective(perceptual_weight=0.0, kl_weight=0.01)).loss(tok, batch, draws(seed=1))
+    loss, metrics, _ = SSDDRecipe(SSDDObjective(perceptual_weight=0.0, kl_weight=0.01)).loss(tok, batch, draws(seed=1))
     ((_, x_t, t, z),) = calls
     posterior = tok.encoder.posterior(batch)
     drawn = draw_noise(posterior.mean, draws(seed=1), Purpose.LATENT_NOISE)
@@ -85,9 +82,9 @@ def test_flow_matching_by_hand(batch, monkeypatch):
     assert noise.std() == pytest.approx(1.0, abs=0.05)
     v = tok.decoder(x_t, t, z)
     mse = (v - (noise - batch)).square().mean()
-    assert figures["mse"].item() == pytest.approx(mse.item(), rel=1e-4)
+    assert metrics["mse"].item() == pytest.approx(mse.item(), rel=1e-4)
     kl = posterior.kl().mean()
-    assert figures["kl"].item() == pytest.approx(kl.item(), rel=1e-4)
+    assert metrics["kl"].item() == pytest.approx(kl.item(), rel=1e-4)
     assert loss.item() == pytest.approx((mse + 0.01 * kl).item(), rel=1e-4)
 
 
@@ -104,12 +101,12 @@ def test_perceptual_term_is_of_the_clean_estimate(batch, monkeypatch):
     tok = random_tokenizer()
     distance = make_perceptual("random")
     calls = spied(tok, monkeypatch)
-    loss, figures = SSDDRecipe(SSDDObjective(kl_weight=0.0), perceptual=distance).loss(tok, batch, draws())
+    loss, metrics, _ = SSDDRecipe(SSDDObjective(kl_weight=0.0), perceptual=distance).loss(tok, batch, draws())
     _, x_t, t, z = calls[0]
     x0 = x_t - t[:, None, None, None] * tok.decoder(x_t, t, z)
     expected = distance(x0, batch).mean()
-    assert figures["random_distance"].item() == pytest.approx(expected.item(), rel=1e-4)
-    assert loss.item() == pytest.approx((figures["mse"] + 0.5 * expected).item(), rel=1e-5)
+    assert metrics["random_distance"].item() == pytest.approx(expected.item(), rel=1e-4)
+    assert loss.item() == pytest.approx((metrics["mse"] + 0.5 * expected).item(), rel=1e-5)
 
 
 def test_who_learns(batch):
@@ -117,11 +114,11 @@ def test_who_learns(batch):
     for train_encoder in (True, False):
         objective = SSDDObjective(perceptual_weight=0.0, train_encoder=train_encoder)
         tok = trainable(random_tokenizer(), objective)
-        loss, figures = SSDDRecipe(objective).loss(tok, batch, draws())
+        loss, metrics, _ = SSDDRecipe(objective).loss(tok, batch, draws())
         loss.backward()
         without = {n.split(".")[0] for n, p in tok.named_parameters() if p.grad is None}
         assert without == (set() if train_encoder else {"encoder"})
-        assert ("kl" in figures) == train_encoder
+        assert ("kl" in metrics) == train_encoder
         assert all(p.grad.isfinite().all() for p in tok.parameters() if p.grad is not None)
 
 
@@ -133,7 +130,7 @@ def test_student_and_teacher_share_latents_and_noise(batch, monkeypatch):
     student = one_step_student(random_tokenizer(seed=1))
     recipe = SSDDDistillation(PLAIN, teacher)
     calls = spied(teacher, monkeypatch)
-    loss, figures = recipe.loss(student, batch, draws())
+    loss, metrics, _ = recipe.loss(student, batch, draws())
     assert [c[0] is teacher.decoder for c in calls] == [True] * 7 + [False]
     (_, x_teacher, t_teacher, z_teacher), (_, x_student, t_student, z_student) = calls[0], calls[-1]
     assert torch.equal(x_teacher, x_student) and torch.equal(z_teacher, z_student)
@@ -143,7 +140,7 @@ def test_student_and_teacher_share_latents_and_noise(batch, monkeypatch):
     target = teacher.decode(z_student, steps=7, noise=[x_student])
     mine = student.decode(z_student, noise=[x_student])
     expected = (target - mine).square().mean()
-    assert loss.item() == figures["mse"].item() == pytest.approx(expected.item(), rel=1e-4)
+    assert loss.item() == metrics["mse"].item() == pytest.approx(expected.item(), rel=1e-4)
     loss.backward()
     assert all(p.grad is None for p in (*teacher.parameters(), *student.encoder.parameters()))
     assert all(p.grad is not None for p in student.decoder.parameters())
@@ -153,8 +150,8 @@ def test_a_student_like_its_one_step_teacher_has_nothing_to_learn(batch):
     teacher = random_tokenizer()
     objective = SSDDObjective(teacher_steps=1)
     recipe = SSDDDistillation(objective, teacher, perceptual=make_perceptual("random"))
-    loss, figures = recipe.loss(one_step_student(teacher), batch, draws())
-    assert set(figures) == {"mse", "random_distance"} and loss.item() < 1e-8
+    loss, metrics, _ = recipe.loss(one_step_student(teacher), batch, draws())
+    assert set(metrics) == {"mse", "random_distance"} and loss.item() < 1e-8
 
 
 def test_student_is_a_copy_set_to_one_step():
@@ -177,15 +174,15 @@ def test_alignment(batch):
     assert alignment.layer == 1
     objective = SSDDObjective(perceptual_weight=0.0, alignment_weight=0.25)
     recipe = SSDDRecipe(objective, alignment=alignment)
-    loss, figures = recipe.loss(tok, batch, draws())
+    loss, metrics, aligned = recipe.loss(tok, batch, draws())
     assert [tuple(x.shape) for x in backbone.seen] == [(2, 3, 56, 56)]  # 4 x 4 tokens of 14 pixels
-    plain, _ = SSDDRecipe(PLAIN).loss(tok, batch, draws())
-    assert (loss - plain).item() == pytest.approx(0.25 * figures["alignment"].item(), rel=1e-3)
-    assert 0 < figures["alignment"] < 2
+    plain, *_ = SSDDRecipe(PLAIN).loss(tok, batch, draws())
+    assert (loss - plain).item() == pytest.approx(0.25 * metrics["alignment"].item(), rel=1e-3)
+    assert 0 < metrics["alignment"] < 2
     loss.backward()
     assert all(p.grad is None for p in alignment.head.parameters())
-    critic_loss, _ = recipe.critic.loss()
-    assert critic_loss.item() == pytest.approx(figures["alignment"].item(), rel=1e-5)
+    critic_loss, *_ = recipe.critic.loss([aligned])
+    assert critic_loss.item() == pytest.approx(metrics["alignment"].item(), rel=1e-5)
     critic_loss.backward()
     assert all(p.grad is not None and p.grad.any() for p in alignment.head.parameters())
 
@@ -268,12 +265,12 @@ def test_processes_micro_batches_and_checkpointing_change_nothing(images, tmp_pa
 # --- twenty steps
 
 
-def run(images, out, tok, recipe, lr, batch=4, steps=20, **more):
+def run(images, out, tok, recipe, lr, batch=4, steps=20, preview=None, **more):
     torch.manual_seed(0)
     loop = LoopConfig(steps=steps, batch_size=batch, precision="float32", device="cpu", workers=0, log_every=1, **more)
     optim = OptimConfig(lr=lr, warmup_steps=3, ema_decay=0.9)
     dataset = ImageDataset(find_images([images]), 32, seed=0)
-    return Trainer(tok, dataset, recipe, out, optim, loop, critic=recipe.critic).run()
+    return Trainer(tok, dataset, recipe, out, optim, loop, critic=recipe.critic, preview=preview).run()
 
 
 def read(out):
@@ -285,9 +282,8 @@ def test_twenty_steps_of_training(images, tmp_path):
     objective = SSDDObjective(alignment_weight=0.25)
     tok = trainable(Tokenizer.from_config("tiny-ssdd"), objective)
     alignment = Alignment(Patches(), tok.config, AdamConfig(lr=1e-2, warmup_steps=1))
-    preview = torch.zeros(1, 3, 32, 32)
-    recipe = SSDDRecipe(objective, preview, make_perceptual("random"), alignment)
-    trained = run(images, tmp_path, tok, recipe, lr=3e-3)
+    recipe = SSDDRecipe(objective, make_perceptual("random"), alignment)
+    trained = run(images, tmp_path, tok, recipe, lr=3e-3, preview=torch.zeros(1, 3, 32, 32))
     log = read(tmp_path)
     assert len(log) == 20 and {"loss", "mse", "random_distance", "alignment", "kl", "grad_norm"} <= set(log[0])
     for name in ("loss", "mse", "alignment"):
@@ -302,9 +298,9 @@ def test_twenty_steps_of_training(images, tmp_path):
 def test_twenty_steps_of_distillation(images, tmp_path):
     """The student starts as a teacher whose one step is not its four, and comes closer."""
     teacher = random_tokenizer()
+    recipe = SSDDDistillation(SSDDObjective(teacher_steps=4), teacher, make_perceptual("random"))
     preview = torch.zeros(1, 3, 32, 32)
-    recipe = SSDDDistillation(SSDDObjective(teacher_steps=4), teacher, preview, make_perceptual("random"))
-    trained = run(images, tmp_path, one_step_student(teacher), recipe, lr=2e-3, batch=2)
+    trained = run(images, tmp_path, one_step_student(teacher), recipe, lr=2e-3, batch=2, preview=preview)
     log = read(tmp_path)
     losses = [line["loss"] for line in log]
     assert len(losses) == 20 and sum(losses[-5:]) < 0.8 * sum(losses[:5])

@@ -7,7 +7,7 @@ from msdd_fast import Tokenizer
 from msdd_fast.diffusion.schedule import build_stages
 from msdd_fast.errors import ConfigError
 from msdd_fast.training.loop.draws import Draws
-from msdd_fast.training.recipes.stage1 import (
+from msdd_fast.training.recipes.msdd_stage1 import (
     Stage1Config,
     Stage1Recipe,
     assign_stages,
@@ -84,9 +84,9 @@ def test_loss_is_the_mean_squared_velocity_error():
     tok = Tokenizer.from_config("tiny")
     tok.decoder = Perfect(0.0)
     images = torch.full((64, 3, 64, 64), 0.25)
-    loss, figures = stage1_loss(tok, images, Stage1Config(), draws(64))
+    loss, metrics, _ = stage1_loss(tok, images, Stage1Config(), draws(64))
     expected = [(s.start_t - s.end_t) ** 2 * (1 + 0.25**2) for s in tok.schedule.stages]
-    actual = [figures[f"mse/{r}"].mean().item() for r in (8, 16, 32, 64)]
+    actual = [metrics[f"mse/{r}"].mean().item() for r in (8, 16, 32, 64)]
     assert actual == pytest.approx(expected, rel=0.05)
     assert loss.item() == pytest.approx(sum(actual) / 4, rel=1e-5)
     for call, stage in zip(tok.decoder.calls, tok.schedule.stages, strict=True):
@@ -122,9 +122,9 @@ def test_perceptual_term_is_on_the_last_stage_only():
         return (x - y).abs().mean(dim=(1, 2, 3))
 
     images = torch.rand(8, 3, 64, 64, generator=generator())
-    plain, _ = stage1_loss(tok, images, Stage1Config(), draws(8, 1))
-    weighted, figures = stage1_loss(tok, images, Stage1Config(perceptual_weight=0.1), draws(8, 1), distance)
+    plain, *_ = stage1_loss(tok, images, Stage1Config(), draws(8, 1))
+    weighted, metrics, _ = stage1_loss(tok, images, Stage1Config(perceptual_weight=0.1), draws(8, 1), distance)
     assert seen == [(2, 3, 64, 64)]
-    assert (weighted - plain).item() == pytest.approx(0.1 * figures["perceptual"].mean().item() * 2 / 8, rel=1e-4)
+    assert (weighted - plain).item() == pytest.approx(0.1 * metrics["perceptual"].mean().item() * 2 / 8, rel=1e-4)
     with pytest.raises(ConfigError, match="perceptual_weight > 0 needs a perceptual distance"):
         Stage1Recipe(Stage1Config(perceptual_weight=0.1))

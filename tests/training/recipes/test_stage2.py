@@ -12,22 +12,16 @@ from msdd_fast.diffusion.config import ScheduleConfig
 from msdd_fast.diffusion.schedule import StageSchedule
 from msdd_fast.errors import CheckpointError, ConfigError, InputError
 from msdd_fast.sampling import sample
-from msdd_fast.training.data.dataset import ImageDataset, find_images
+from msdd_fast.training.data import ImageDataset, find_images
+from msdd_fast.training.loop.config import AdamConfig, LoopConfig, OptimConfig
 from msdd_fast.training.loop.draws import Draws, Purpose
-from msdd_fast.training.loop.trainer import AdamConfig, Critic, LoopConfig, OptimConfig, Trainer
+from msdd_fast.training.loop.objective import Critic
+from msdd_fast.training.loop.trainer import Trainer
 from msdd_fast.training.losses.dino import random_features
 from msdd_fast.training.losses.discriminator import Discriminator
 from msdd_fast.training.losses.perceptual import make_perceptual
-from msdd_fast.training.recipes.run_stage2 import make_student
-from msdd_fast.training.recipes.stage2 import (
-    Stage2Config,
-    Stage2Recipe,
-    draw_noise,
-    path_noise,
-    stage_of,
-    teacher_states,
-    unroll,
-)
+from msdd_fast.training.recipes.msdd_stage2 import Stage2Config, Stage2Recipe, make_student, teacher_states
+from msdd_fast.training.recipes.msdd_unroll import draw_noise, path_noise, stage_of, unroll
 
 MATCHING = Stage2Config(recipe="teacher-matching", teacher_steps=2)
 
@@ -51,9 +45,9 @@ def batch():
     return torch.rand(2, 3, 64, 64, generator=generator()) * 2 - 1
 
 
-def recipe(config, teacher, preview=None):
+def recipe(config, teacher):
     discriminator = None if config.matches_teacher else Discriminator(random_features())
-    return Stage2Recipe(config, teacher, make_perceptual("random"), discriminator, preview)
+    return Stage2Recipe(config, teacher, make_perceptual("random"), discriminator)
 
 
 # --- decoding with gradients
@@ -83,9 +77,9 @@ def test_gradients_reach_every_stage(teacher, batch):
 
     student.decoder.register_forward_hook(keep)
     config = Stage2Config(recipe="teacher-matching", reconstruction_weight=0, perceptual_weight=0, image_weight=1)
-    loss, figures = recipe(config, teacher).loss(student, batch, draws())
+    loss, metrics, _ = recipe(config, teacher).loss(student, batch, draws())
     loss.backward()
-    assert set(figures) == {"image_mse"}
+    assert set(metrics) == {"image_mse"}
     assert [v.shape[-1] for v in velocities] == [8, 16, 32, 64]
     assert all(float(v.grad.norm()) > 1e-6 for v in velocities)
     assert all(p.grad is not None for n, p in student.decoder.named_parameters() if n != "context_null")
@@ -178,15 +172,15 @@ def test_teacher_matching_uses_the_students_noise(teacher):
 
 def test_a_student_that_equals_its_teacher_has_nothing_to_match(teacher, batch):
     config = Stage2Config(recipe="teacher-matching", teacher_steps=1)
-    loss, figures = recipe(config, teacher).loss(make_student(teacher), batch, draws())
-    assert float(loss.detach()) < 1e-9 and all(float(v) < 1e-9 for v in figures.values())
-    loss, _ = recipe(MATCHING, teacher).loss(make_student(teacher), batch, draws())
+    loss, metrics, _ = recipe(config, teacher).loss(make_student(teacher), batch, draws())
+    assert float(loss.detach()) < 1e-9 and all(float(v) < 1e-9 for v in metrics.values())
+    loss, *_ = recipe(MATCHING, teacher).loss(make_student(teacher), batch, draws())
     assert float(loss.detach()) > 1e-4
 
 
 def test_losses_add_up(teacher, batch):
     config = Stage2Config(reconstruction_weight=0.7, image_weight=0.3, perceptual_weight=0.2, adaptive=False)
-    loss, f = recipe(config, teacher).loss(make_student(teacher), batch, draws())
+    loss, f, _ = recipe(config, teacher).loss(make_student(teacher), batch, draws())
     u = float(torch.rand((), generator=draws().shared(Purpose.RESTART_LEVEL)))
     rest = 0.3 * f["image_mse"] + 0.2 * f["random_distance"]
     expected = 2.5 * (0.7 * f["reconstruction"] / (1 + u) + rest) + f["random-vit/generator"]
@@ -198,19 +192,19 @@ def test_losses_add_up(teacher, batch):
 def test_bfloat16(teacher, batch, config):
     """Under autocast the loss stays near that of float32, and every gradient is finite."""
     student, made = make_student(teacher), recipe(config, teacher)
-    expected = made.loss(student, batch, draws())[1]
+    expected = made.loss(student, batch, draws()).metrics
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss, figures = made.loss(student, batch, draws())
+        loss, metrics, _ = made.loss(student, batch, draws())
     loss.backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in student.parameters())
     for name in ("reconstruction", "random_distance"):
-        assert float(figures[name]) == pytest.approx(float(expected[name]), rel=0.1, abs=1e-3)
+        assert float(metrics[name]) == pytest.approx(float(expected[name]), rel=0.1, abs=1e-3)
 
 
 def test_perceptual_target_and_crop(teacher, batch):
     def distance(**kwargs):
         config = dataclasses.replace(MATCHING, **kwargs)
-        return float(recipe(config, teacher).loss(make_student(teacher), batch, draws())[1]["random_distance"])
+        return float(recipe(config, teacher).loss(make_student(teacher), batch, draws()).metrics["random_distance"])
 
     assert distance() == distance(perceptual_target="teacher") != distance(perceptual_target="image")
     cropped = distance(perceptual_target="image", perceptual_crop=32)
@@ -338,7 +332,10 @@ def test_resume_is_exact(images, teacher, tmp_path, adversarial):
         trainer(images, teacher, tmp_path / "part", 4, not adversarial)
 
 
-def test_picture(teacher, batch):
-    picture = recipe(MATCHING, teacher, batch).picture(make_student(teacher))
-    assert picture.width >= 3 * 64 and picture.height >= 2 * 64
-    assert recipe(MATCHING, teacher).picture(teacher) is None
+def test_preview(teacher, batch):
+    """Teacher and student; the teacher decodes once for the same images."""
+    made, student = recipe(MATCHING, teacher), make_student(teacher)
+    by_teacher, by_student = made.preview(student, batch)
+    z = teacher.encode(batch)
+    assert torch.equal(by_teacher, teacher.decode(z, steps=2)) and torch.equal(by_student, student.decode(z))
+    assert made.preview(student, batch)[0] is by_teacher and made.preview(student, batch.clone())[0] is not by_teacher

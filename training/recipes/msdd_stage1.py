@@ -1,32 +1,37 @@
-"""Stage 1: multi-scale flow matching of encoder and decoder (docs/spec.md#stage1-loss)."""
+"""MSDD, stage 1: multi-scale flow matching of encoder and decoder (docs/spec.md#stage1-loss)."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
-from msdd_fast.commands.reconstruction import reconstruction_grid
 from msdd_fast.diffusion.noise import start_noise
 from msdd_fast.diffusion.schedule import NUM_TIMESTEPS, Stage
 from msdd_fast.errors import ConfigError
+from msdd_fast.families import get_preset
+from msdd_fast.families.msdd.config import TokenizerConfig
 from msdd_fast.tokenizer import Tokenizer
+from msdd_fast.training.config import Components, RunConfig
 from msdd_fast.training.loop.draws import Draws, Purpose
+from msdd_fast.training.loop.objective import Loss
+from msdd_fast.training.losses.perceptual import require_perceptual
+from msdd_fast.training.preview import stage_columns
 
 
 @dataclass(frozen=True)
 class Stage1Config:
-    """The stage-1 objective. Defaults are the paper's where it says something."""
+    """The stage-1 objective. Defaults are the paper's where it gives a value."""
 
     time_distribution: Literal["lognormal", "uniform"] = "lognormal"
     """Within-stage time: sigmoid of a standard normal, or uniform."""
     start_fraction: float = 0.0
-    """Share of the samples put at t = 1, the state that a one-step decode starts from."""
+    """Share of the samples at t = 1, where a one-step decode starts."""
     sigmoid_weighting: bool = False
     """Weight exp(-3)/(t(1-t)) * sigmoid(2 logit(1-t) + 3) on the per-sample MSE."""
     context_dropout: float = 0.1
@@ -34,11 +39,11 @@ class Stage1Config:
     perceptual_weight: float = 0.0
     """Weight of the perceptual distance of the clean estimate, last stage only."""
     stages_per_image: int = 1
-    """Stages that each image is trained on per step; the encoding is shared."""
+    """Stages on which each image is trained per step; they share its encoding."""
 
 
 def image_pyramid(images: Tensor, num_stages: int) -> list[Tensor]:
-    """2x2 box means down from the full resolution, coarsest first; one level more than there are stages."""
+    """``num_stages`` + 1 resolutions by 2x2 box means, coarsest first."""
     levels = [images]
     for _ in range(num_stages):
         levels.append(F.avg_pool2d(levels[-1], 2))
@@ -46,16 +51,16 @@ def image_pyramid(images: Tensor, num_stages: int) -> list[Tensor]:
 
 
 def stage_endpoints(coarse: Tensor, fine: Tensor, stage: Stage, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """Noisy start and end of a stage: (1 - level) * x + level * noise.
+    """Noisy start and end of a stage, (1 - level) * image + level * noise.
 
-    The end's image is ``fine`` (B, 3, H, H); the start's is ``coarse`` (B, 3, H/2, H/2) enlarged by nearest.
+    The end is of ``fine`` (B, 3, H, H), the start of ``coarse`` (B, 3, H/2, H/2), upsampled by nearest neighbour.
     """
     start = F.interpolate(coarse, scale_factor=2.0, mode="nearest")
     return (1 - stage.start_t) * start + stage.start_t * noise, (1 - stage.end_t) * fine + stage.end_t * noise
 
 
 def time_weight(t: Tensor) -> Tensor:
-    """The authors' sigmoid weighting; finite everywhere (t is kept 1e-3 away from 0 and 1)."""
+    """The authors' sigmoid weighting; finite everywhere, since t is clamped to [1e-3, 1 - 1e-3]."""
     t = t.clamp(1.0 / NUM_TIMESTEPS, 1.0 - 1.0 / NUM_TIMESTEPS)
     log_ratio = torch.log((1 - t) / t)
     return torch.exp(torch.tensor(-3.0)) / (t * (1 - t)) * torch.sigmoid(2 * log_ratio + 3)
@@ -73,9 +78,9 @@ def sample_times(draws: Draws, config: Stage1Config, repeat: int = 0) -> Tensor:
 
 
 def assign_stages(draws: Draws, num_stages: int, per_image: int) -> Tensor:
-    """Stage labels (per_image, B): distinct for one image, each once among num_stages consecutive samples.
+    """Stage labels (per_image, B): distinct for an image, and each once among ``num_stages`` consecutive samples.
 
-    So every process and micro-batch whose size is a multiple of num_stages has the same work at every scale.
+    Every process and micro-batch whose size is a multiple of ``num_stages`` then has the same work at every scale.
     """
     label = draws.order(Purpose.STAGE, num_stages)
     return torch.stack([(label + r) % num_stages for r in range(per_image)])
@@ -87,10 +92,10 @@ def stage1_loss(
     config: Stage1Config,
     draws: Draws,
     perceptual: Callable[[Tensor, Tensor], Tensor] | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss of one batch of images (B, 3, R, R) in [-1, 1], a mean over its samples, and detached figures per stage.
+) -> Loss:
+    """Loss of images (B, 3, R, R) in [-1, 1], a mean over the samples.
 
-    A figure is the vector of the samples' values, empty where the batch has none.
+    Its metrics are vectors of the samples' values, empty for a stage without samples.
     """
     schedule, device, batch = tokenizer.schedule, images.device, len(images)
     z = tokenizer.encoder(images)
@@ -101,14 +106,14 @@ def stage1_loss(
     nulls = torch.cat([draws.uniform(Purpose.NULL_CONTEXT, variant=r)[0] for r in repeats]) < config.context_dropout
     seeds = torch.cat([draws.seeds(Purpose.NOISE, r) for r in repeats])
     total = images.new_zeros((), dtype=torch.float32)
-    figures: dict[str, Tensor] = {}
+    metrics: dict[str, Tensor] = {}
     if perceptual is not None and config.perceptual_weight > 0:
-        figures["perceptual"] = images.new_zeros(0)
+        metrics["perceptual"] = images.new_zeros(0)
     for s in range(len(schedule)):
         index = (labels == s).nonzero().flatten()
         stage = schedule[s]
         resolution = pyramid[s + 1].shape[-1]
-        figures[f"mse/{resolution}"] = images.new_zeros(0)
+        metrics[f"mse/{resolution}"] = images.new_zeros(0)
         if len(index) == 0:
             continue
         noise = start_noise(seeds[index].to(device), (3, resolution, resolution))
@@ -122,31 +127,60 @@ def stage1_loss(
         v = tokenizer.decoder(x_t, model_time.to(device), z[image], nulls[index].to(device)).float()
         mse = (v - (start - end)).square().mean(dim=(1, 2, 3))
         weight = time_weight(t) if config.sigmoid_weighting else torch.ones_like(t)
-        figures[f"mse/{resolution}"] = mse.detach()
+        metrics[f"mse/{resolution}"] = mse.detach()
         loss = weight * mse
         if perceptual is not None and config.perceptual_weight > 0 and s == len(schedule) - 1:
             distance = perceptual(x_t - tt * v, end)
-            figures["perceptual"] = distance.detach()
+            metrics["perceptual"] = distance.detach()
             loss = loss + config.perceptual_weight * distance
         total = total + loss.sum() / labels.numel()
-    return total, figures
+    return Loss(total, metrics)
 
 
 class Stage1Recipe:
-    """Stage 1 as a ``trainer.Recipe``; ``preview`` images (B, 3, R, R) appear in the sample pictures."""
+    """Stage 1 as a ``loop.objective.Recipe``.
 
-    def __init__(
-        self,
-        config: Stage1Config,
-        preview: Tensor | None = None,
-        perceptual: Callable[[Tensor, Tensor], Tensor] | None = None,
-    ) -> None:
-        if config.perceptual_weight > 0 and perceptual is None:
-            raise ConfigError("perceptual_weight > 0 needs a perceptual distance; give its weights file")
-        self.config, self.preview, self.perceptual = config, preview, perceptual
+    Raises ConfigError if the perceptual distance is needed but missing.
+    """
 
-    def loss(self, tokenizer: Tokenizer, images: Tensor, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
+    def __init__(self, config: Stage1Config, perceptual: Callable[[Tensor, Tensor], Tensor] | None = None) -> None:
+        require_perceptual(config.perceptual_weight, perceptual)
+        self.config, self.perceptual = config, perceptual
+
+    def loss(self, tokenizer: Tokenizer, images: Tensor, draws: Draws) -> Loss:
         return stage1_loss(tokenizer, images, self.config, draws, self.perceptual)
 
-    def picture(self, tokenizer: Tokenizer) -> Image.Image | None:
-        return None if self.preview is None else reconstruction_grid(tokenizer, self.preview)
+    def preview(self, tokenizer: Tokenizer, images: Tensor) -> list[Tensor]:
+        """The clean estimate of every stage."""
+        return stage_columns(tokenizer, images)
+
+
+@dataclass(frozen=True)
+class MSDDTrainConfig(RunConfig):
+    """Flow matching of an MSDD tokenizer, encoder and decoder (docs/spec.md#stage1-loss)."""
+
+    preset: str = "msdd-nano"
+    """Model: a preset name."""
+    image_size: int | None = None
+    """Pixels per side, if not the preset's."""
+    num_stages: int | None = None
+    """Scales, each at half the resolution of the next, if not the preset's; 1 is single-scale flow matching."""
+    objective: Stage1Config = field(default_factory=Stage1Config)
+
+    def model(self) -> TokenizerConfig:
+        """The preset with this configuration's sizes. Raises ConfigError."""
+        config = get_preset(self.preset)
+        if not isinstance(config, TokenizerConfig):
+            raise ConfigError(f"preset must be of the family msdd, got {self.preset}")
+        if self.image_size is not None:
+            config = dataclasses.replace(config, image_size=self.image_size)
+        if self.num_stages is not None:
+            schedule = dataclasses.replace(config.schedule, num_stages=self.num_stages)
+            config = dataclasses.replace(config, schedule=schedule)
+        return config
+
+    def build(self) -> Components:
+        config = self.model()
+        recipe = Stage1Recipe(self.objective, self.perceptual_distance(self.objective.perceptual_weight))
+        torch.manual_seed(self.loop.seed)
+        return Components(Tokenizer(config), recipe, self.preset)

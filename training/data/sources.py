@@ -1,0 +1,120 @@
+"""Where training images are: folders, tar shards, and commands that write a shard."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from msdd_fast.errors import InputError
+from msdd_fast.io.images import IMAGE_SUFFIXES, find_image_files
+
+
+class ImageRef(NamedTuple):
+    """Where an encoded image is: ``size`` bytes of ``path`` from ``offset``, or the whole file if ``size`` is None."""
+
+    path: Path
+    offset: int = 0
+    size: int | None = None
+
+    def read(self) -> bytes:
+        with open(self.path, "rb") as f:
+            f.seek(self.offset)
+            return f.read() if self.size is None else f.read(self.size)
+
+    def __str__(self) -> str:
+        return str(self.path) if self.size is None else f"{self.path} at byte {self.offset}"
+
+
+def find_images(sources: Sequence[str | Path], cache: str | Path | None = None) -> list[ImageRef]:
+    """Every image in the given folders (recursive) and .tar shards, in a fixed order.
+
+    A source may name many shards, ``train-{000..146}.tar``. It may also be a command that writes a shard to its
+    standard output, ``pipe:curl -sf https://host/train-{000..146}.tar``. The command runs once; its shard stays in the
+    folder ``cache``.
+
+    Raises InputError if a source does not exist, cannot be read, or contains no image.
+    """
+    refs: list[ImageRef] = []
+    for source in (s for given in sources for s in expand_braces(str(given))):
+        if source.startswith("pipe:"):
+            refs += _tar_images(fetch(source.removeprefix("pipe:"), cache), source)
+        elif Path(source).is_dir():
+            refs += [ImageRef(p) for p in find_image_files(source)]
+        elif source.endswith(".tar") and Path(source).is_file():
+            refs += _tar_images(Path(source), source)
+        else:
+            raise InputError(f"data must be folders or .tar shards, got {source}")
+    if not refs:
+        raise InputError("data must name at least one folder or .tar shard, got none")
+    return refs
+
+
+def expand_braces(source: str) -> list[str]:
+    """``a{08..10}b`` to ["a08b", "a09b", "a10b"]; several ranges multiply."""
+    found = re.search(r"\{(\d+)\.\.(\d+)\}", source)
+    if found is None:
+        return [source]
+    first, last = found.groups()
+    numbers = range(int(first), int(last) + 1)
+    if not numbers:
+        raise InputError(f"data must name shards in rising order, got {found[0]} in {source}")
+    width = len(first) if first.startswith("0") else 0
+    head, tail = source[: found.start()], source[found.end() :]
+    return [f"{head}{i:0{width}d}{rest}" for i in numbers for rest in expand_braces(tail)]
+
+
+def fetch(command: str, cache: str | Path | None) -> Path:
+    """The shard that ``command`` writes to its standard output, in ``cache``; runs the command if it is not there yet.
+
+    Processes of one machine take turns. Raises InputError with the last line of stderr if the command fails.
+    """
+    if cache is None:
+        raise InputError(f"data from a pipe needs cache, a folder for its shards, got none for pipe:{command}")
+    target = Path(cache) / f"{hashlib.sha256(command.encode()).hexdigest()[:24]}.tar"
+    temporary = target.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with open(target.with_suffix(".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if target.exists():
+                return target
+            with open(temporary, "wb") as f:
+                shell = ["bash", "-o", "pipefail", "-c"] if shutil.which("bash") else ["sh", "-c"]
+                done = subprocess.run([*shell, command], stdout=f, stderr=subprocess.PIPE, text=True, errors="replace")
+                f.flush()
+                os.fsync(f.fileno())
+            if done.returncode:
+                said = done.stderr.strip().splitlines()
+                raise InputError(
+                    f"data shard pipe:{command} is unreachable: exit status {done.returncode}"
+                    f"{': ' + said[-1] if said else ''}"
+                )
+            os.replace(temporary, target)
+    except OSError as e:
+        raise InputError(f"cannot keep the shard of pipe:{command} in {cache}: {e.strerror or e}") from e
+    finally:
+        temporary.unlink(missing_ok=True)
+    return target
+
+
+def _tar_images(path: Path, name: str) -> list[ImageRef]:
+    try:
+        with tarfile.open(path, "r:") as tar:
+            refs = [
+                ImageRef(path, m.offset_data, m.size)
+                for m in tar
+                if m.isfile() and Path(m.name).suffix.lower() in IMAGE_SUFFIXES
+            ]
+    except (tarfile.TarError, OSError) as e:
+        raise InputError(f"data shard {name} is not a readable, uncompressed tar file: {e}") from e
+    if not refs:
+        raise InputError(f"data shard {name} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    return refs
