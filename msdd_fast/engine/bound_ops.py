@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 from functools import partial
 from types import SimpleNamespace
 
 from msdd_fast import ops
-from msdd_fast.backends.choice import check_ops, parse_choice
+from msdd_fast.backends.choice import Choice, check_ops, parse_choice
+from msdd_fast.ops import get_op
 
 
 def bind(backend: str) -> SimpleNamespace:
@@ -17,15 +17,13 @@ def bind(backend: str) -> SimpleNamespace:
     those that have it. Raises InputError for an unknown backend or op.
     """
     choice = parse_choice(backend)
-    check_ops(choice, ops.__all__)
+    check_ops(choice)
     return SimpleNamespace(**{name: partial(getattr(ops, name), backend=_for(name, choice)) for name in ops.__all__})
 
 
-def _for(name: str, choice: dict[str, str]) -> str | None:
-    if name in choice:
-        return choice[name]
-    common = choice.get("*", "auto")
-    if common in ("auto", "eager"):
-        return None if common == "auto" else common
-    available = importlib.import_module(f"msdd_fast.ops.{name}").OP.implementations
-    return common if common in available else None
+def _for(name: str, choice: Choice) -> str | None:
+    """None leaves the choice to ``use_backend`` and MSDD_FAST_BACKEND."""
+    if name not in choice.by_op and choice.by_op.get("*", "auto") == "auto":
+        return None
+    wanted = choice.for_op(name, get_op(name).implementations)
+    return None if wanted == "auto" and name not in choice.by_op else wanted

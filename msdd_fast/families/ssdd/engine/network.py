@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from msdd_fast import profiling
 from msdd_fast.families.ssdd.decoder import MID_NORM_EPS, NORM_EPS
 from msdd_fast.families.ssdd.engine.tables import SSDDStep
 from msdd_fast.families.ssdd.engine.weights import ResWeights, SSDDWeights, TransformerWeights
 from msdd_fast.layers.convolution import as_map, channels_last, rows
-from msdd_fast.profiling import spans
 
 
 class SSDDContext(NamedTuple):
@@ -70,7 +70,7 @@ class SSDDNetwork:
         h = self.w.image_in(channels_last(x.to(self.w.dtype)))
         h += context.latents_in
         skips = [h]
-        for level in spans(self.w.down, lambda i: f"down {i}"):
+        for level in profiling.ranges(self.w.down, lambda i: f"down {i}"):
             for block in level.blocks:
                 h = self._residual(block, h, *next(norms))
                 skips.append(h)
@@ -78,7 +78,7 @@ class SSDDNetwork:
                 h = level.resample(h)
                 skips.append(h)
         h = self._middle(h, context)
-        for level in spans(self.w.up, lambda i: f"up {i}"):
+        for level in profiling.ranges(self.w.up, lambda i: f"up {i}"):
             for block in level.blocks:
                 h = self._residual(block, torch.cat([h, skips.pop()], dim=1), *next(norms))
             if level.resample is not None:
@@ -104,7 +104,7 @@ class SSDDNetwork:
         modulations: Iterator[tuple[Tensor, Tensor]] = iter(context.adaln)
         shift, scale = next(modulations)
         a = self.ops.norm_modulate(x, shift, scale, None, NORM_EPS)
-        for block in spans(w.blocks, lambda i: f"layer {i}"):
+        for block in profiling.ranges(w.blocks, lambda i: f"layer {i}"):
             y = self._attention(block, a, h)
             x, a = self._add_and_norm(x, y, block.shift, block.scale)
             value, gate = block.value_gate(a).chunk(2, dim=1)
