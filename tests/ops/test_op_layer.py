@@ -157,7 +157,7 @@ def test_a_block_replaces_what_is_outside(monkeypatch):
     assert euler.select(*x) == "cpu"
 
 
-FIRST_OP = "import torch, msdd_fast; msdd_fast.ops.swiglu(torch.ones(1, 2), torch.ones(1, 2))"
+FIRST_OP = "import torch; from msdd_fast import ops; ops.swiglu(torch.ones(1, 2), torch.ones(1, 2))"
 
 
 @pytest.mark.parametrize(
