@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
@@ -46,11 +46,11 @@ class Native(Generic[P, R]):
 
 def entry(name: str) -> Callable[..., None]:
     """A function of the extension, on as many threads as torch uses. What it refuses becomes an InputError."""
-    function = getattr(load_extension(), name)
+    function, threads = getattr(load_extension(), name), torch.get_num_threads
 
     def call(*args: Any) -> None:
         try:
-            function(*args, torch.get_num_threads())
+            function(*args, threads())
         except ValueError as error:
             raise InputError(f"{name}: {error}") from None
 
@@ -68,6 +68,13 @@ def metadata(name: str, x: Tensor) -> Metadata:
 def optional_metadata(name: str, x: Tensor | None) -> Metadata | None:
     """The same, None for None."""
     return None if x is None else metadata(name, x)
+
+
+def dense_layout(
+    shape: Sequence[int], order: torch.memory_format = torch.contiguous_format
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(shape, strides), for ``new_empty_strided``, the fastest way to make a result."""
+    return tuple(shape), torch.empty(tuple(shape), device="meta", memory_format=order).stride()
 
 
 def operand(x: Tensor) -> tuple[int, int, tuple[int, ...], tuple[int, ...]]:

@@ -14,7 +14,7 @@ from msdd_fast.native._call import Native, entry, metadata, optional_metadata
 def attention(
     q: Tensor, k: Tensor, v: Tensor, accumulate: Tensor | None = None, level: str = ""
 ) -> Callable[..., Tensor]:
-    """softmax(q k^T / sqrt(d)) v, plus ``accumulate``, rounded once; memory order of ``attention_result(q)``.
+    """softmax(q k^T / sqrt(d)) v, plus ``accumulate``, rounded once; memory order of ``layout.attention_result(q)``.
 
     q (B, Nq, H, d), k and v (B, Nk, H, d), accumulate like q: one dtype, any strides but the last, which is 1. Nothing
     is copied. Nk >= 1; d a multiple of 16 up to 128. ``level`` (attention.h) is for tests.
@@ -25,7 +25,7 @@ def attention(
     of_out = metadata("out", attention_result(q))
 
     def run(q: Tensor, k: Tensor, v: Tensor, accumulate: Tensor | None = None) -> Tensor:
-        out = attention_result(q)
+        out = q.new_empty_strided(*of_out[1:])
         call(
             (out.data_ptr(), *of_out),
             (q.data_ptr(), *of_q),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from msdd_fast.errors import InputError
-from msdd_fast.native._call import PIXEL_TYPES, Native, entry
+from msdd_fast.native._call import PIXEL_TYPES, Native, dense_layout, entry
 from msdd_fast.native._patches import patch_operands
 
 
@@ -30,12 +30,13 @@ def final_step(
         raise InputError(f"out_dtype must be float32, bfloat16, float16 or uint8, got {out_dtype}")
     pixel = PIXEL_TYPES[out_dtype]
     grid, batch, channels, _ = shape
-    size = (batch, channels, grid * patch_size, grid * patch_size)
     order = torch.channels_last if channels_last else torch.contiguous_format
+    layout = dense_layout((batch, channels, grid * patch_size, grid * patch_size), order)
+    filled = x.numel() > 0
 
     def run(x: Tensor, v: Tensor, dt: Tensor, v_uncond: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
-        out = torch.empty(size, dtype=out_dtype, device="cpu", memory_format=order)
-        if out.numel():
+        out = x.new_empty_strided(*layout, dtype=out_dtype)
+        if filled:
             call(
                 out.data_ptr(),
                 pixel,

@@ -20,10 +20,9 @@ def qk_norm_rope(
     The inner (P, H, d) of qkv is contiguous; weight and bias (S, P - 1, d), cos and sin float32 (N, d / 2), all
     contiguous; S is 2 if ``split`` < N. weight and bias in 16 bits are widened at every call.
     """
-    call = entry("qk_norm_rope")
     _, _, parts, heads, d = qkv.shape
-    inner = (parts - 1, heads, d)
-    of_out, of_qkv = metadata("out", empty_tokens(qkv, *inner)), metadata("qkv", qkv)
+    call = entry("qk_norm_rope")
+    of_out, of_qkv = metadata("out", empty_tokens(qkv, parts - 1, heads, d)), metadata("qkv", qkv)
     widen = weight.dtype != torch.float32 or bias.dtype != torch.float32
     of_weight, of_bias = metadata("weight", weight.float()), metadata("bias", bias.float())
     of_cos, of_sin = metadata("cos", cos), optional_metadata("sin", sin)
@@ -31,7 +30,7 @@ def qk_norm_rope(
     def run(qkv: Tensor, weight: Tensor, bias: Tensor, cos: Tensor, sin: Tensor | None = None) -> Tensor:
         if widen:
             weight, bias = weight.float(), bias.float()
-        out = empty_tokens(qkv, *inner)
+        out = qkv.new_empty_strided(*of_out[1:])
         call(
             (out.data_ptr(), *of_out),
             (qkv.data_ptr(), *of_qkv),

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from msdd_fast.errors import InputError
 from msdd_fast.layout import memory_order
-from msdd_fast.native._call import Native, check_seeds, entry, metadata
+from msdd_fast.native._call import Native, check_seeds, dense_layout, entry, metadata
 
 
 @Native
@@ -24,11 +24,11 @@ def renoise_upsample(
     if x.ndim != 4:
         raise InputError(f"x must be (B, C, H, W), got {tuple(x.shape)}")
     b, c, h, w = x.shape
-    size, dtype, order = (b, c, 2 * h, 2 * w), x.dtype, memory_order(x)
-    last = order is torch.channels_last
+    order = memory_order(x)
+    last, layout = order is torch.channels_last, dense_layout((b, c, 2 * h, 2 * w), order)
 
     def run(x: Tensor, alpha: Tensor, beta: Tensor, seeds: Tensor) -> Tensor:
-        out = torch.empty(size, dtype=dtype, device="cpu", memory_format=order)
+        out = x.new_empty_strided(*layout)
         noise = (alpha.item(), beta.item(), stage, correlation)
         call(out.data_ptr(), (x.data_ptr(), *of_x), last, (seeds.data_ptr(), count), *noise)
         return out

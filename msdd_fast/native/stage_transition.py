@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from msdd_fast.errors import InputError
-from msdd_fast.native._call import Native, check_seeds, entry
+from msdd_fast.native._call import Native, check_seeds, dense_layout, entry
 from msdd_fast.native._patches import patch_operands
 
 
@@ -32,9 +31,11 @@ def stage_transition(
     """
     call = entry("stage_transition")
     of_x, of_v, of_uncond, shape = patch_operands(x, v, v_uncond, scale, patch_size)
-    count, size, dtype = check_seeds(seeds), (4 * x.shape[0], *x.shape[1:]), x.dtype
+    count, layout = check_seeds(seeds), dense_layout((4 * x.shape[0], *x.shape[1:]))
     if count != x.shape[1] or patch_size % 2:
         raise InputError(f"one seed per image and an even patch_size are needed, got {count} and {patch_size}")
+
+    filled = x.numel() > 0
 
     def run(
         x: Tensor,
@@ -46,8 +47,8 @@ def stage_transition(
         v_uncond: Tensor | None = None,
         scale: Tensor | None = None,
     ) -> Tensor:
-        out = torch.empty(size, dtype=dtype, device="cpu")
-        if out.numel():
+        out = x.new_empty_strided(*layout)
+        if filled:
             call(
                 out.data_ptr(),
                 (x.data_ptr(), *of_x),

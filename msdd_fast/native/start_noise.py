@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from msdd_fast.errors import InputError
-from msdd_fast.native._call import DTYPES, Native, check_seeds, entry
+from msdd_fast.native._call import DTYPES, Native, check_seeds, dense_layout, entry
 
 
 @Native
@@ -32,8 +32,10 @@ def start_noise(
         shape = (height // patch_size * (width // patch_size), count, channels * patch_size**2)
         call, arguments = entry("start_noise_rows"), (*sizes, patch_size)
 
+    layout = dense_layout(shape)
+
     def run(seeds: Tensor) -> Tensor:
-        out = torch.empty(shape, dtype=dtype, device="cpu")
+        out = seeds.new_empty_strided(*layout, dtype=dtype)
         call(out.data_ptr(), code, (seeds.data_ptr(), count), *arguments)
         return out
 

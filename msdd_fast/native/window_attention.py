@@ -12,7 +12,7 @@ from msdd_fast.native._call import Native, entry, metadata
 
 @Native
 def window_attention(q: Tensor, k: Tensor, v: Tensor, table: Tensor, height: int, width: int) -> Callable[..., Tensor]:
-    """Attention over the window around each of height * width pixels; memory order of ``attention_result(q)``.
+    """Attention over the window around each of height * width pixels; memory order of ``layout.attention_result(q)``.
 
     q, k, v (B, N, heads, d): one dtype, any strides but the last, which is 1. table (2w - 1, 2w - 1, heads), any
     strides.
@@ -24,7 +24,7 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, table: Tensor, height: int
         return lambda q, *_: attention_result(q)
 
     def run(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
-        out = attention_result(q)
+        out = q.new_empty_strided(*of_out[1:])
         call(
             (out.data_ptr(), *of_out),
             (q.data_ptr(), *of_q),

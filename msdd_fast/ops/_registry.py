@@ -72,6 +72,7 @@ class Op:
         eager: the reference; same arguments.
         fake: an uninitialised result for the same arguments.
         fastest: the backend that measured fastest for the same arguments, which "auto" tries first; None if unknown.
+        reads_offsets: whether implementations for GPUs also ask where in its storage a tensor begins.
     """
 
     def __init__(
@@ -81,8 +82,10 @@ class Op:
         eager: Callable[..., Any],
         fake: Callable[..., Any],
         fastest: Callable[..., str | None] = lambda *_: None,
+        reads_offsets: bool = False,
     ) -> None:
         self.name, self.schema, self.eager, self.fake, self.fastest = name, schema, eager, fake, fastest
+        self.reads_offsets = reads_offsets
         self.implementations: dict[str, Implementation] = {}
         _ops[name] = self
         register_op(name)
@@ -206,12 +209,10 @@ def all_of(*verdicts: Verdict) -> Verdict:
 
 def is_observed() -> bool:
     """Whether a call must go through ``Op``, since an observer, torch.compile, a mode or a profiler has to see it."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or profiling.enabled()
-        or bool(_observers.get())
-    )
+    return _is_compiling() or _modes() > 0 or profiling.enabled() or bool(_observers.get())
+
+
+_is_compiling, _modes = torch.compiler.is_compiling, torch._C._len_torch_dispatch_stack
 
 
 def can_bypass_dispatcher(args: tuple[Any, ...]) -> bool:

@@ -115,6 +115,7 @@ OP = Op(
     attention_eager,
     lambda q, k, v: attention_result(q),
     fastest=lambda q, k, v: tuned.fastest("attention", q.device, q.dtype, q.shape[3], q.shape[1]),
+    reads_offsets=True,
 )
 OP.register(SDPA, _sdpa, differentiable=True)
 register_native(OP, native.attention, fits=cpu_fits)

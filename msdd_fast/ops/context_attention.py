@@ -115,6 +115,7 @@ OP = Op(
     "(Tensor q, Tensor k, Tensor v, Tensor? accumulate) -> Tensor",
     context_attention_eager,
     lambda q, *_: attention_result(q),
+    reads_offsets=True,
 )
 OP.register(CUDA, _cuda, kernels_fit)
 register_native(OP, native.attention, fits=cpu_fits)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
@@ -25,6 +24,7 @@ from msdd_fast.families.msdd.engine.weights import pack
 from msdd_fast.families.msdd.presets import PRESETS
 from msdd_fast.families.msdd.released import RELEASED
 from msdd_fast.layers.linear.dense import MakeLinear
+from msdd_fast.ops.protocol import Ops
 
 
 class MSDDFamily:
@@ -81,7 +81,7 @@ class MSDDFamily:
         tables: list[StageTables],
         dtype: torch.dtype,
         device: torch.device,
-        ops: SimpleNamespace,
+        ops: Ops,
         make: MakeLinear,
     ) -> Program:
         weights = pack(decoder, dtype, device, make)

@@ -6,7 +6,6 @@ buffer, so nothing is concatenated, split or copied, at any batch size. Same ari
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -19,6 +18,7 @@ from msdd_fast.families.msdd.engine.tables import BlockModulation, Modulation
 from msdd_fast.families.msdd.engine.weights import BlockWeights, Weights
 from msdd_fast.families.msdd.mmdit import NORM_EPS
 from msdd_fast.layers.linear.dense import Linear
+from msdd_fast.ops.protocol import Ops
 
 
 class Context(NamedTuple):
@@ -31,7 +31,7 @@ class Context(NamedTuple):
 class Network:
     """Embeds the context and evaluates the velocity. ``ops`` are those of ``bound_ops.bind``."""
 
-    def __init__(self, weights: Weights, head_dim: int, ops: SimpleNamespace) -> None:
+    def __init__(self, weights: Weights, head_dim: int, ops: Ops) -> None:
         self.w, self.head_dim, self.ops = weights, head_dim, ops
 
     def context(self, z: Tensor, guided: bool) -> Context:

@@ -67,7 +67,7 @@ class Program:
         context = self.network.context(inputs.z, guided)
         size = config.stage_resolution(0)
         if noise is None:
-            x = self.ops.start_noise(inputs.seeds, (3, size, size), self.dtype, patch_size=p)
+            x = self.ops.start_noise(inputs.seeds, (3, size, size), self.dtype, p)
         else:
             x = patchify(noise[0].to(self.dtype), p)
         for s, tables in enumerate(profiling.ranges(self.tables, lambda i: f"scale {config.stage_resolution(i)}")):
