@@ -1,7 +1,7 @@
-"""Named ranges for profilers: nothing unless one is looking.
+"""Named ranges for profilers. They cost next to nothing unless they are recorded.
 
-``with watched():`` turns on ``torch.profiler.record_function``; MSDD_FAST_NVTX=1 turns on NVTX for Nsight (read when
-``msdd_fast`` is imported). Names nest: "scale 32", "layer 3", "norm_modulate [cpu]".
+``with recording():`` records them with ``torch.profiler.record_function``; MSDD_FAST_NVTX=1 with NVTX too, for Nsight
+(read when ``msdd_fast`` is imported). Ranges nest: "scale 32", "layer 3", "norm_modulate [cpu]".
 """
 
 from __future__ import annotations
@@ -16,30 +16,30 @@ import torch
 T = TypeVar("T")
 
 _nvtx = os.environ.get("MSDD_FAST_NVTX") == "1" and torch.version.cuda is not None
-_on = _nvtx
-_stack: list[str] = []
+_enabled = _nvtx
+_open: list[str] = []
 
 
 @contextmanager
-def watched() -> Iterator[None]:
-    """Ranges are recorded inside the block; for the whole process, one thread."""
-    global _on
-    before, _on = _on, True
+def recording() -> Iterator[None]:
+    """Record ranges inside the block. Process-wide, for one thread at a time."""
+    global _enabled
+    before, _enabled = _enabled, True
     try:
         yield
     finally:
-        _on = before
+        _enabled = before
 
 
-def on() -> bool:
+def enabled() -> bool:
     """Whether ranges are recorded."""
-    return _on
+    return _enabled
 
 
 @contextmanager
-def span(name: str) -> Iterator[None]:
-    """One range; call it only where ``on()``."""
-    _stack.append(name)
+def range(name: str) -> Iterator[None]:
+    """Record one range. Enter it only if ``enabled()``: it does not ask again."""
+    _open.append(name)
     try:
         if _nvtx:
             torch.cuda.nvtx.range_push(name)
@@ -48,19 +48,19 @@ def span(name: str) -> Iterator[None]:
     finally:
         if _nvtx:
             torch.cuda.nvtx.range_pop()
-        _stack.pop()
+        _open.pop()
 
 
-def spans(items: Iterable[T], name: Callable[[int], str]) -> Iterator[T]:
-    """The items; while the consumer works on the i-th, it is in the range ``name(i)``."""
-    if not _on:
+def ranges(items: Iterable[T], name: Callable[[int], str]) -> Iterator[T]:
+    """Yield the items; the consumer's work on the i-th is recorded in the range ``name(i)``."""
+    if not _enabled:
         yield from items
         return
     for i, item in enumerate(items):
-        with span(name(i)):
+        with range(name(i)):
             yield item
 
 
 def current() -> tuple[str, ...]:
     """The open ranges, outermost first."""
-    return tuple(_stack)
+    return tuple(_open)

@@ -10,14 +10,13 @@ from typing import Protocol
 import torch.nn.functional as F
 from torch import Tensor
 
-from msdd_fast import ops
+from msdd_fast import ops, profiling
 from msdd_fast.diffusion.checks import check_guidance, check_latents, check_noise, check_sampling
 from msdd_fast.diffusion.config import Config
 from msdd_fast.diffusion.noise import resolve_seeds
 from msdd_fast.diffusion.schedule import Stage, StageSchedule
 from msdd_fast.errors import InputError
 from msdd_fast.ops.renoise_upsample import renoise_upsample_with
-from msdd_fast.profiling import spans
 
 
 class VelocityModel(Protocol):
@@ -98,7 +97,7 @@ def sample(
 
     states: list[Tensor] = []
     x = ops.start_noise(seeds, shapes[0], backend=backend) if noise is None else noise[0].float()
-    for stage in spans(schedule.stages, lambda i: f"scale {shapes[i][-1]}"):
+    for stage in profiling.ranges(schedule.stages, lambda i: f"scale {shapes[i][-1]}"):
         s = stage.index
         if s > 0:
             if noise is None:

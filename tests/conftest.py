@@ -68,7 +68,8 @@ def poison_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fills what torch.empty and its relatives return with NaN, so that an element nobody writes cannot pass."""
     monkeypatch.setattr(torch, "empty", _poisoned(torch.empty))
     monkeypatch.setattr(torch, "empty_like", _poisoned(torch.empty_like))
-    monkeypatch.setattr(Tensor, "new_empty", _poisoned(Tensor.new_empty))
+    for name in ("new_empty", "new_empty_strided"):
+        monkeypatch.setattr(Tensor, name, _poisoned(getattr(Tensor, name)))
 
 
 GPU = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA device")])

@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from msdd_fast import profiling as ranges
+from msdd_fast import profiling
 from msdd_fast.bench.timing.trace import NO_KERNEL, PACKED_LINEAR, touched_bytes
 
 ROUNDS = 5
@@ -58,7 +58,7 @@ class Counter(TorchDispatchMode):
             name = f"{packet} [{func._overloadname.replace('_', '-')}]"
         else:
             name = _kernel(f"{func.namespace}::{packet}", [list(a.shape) for a in args if isinstance(a, Tensor)])
-        key = (_scale(ranges.current()), name)
+        key = (_scale(profiling.current()), name)
         self.bytes[key] += touched_bytes(args, kwargs, out)
         self.flops[key] += _flops(func, args, kwargs, out)
         return out
@@ -69,7 +69,7 @@ def rows(run: Callable[[], Any], device: torch.device) -> tuple[list[Row], Any]:
 
     Times are medians over ``ROUNDS`` calls, so that other load on the machine does not point at the wrong kernel.
     """
-    with torch.no_grad(), ranges.watched():
+    with torch.no_grad(), profiling.recording():
         run()
         with Counter() as counter:
             run()
@@ -93,19 +93,19 @@ def rows(run: Callable[[], Any], device: torch.device) -> tuple[list[Row], Any]:
 def named_layers(model: nn.Module) -> Iterator[None]:
     """Name the blocks of an eager model in the profile, by forward hooks."""
     handles: list[Any] = []
-    open_spans: list[Any] = []
+    open_ranges: list[Any] = []
 
     def enter(name: str) -> Callable[..., None]:
         def hook(*_: Any) -> None:
-            if ranges.on():
-                open_spans.append(ranges.span(name))
-                open_spans[-1].__enter__()
+            if profiling.enabled():
+                open_ranges.append(profiling.range(name))
+                open_ranges[-1].__enter__()
 
         return hook
 
     def leave(*_: Any) -> None:
-        if open_spans:
-            open_spans.pop().__exit__(None, None, None)
+        if open_ranges:
+            open_ranges.pop().__exit__(None, None, None)
 
     for i, block in enumerate(model.blocks):  # type: ignore[arg-type]
         handles += [block.register_forward_pre_hook(enter(f"layer {i}")), block.register_forward_hook(leave)]

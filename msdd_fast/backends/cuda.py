@@ -8,24 +8,25 @@ import torch
 from torch import Tensor
 
 from msdd_fast.backends._constant import constant_when_compiled
+from msdd_fast.backends.choice import Verdict, register_backend
 from msdd_fast.backends.extension import _probe, _rebuild_cuda_command, build_info
 
 
-def can_use_cuda(x: Tensor) -> tuple[bool, str]:
-    """Whether the extension's CUDA kernels can work on ``x``: built, for this GPU, with a driver that is new enough."""
+def can_use_cuda(x: Tensor) -> Verdict:
+    """Whether the extension's CUDA kernels can work on ``x``: built for its GPU, with a driver that is new enough."""
     if x.device.type != "cuda":
         return False, f"works on CUDA tensors, got {x.device}"
     return cuda_status(x.device.index or 0)
 
 
 @constant_when_compiled
-def cuda_status(device: int) -> tuple[bool, str]:
+def cuda_status(device: int) -> Verdict:
     """Whether the CUDA kernels of ``msdd_fast._C`` run on a GPU, and why not. Raises nothing."""
     return _cuda_status(device)
 
 
 @functools.cache
-def _cuda_status(device: int) -> tuple[bool, str]:
+def _cuda_status(device: int) -> Verdict:
     if torch.version.cuda is None:
         return False, "needs an NVIDIA GPU, and this PyTorch is not built for CUDA"
     module, reason = _probe()
@@ -37,8 +38,8 @@ def _cuda_status(device: int) -> tuple[bool, str]:
     return _runs_on(info.get("cuda_archs", []), module.cuda_versions(), torch.cuda.get_device_capability(device))
 
 
-def _runs_on(archs: list[str], versions: tuple[int, int], capability: tuple[int, int]) -> tuple[bool, str]:
-    """The verdict for architectures built ("80"), (driver, runtime) versions (13000), a GPU's compute capability."""
+def _runs_on(archs: list[str], versions: tuple[int, int], capability: tuple[int, int]) -> Verdict:
+    """Verdict for the built architectures ("80"), (driver, runtime) versions (13000) and a GPU's compute capability."""
     driver, runtime = (f"{v // 1000}.{v % 1000 // 10}" for v in versions)
     if versions[0] // 1000 < versions[1] // 1000:
         major = versions[1] // 1000
@@ -54,3 +55,6 @@ def _runs_on(archs: list[str], versions: tuple[int, int], capability: tuple[int,
         f"was built for sm_{', sm_'.join(archs)}, but this GPU is sm_{here}. "
         f"To build it: MSDD_FAST_CUDA_ARCHS={here} {_rebuild_cuda_command()}"
     )
+
+
+CUDA = register_backend("cuda", can_use_cuda)

@@ -1,4 +1,4 @@
-"""Backend "triton": Triton kernels on a GPU, or in the interpreter."""
+"""Backend "triton": Triton kernels on a GPU, or in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -6,13 +6,17 @@ import os
 
 from torch import Tensor
 
-from msdd_fast.backends.packages import _has_module
+from msdd_fast.backends.choice import Verdict, register_backend
+from msdd_fast.backends.packages import is_installed
 
 
-def can_use_triton(x: Tensor) -> tuple[bool, str]:
-    """Whether Triton kernels can work on ``x``: on a GPU, or on a CPU under TRITON_INTERPRET=1 (for tests)."""
-    if not _has_module("triton"):
+def can_use_triton(x: Tensor) -> Verdict:
+    """Whether Triton kernels can work on ``x``: on a GPU, or on a CPU with TRITON_INTERPRET=1 (for tests)."""
+    if not is_installed("triton"):
         return False, "Triton is not installed: pip install triton"
     if x.device.type == "cuda" or (x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
         return True, "Triton kernel"
     return False, f"needs a CUDA tensor (or TRITON_INTERPRET=1, for tests), got {x.device}"
+
+
+TRITON = register_backend("triton", can_use_triton)

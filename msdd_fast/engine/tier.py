@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -27,6 +26,7 @@ from msdd_fast.families import family_of
 from msdd_fast.io.photographs import photographs
 from msdd_fast.layers.linear import fp8, int8
 from msdd_fast.layers.linear.dense import DenseLinear, MakeLinear
+from msdd_fast.ops.protocol import Ops
 from msdd_fast.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class Calibration(NamedTuple):
     source: str
 
 
-def fast_tier(tokenizer: Tokenizer, device: torch.device, dtype: torch.dtype, ops: SimpleNamespace) -> Tier:
+def fast_tier(tokenizer: Tokenizer, device: torch.device, dtype: torch.dtype, ops: Ops) -> Tier:
     """float8 on a GPU (dtype bfloat16), int8 on a CPU.
 
     Raises BackendUnavailableError if the family or the device cannot, or if one linear of the decoder cannot: it names

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
@@ -18,6 +17,7 @@ from msdd_fast.io.files import read_torch_file
 from msdd_fast.io.safetensors import read_safetensors
 from msdd_fast.layers.linear.dense import MakeLinear
 from msdd_fast.layers.request import DecodeProgram
+from msdd_fast.ops.protocol import Ops
 
 
 class Released(NamedTuple):
@@ -117,7 +117,7 @@ class Family(Protocol):
         tables: Any,
         dtype: torch.dtype,
         device: torch.device,
-        ops: SimpleNamespace,
+        ops: Ops,
         make: MakeLinear,
     ) -> DecodeProgram:
         """The whole decode over packed copies of the decoder's weights; ``make`` packs those of its linears."""

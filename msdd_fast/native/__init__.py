@@ -1,4 +1,7 @@
-"""The C++ and CUDA functions of ``msdd_fast._C`` on tensors, one file per op."""
+"""The C++ functions of ``msdd_fast._C`` on tensors, one file per op stem; ``cuda`` has the CUDA kernels.
+
+Only marshalling: the ops (``msdd_fast.ops``) check arguments, and the extension refuses whatever would leave a tensor.
+"""
 
 from msdd_fast.native.attention import attention
 from msdd_fast.native.cfg_euler import cfg_euler

@@ -1,47 +1,70 @@
-"""Calls the C++ ``cfg_euler``."""
+"""The C++ ``cfg_euler``, which cfg_combine and euler_step share."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from msdd_fast.errors import InputError
-from msdd_fast.layout import RowLayout, row_layout
-from msdd_fast.native._call import _DTYPES, _call, _check, _check_cpu
+from msdd_fast.layout import RowLayout, memory_order, row_layout
+from msdd_fast.native._call import DTYPES, Native, entry, metadata
+
+_ABSENT = (0, 0, 0, 0)
 
 
+@Native
 def cfg_euler(
     x: Tensor | None, v_cond: Tensor, v_uncond: Tensor | None, scale: Tensor | None, dt: Tensor | None
-) -> Tensor:
+) -> Callable[..., Tensor]:
     """x + dt * v, or v if x and dt are None; v = v_uncond + scale * (v_cond - v_uncond), or v_cond if those are None.
 
-    Tensors of one shape and memory order (contiguous or channels-last), scalars of one element. Contiguous ones may
-    also be views whose rows are apart (``rows.row_layout``). The result has the dtype of the first tensor, and no gaps.
+    Tensors of one shape: dense in one memory order, or rows that are apart (``layout.row_layout``). Scalars of one
+    element. The result has the dtype of the first tensor, and no gaps.
     """
     if (x is None) != (dt is None) or (v_uncond is None) != (scale is None):
         raise InputError("x and dt, v_uncond and scale must be given or left out together")
-    given = {n: t for n, t in (("x", x), ("v_cond", v_cond), ("v_uncond", v_uncond)) if t is not None}
-    for name, t in given.items():
-        _check_cpu(name, t)
-    name, first = next(iter(given.items()))
-    for other, t in given.items():
+    call, given = entry("cfg_euler"), {"x": x, "v_cond": v_cond, "v_uncond": v_uncond}
+    codes = {name: metadata(name, t)[0] for name, t in given.items() if t is not None}
+    first = v_cond if x is None else x
+    layout = _common_layout(given)
+    # Per operand (dtype, row stride, elements). Where rows are apart, the dense result has none.
+    strides = dict(zip(codes, layout.strides, strict=True))
+    of_x, of_cond, of_uncond = ((codes[n], strides[n], first.numel()) if n in codes else None for n in given)
+    order = torch.contiguous_format if layout.rows > 1 else torch.preserve_format
+    code, rows, columns, steps = DTYPES[first.dtype], layout.rows, layout.columns, x is not None
+    if not first.numel():  # the address of an empty tensor is 0, which would mean an absent one
+        return lambda first, *_: torch.empty_like(first, memory_format=order)
+
+    def run(first: Tensor, *others: Tensor) -> Tensor:
+        rest = iter(others)
+        x = (first.data_ptr(), *of_x) if of_x is not None else _ABSENT
+        v_cond = ((next(rest) if steps else first).data_ptr(), *of_cond)  # type: ignore[misc]
+        v_uncond = (next(rest).data_ptr(), *of_uncond) if of_uncond is not None else _ABSENT
+        scale = next(rest).item() if of_uncond is not None else 0.0
+        dt = next(rest).item() if steps else 0.0
+        out = torch.empty_like(first, memory_format=order)
+        call(out.data_ptr(), code, x, v_cond, v_uncond, rows, columns, scale, dt)
+        return out
+
+    return run
+
+
+def _common_layout(given: dict[str, Tensor | None]) -> RowLayout:
+    """How the tensors lie; one row if all are dense in one memory order. Raises InputError for different shapes."""
+    tensors = {n: t for n, t in given.items() if t is not None}
+    name, first = next(iter(tensors.items()))
+    for other, t in tensors.items():
         if t.shape != first.shape:
             raise InputError(f"{other} must have the shape of {name}, {tuple(first.shape)}, got {tuple(t.shape)}")
-    layout = row_layout(*given.values())
-    if layout is None:
-        memory = _check(name, first)
-        for other, t in given.items():
-            if not t.is_contiguous(memory_format=memory):
-                raise InputError(f"{other} must have the memory order {memory} of {name}, got strides {t.stride()}")
-        layout = RowLayout(1, first.numel(), (0,) * len(given))
-    order = torch.contiguous_format if layout.rows > 1 else torch.preserve_format
-    out = torch.empty_like(first, memory_format=order)
-    strides = dict(zip(given, layout.strides, strict=True))
-    operands = [
-        (given[n].data_ptr(), _DTYPES[given[n].dtype], strides[n], given[n].numel()) if n in given else (0, 0, 0, 0)
-        for n in ("x", "v_cond", "v_uncond")
-    ]
-    scalars = [0.0 if s is None else s.item() for s in (scale, dt)]
-    if out.numel():  # the address of an empty tensor is 0, which would mean a missing one
-        _call("cfg_euler", out.data_ptr(), _DTYPES[out.dtype], *operands, layout.rows, layout.columns, *scalars)
-    return out
+    layout = row_layout(*tensors.values())
+    if layout is not None:
+        return layout
+    order = memory_order(first)
+    if not first.is_contiguous(memory_format=order):
+        raise InputError(f"{name} must be contiguous or channels-last, got strides {first.stride()}")
+    for other, t in tensors.items():
+        if not t.is_contiguous(memory_format=order):
+            raise InputError(f"{other} must have the memory order {order} of {name}, got strides {t.stride()}")
+    return RowLayout(1, first.numel(), (0,) * len(tensors))

@@ -1,14 +1,18 @@
-"""Calls the C++ ``final_step``."""
+"""The C++ ``final_step``."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from msdd_fast.errors import InputError
-from msdd_fast.native._call import _PIXEL_TYPES, _call, _patch_operands
+from msdd_fast.native._call import PIXEL_TYPES, Native, dense_layout, entry
+from msdd_fast.native._patches import patch_operands
 
 
+@Native
 def final_step(
     x: Tensor,
     v: Tensor,
@@ -18,16 +22,32 @@ def final_step(
     v_uncond: Tensor | None,
     scale: Tensor | None,
     channels_last: bool,
-) -> Tensor:
+) -> Callable[..., Tensor]:
     """The last Euler step of patch rows (N, B, C*p*p), as an image (B, C, H, H) of a float dtype or uint8."""
-    operands, shape = _patch_operands(x, v, v_uncond, scale, patch_size)
-    if out_dtype not in _PIXEL_TYPES:
+    call = entry("final_step")
+    of_x, of_v, of_uncond, shape = patch_operands(x, v, v_uncond, scale, patch_size)
+    if out_dtype not in PIXEL_TYPES:
         raise InputError(f"out_dtype must be float32, bfloat16, float16 or uint8, got {out_dtype}")
+    pixel = PIXEL_TYPES[out_dtype]
     grid, batch, channels, _ = shape
     order = torch.channels_last if channels_last else torch.contiguous_format
-    side = grid * patch_size
-    out = torch.empty(batch, channels, side, side, dtype=out_dtype, device="cpu", memory_format=order)
-    if out.numel():
-        euler = (dt.item(), 0.0 if scale is None else scale.item())
-        _call("final_step", out.data_ptr(), _PIXEL_TYPES[out_dtype], channels_last, *operands, shape, *euler)
-    return out
+    layout = dense_layout((batch, channels, grid * patch_size, grid * patch_size), order)
+    filled = x.numel() > 0
+
+    def run(x: Tensor, v: Tensor, dt: Tensor, v_uncond: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
+        out = x.new_empty_strided(*layout, dtype=out_dtype)
+        if filled:
+            call(
+                out.data_ptr(),
+                pixel,
+                channels_last,
+                (x.data_ptr(), *of_x),
+                (v.data_ptr(), *of_v),
+                None if v_uncond is None or of_uncond is None else (v_uncond.data_ptr(), *of_uncond),
+                shape,
+                dt.item(),
+                0.0 if scale is None else scale.item(),
+            )
+        return out
+
+    return run

@@ -1,16 +1,39 @@
-"""Calls the C++ ``gate_residual_norm_modulate``."""
+"""The C++ ``norm_modulate`` with a gated residual before the norm."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor
 
-from msdd_fast.native._call import _like, _norm_modulate
+from msdd_fast.native._call import Native, entry, metadata
 
 
+@Native
 def gate_residual_norm_modulate(
     x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, run: int, eps: float
-) -> tuple[Tensor, Tensor]:
+) -> Callable[..., tuple[Tensor, Tensor]]:
     """x_new = x + gate * y and norm_modulate(x_new); y like x, but of any dtype."""
-    x_new, h = _like(x), _like(x)
-    _norm_modulate(h, x_new, x, y, gate, shift, scale, run, eps)
-    return x_new, h
+    call = entry("norm_modulate")
+    of_x, of_y = metadata("x", x), metadata("y", y)
+    of_gate, of_shift, of_scale = metadata("gate", gate), metadata("shift", shift), metadata("scale", scale)
+    if not x.numel():
+        return lambda x, *_: (torch.empty_like(x), torch.empty_like(x))
+
+    def run_it(x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        x_new, h = torch.empty_like(x), torch.empty_like(x)
+        call(
+            h.data_ptr(),
+            x_new.data_ptr(),
+            (x.data_ptr(), *of_x),
+            (y.data_ptr(), *of_y),
+            (gate.data_ptr(), *of_gate),
+            (shift.data_ptr(), *of_shift),
+            (scale.data_ptr(), *of_scale),
+            run,
+            eps,
+        )
+        return x_new, h
+
+    return run_it

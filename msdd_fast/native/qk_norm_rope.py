@@ -1,46 +1,46 @@
-"""Calls the C++ ``qk_norm_rope``."""
+"""The C++ ``qk_norm_rope``."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from msdd_fast.errors import InputError
-from msdd_fast.native._call import _call, _check_contiguous, _check_cpu, _view
+from msdd_fast.layout import empty_tokens
+from msdd_fast.native._call import Native, entry, metadata, optional_metadata
 
 
+@Native
 def qk_norm_rope(
-    out: Tensor,
-    qkv: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    cos: Tensor,
-    sin: Tensor | None,
-    split: int,
-    eps: float,
-) -> None:
-    """Fill ``out`` (B, N, P - 1, H, d), dense in (B, N) or (N, B) order, from the leading parts of qkv (B, N, P, H, d).
+    qkv: Tensor, weight: Tensor, bias: Tensor, cos: Tensor, sin: Tensor | None, split: int, eps: float
+) -> Callable[..., Tensor]:
+    """(B, N, P - 1, H, d), dense in the order of qkv (B, N, P, H, d), from the leading parts of qkv.
 
-    The inner (P, H, d) of qkv is contiguous; weight and bias float32 (S, P - 1, d), cos and sin float32 (N, d / 2), all
-    contiguous; S is 2 if ``split`` < N.
+    The inner (P, H, d) of qkv is contiguous; weight and bias (S, P - 1, d), cos and sin float32 (N, d / 2), all
+    contiguous; S is 2 if ``split`` < N. weight and bias in 16 bits are widened at every call.
     """
-    _check_cpu("qkv", qkv)
-    b, n, parts, heads, d = qkv.shape
-    fits = out.shape == (b, n, parts - 1, heads, d) and out.dtype == qkv.dtype
-    if not fits or not (out.is_contiguous() or out.transpose(0, 1).is_contiguous()):
-        raise InputError(f"out must be {(b, n, parts - 1, heads, d)} {qkv.dtype}, dense, got {tuple(out.shape)}")
-    if qkv.stride()[2:] != (heads * d, d, 1):
-        raise InputError(f"qkv must be contiguous in (P, H, d), got strides {qkv.stride()}")
-    entries = 1 if split >= n else 2
-    for name, t, shape in (
-        ("weight", weight, (parts - 1, d)),
-        ("bias", bias, (parts - 1, d)),
-        ("cos", cos, (n, d // 2)),
-        ("sin", sin, (n, d // 2)),
-    ):
-        if t is not None:
-            _check_contiguous(name, t)
-            rows = (entries,) if t.ndim == 3 else ()
-            if t.dtype != torch.float32 or t.shape[-2:] != shape or (rows and len(t) < entries):
-                raise InputError(f"{name} must be float32 {(*rows, *shape)}, got {t.dtype} {tuple(t.shape)}")
-    _call("qk_norm_rope", *map(_view, (out, qkv, weight, bias, cos, sin)), split, eps)
+    _, _, parts, heads, d = qkv.shape
+    call = entry("qk_norm_rope")
+    of_out, of_qkv = metadata("out", empty_tokens(qkv, parts - 1, heads, d)), metadata("qkv", qkv)
+    widen = weight.dtype != torch.float32 or bias.dtype != torch.float32
+    of_weight, of_bias = metadata("weight", weight.float()), metadata("bias", bias.float())
+    of_cos, of_sin = metadata("cos", cos), optional_metadata("sin", sin)
+
+    def run(qkv: Tensor, weight: Tensor, bias: Tensor, cos: Tensor, sin: Tensor | None = None) -> Tensor:
+        if widen:
+            weight, bias = weight.float(), bias.float()
+        out = qkv.new_empty_strided(*of_out[1:])
+        call(
+            (out.data_ptr(), *of_out),
+            (qkv.data_ptr(), *of_qkv),
+            (weight.data_ptr(), *of_weight),
+            (bias.data_ptr(), *of_bias),
+            (cos.data_ptr(), *of_cos),
+            None if sin is None or of_sin is None else (sin.data_ptr(), *of_sin),
+            split,
+            eps,
+        )
+        return out
+
+    return run

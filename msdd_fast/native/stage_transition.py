@@ -1,14 +1,17 @@
-"""Calls the C++ ``stage_transition``."""
+"""The C++ ``stage_transition``."""
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Callable
+
 from torch import Tensor
 
 from msdd_fast.errors import InputError
-from msdd_fast.native._call import _call, _check_seeds, _patch_operands, _seeds
+from msdd_fast.native._call import Native, check_seeds, dense_layout, entry
+from msdd_fast.native._patches import patch_operands
 
 
+@Native
 def stage_transition(
     x: Tensor,
     v: Tensor,
@@ -21,18 +24,45 @@ def stage_transition(
     correlation: float,
     v_uncond: Tensor | None,
     scale: Tensor | None,
-) -> Tensor:
+) -> Callable[..., Tensor]:
     """Patch rows (4N, B, C*p*p) of the next stage's start, in x's dtype, from those of this one's end, (N, B, C*p*p).
 
-    The last dimension of every tensor must be contiguous; scalars of one element; seeds int64 (B,); p even.
+    The last dimension of every tensor is contiguous; scalars of one element; seeds int64 (B,), contiguous; p even.
     """
-    operands, shape = _patch_operands(x, v, v_uncond, scale, patch_size)
-    seeds = _check_seeds(seeds)
-    if len(seeds) != x.shape[1] or patch_size % 2:
-        raise InputError(f"one seed per image and an even patch_size are needed, got {len(seeds)} and {patch_size}")
-    out = torch.empty(4 * x.shape[0], *x.shape[1:], dtype=x.dtype, device="cpu")
-    if out.numel():
-        euler = (dt.item(), 0.0 if scale is None else scale.item())
-        noise = (_seeds(seeds), alpha.item(), beta.item(), stage, correlation)
-        _call("stage_transition", out.data_ptr(), *operands, shape, *euler, *noise)
-    return out
+    call = entry("stage_transition")
+    of_x, of_v, of_uncond, shape = patch_operands(x, v, v_uncond, scale, patch_size)
+    count, layout = check_seeds(seeds), dense_layout((4 * x.shape[0], *x.shape[1:]))
+    if count != x.shape[1] or patch_size % 2:
+        raise InputError(f"one seed per image and an even patch_size are needed, got {count} and {patch_size}")
+
+    filled = x.numel() > 0
+
+    def run(
+        x: Tensor,
+        v: Tensor,
+        dt: Tensor,
+        alpha: Tensor,
+        beta: Tensor,
+        seeds: Tensor,
+        v_uncond: Tensor | None = None,
+        scale: Tensor | None = None,
+    ) -> Tensor:
+        out = x.new_empty_strided(*layout)
+        if filled:
+            call(
+                out.data_ptr(),
+                (x.data_ptr(), *of_x),
+                (v.data_ptr(), *of_v),
+                None if v_uncond is None or of_uncond is None else (v_uncond.data_ptr(), *of_uncond),
+                shape,
+                dt.item(),
+                0.0 if scale is None else scale.item(),
+                (seeds.data_ptr(), count),
+                alpha.item(),
+                beta.item(),
+                stage,
+                correlation,
+            )
+        return out
+
+    return run

@@ -1,6 +1,10 @@
-"""The fused ops: one file each with formula, eager reference and registration. Kernels have the same stem."""
+"""The fused ops: one file each with formula, eager reference and registration. Kernels have the same stem.
 
-from msdd_fast.backends.choice import check_ops, environment_choice
+``__all__`` lists the ops; ``get_op`` and ``observe`` are for those who register backends or watch which are taken.
+"""
+
+from msdd_fast.ops._registry import get_op as get_op
+from msdd_fast.ops._registry import observe as observe
 from msdd_fast.ops.attention import attention
 from msdd_fast.ops.cfg_combine import cfg_combine
 from msdd_fast.ops.cfg_euler import cfg_euler
@@ -36,5 +40,3 @@ __all__ = [
     "swiglu",
     "window_attention",
 ]
-
-check_ops(environment_choice(), __all__)

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from msdd_fast.errors import InputError
-from msdd_fast.layout import row_layout
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -78,33 +77,11 @@ def check_blocks(channels: int, height: int, width: int) -> None:
 def as_scalar(name: str, value: float | Tensor, device: torch.device) -> Tensor:
     """A float32 tensor () on ``device``. Pass a tensor where the value varies: a float is frozen into a graph."""
     if isinstance(value, Tensor):
+        if value.dtype == torch.float32 and value.ndim == 0 and value.device == device:
+            return value
         if value.numel() != 1:
             raise InputError(f"{name} must be one number, got a tensor of shape {tuple(value.shape)}")
         if value.device != device:
             raise InputError(f"{name} must be on {device}, got {value.device}")
         return value.to(torch.float32).reshape(())
     return torch.tensor(float(value), dtype=torch.float32, device=device)
-
-
-def dense_like(y: Tensor, x: Tensor) -> Tensor:
-    """``y`` in the memory order of the dense tensor ``x``; copies only if it differs."""
-    return y.contiguous(memory_format=memory_order(x))
-
-
-def as_rows(first: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
-    """The tensors as they are if they are rows of contiguous elements (``row_layout``), else ``dense`` ones alike."""
-    if row_layout(first, *others) is not None:
-        return first, *others
-    first = dense(first)
-    return first, *(dense_like(t, first) for t in others)
-
-
-def memory_order(x: Tensor) -> torch.memory_format:
-    """channels_last for a (B, C, H, W) tensor that is so and not contiguous, else contiguous_format."""
-    last = x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-    return torch.channels_last if last else torch.contiguous_format
-
-
-def dense(x: Tensor) -> Tensor:
-    """``x`` if its elements fill memory without gaps in NCHW or NHWC order, else a contiguous copy."""
-    return x.contiguous(memory_format=memory_order(x))

@@ -8,15 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from msdd_fast.layout import is_token_major
+from msdd_fast.backends.choice import Verdict
 from msdd_fast.ops._checks import FLOAT_DTYPES
-from msdd_fast.ops._registry import Verdict
 
 HEAD_SIZE, MAX_KEYS = 64, 256  # of the GPU kernels
 
 
-def as_autocast_has_it(q: Tensor, *others: Any) -> tuple[Any, ...]:
-    """All of them; under autocast, tensors of a dtype that the ops take in that of autocast."""
+def cast_for_autocast(q: Tensor, *others: Any) -> tuple[Any, ...]:
+    """Cast tensors of a supported dtype to autocast's dtype, as torch's own ops do; without autocast, nothing."""
     device = q.device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return (q, *others)
@@ -25,14 +24,9 @@ def as_autocast_has_it(q: Tensor, *others: Any) -> tuple[Any, ...]:
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    """Autocast off where there is one: the meta device has none."""
+    """Disable autocast, on devices that have it (meta has none)."""
     device = x.device.type
     return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
-
-
-def in_order_of(q: Tensor, out: Tensor) -> Tensor:
-    """``out``, dense in q's memory order; copied only if it is not so."""
-    return out.transpose(0, 1).contiguous().transpose(0, 1) if is_token_major(q) else out.contiguous()
 
 
 def rows_are_dense(*tensors: Tensor | None) -> Verdict:

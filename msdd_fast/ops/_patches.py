@@ -46,11 +46,6 @@ def euler_eager(x: Tensor, v: Tensor, dt: Tensor, v_uncond: Tensor | None, scale
     return x.float() + dt * v
 
 
-def with_contiguous_rows(v: Tensor) -> Tensor:
-    """``v`` if its features are contiguous, whatever the strides of tokens and images, else a copy."""
-    return v if v.stride(2) == 1 or v.shape[2] == 1 else v.contiguous()
-
-
 def _kind(value: object) -> str:
     return "none" if value is None else type(value).__name__
 

@@ -1,9 +1,10 @@
-"""How an op chooses its backend and how its implementations are registered with PyTorch.
+"""How an op chooses its backend, and how its implementations are registered with PyTorch.
 
-An op is a plain eager function, which autograd and Inductor see through, and any number of named implementations for
-inference. Each implementation is registered as ``torch.ops.msdd_fast.<op>.<backend>`` (define, impl, fake), so that
-``torch.compile(fullgraph=True)`` and CUDA graphs hold; its backward raises. One that is made of differentiable PyTorch
-functions needs none of this: it stays a plain function like eager, and goes before it when a gradient is needed.
+An op is a plain eager function, which autograd and Inductor see through, and any number of implementations for
+inference, one per backend. Each is registered as ``torch.ops.msdd_fast.<op>.<backend>`` with a fake function, so that
+``torch.compile(fullgraph=True)`` works; its backward raises. An implementation that consists of differentiable PyTorch
+functions is not registered: it stays a plain function, as the eager one, and is preferred to it where a gradient is
+needed.
 """
 
 from __future__ import annotations
@@ -11,49 +12,55 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from msdd_fast import profiling as ranges
-from msdd_fast.backends.choice import BACKENDS, requested_backend
+from msdd_fast import profiling
+from msdd_fast.backends.choice import Backend, Verdict, backend_names, register_op, requested_backend
 from msdd_fast.errors import BackendUnavailableError, InputError
-
-Verdict = tuple[bool, str]
 
 _LIBRARY = torch.library.Library("msdd_fast", "DEF")
 _log = logging.getLogger("msdd_fast.ops")
 _logged: set[tuple[str, str]] = set()
+_ops: dict[str, Op] = {}
+
 Observer = Callable[["Op", str, tuple[Any, ...]], None]
-_observers: list[Observer] = []
+_observers: ContextVar[tuple[Observer, ...]] = ContextVar("msdd_fast_observers", default=())
 
 
 @contextmanager
 def observe(observer: Observer) -> Iterator[None]:
     """Call ``observer(op, chosen backend, arguments)`` for every op that runs inside the ``with`` block.
 
-    For the whole process, as ``use_backend``; not under torch.compile.
+    In this context only (``contextvars``), as ``use_backend``; not under torch.compile.
     """
-    _observers.append(observer)
+    token = _observers.set((*_observers.get(), observer))
     try:
         yield
     finally:
-        _observers.remove(observer)
+        _observers.reset(token)
 
 
 @dataclass(frozen=True)
 class Implementation:
-    """One backend of one op. ``can_use`` takes the op's arguments and answers (ok, reason) from metadata alone.
+    """One backend of one op.
 
-    ``function`` does the work; ``overload`` is the same as an operator that PyTorch knows.
+    Attributes:
+        can_use: takes the op's arguments and answers (ok, reason) from their metadata alone.
+        function: does the work.
+        overload: the same as an operator that PyTorch knows; ``function`` if it is differentiable.
+        prepare: see ``Op.register``.
     """
 
     can_use: Callable[..., Verdict]
     function: Callable[..., Any]
     overload: Callable[..., Any]
     differentiable: bool = False
+    prepare: Callable[..., Callable[..., Any] | None] | None = None
 
 
 class Op:
@@ -63,8 +70,9 @@ class Op:
         name: stem of its files and its name in ``torch.ops.msdd_fast``.
         schema: arguments and result in PyTorch's schema language, "(Tensor x, ...) -> Tensor".
         eager: the reference; same arguments.
-        fake: result's metadata for the same arguments.
-        fastest: backend that measured fastest for the same arguments, which ``auto`` tries first; None if unknown.
+        fake: an uninitialised result for the same arguments.
+        fastest: the backend that measured fastest for the same arguments, which "auto" tries first; None if unknown.
+        reads_offsets: whether implementations for GPUs also ask where in its storage a tensor begins.
     """
 
     def __init__(
@@ -74,42 +82,63 @@ class Op:
         eager: Callable[..., Any],
         fake: Callable[..., Any],
         fastest: Callable[..., str | None] = lambda *_: None,
+        reads_offsets: bool = False,
     ) -> None:
         self.name, self.schema, self.eager, self.fake, self.fastest = name, schema, eager, fake, fastest
+        self.reads_offsets = reads_offsets
         self.implementations: dict[str, Implementation] = {}
+        _ops[name] = self
+        register_op(name)
 
     def register(
-        self, backend: str, function: Callable[..., Any], can_use: Callable[..., Verdict], differentiable: bool = False
+        self,
+        backend: Backend,
+        function: Callable[..., Any],
+        fits: Callable[..., Verdict] | None = None,
+        *,
+        differentiable: bool = False,
+        prepare: Callable[..., Callable[..., Any] | None] | None = None,
     ) -> None:
-        """Add an implementation; ``auto`` tries them in the order in which they were added, then eager.
+        """Add an implementation. "auto" tries them in the order in which they were added, then eager.
 
-        "cpu" comes before "triton": on a CPU tensor Triton means its interpreter, which is for tests.
+        Args:
+            backend: must be able to use the first argument.
+            function: takes the op's arguments.
+            fits: the implementation's own limits: takes the op's arguments and answers (ok, reason) from metadata.
+            differentiable: ``function`` consists of differentiable PyTorch functions.
+            prepare: takes the op's arguments and returns a faster function of the tensors among them, in order, that is
+                right for all tensors with the same metadata; or None.
         """
+
+        def can_use(*args: Any) -> Verdict:
+            verdict = backend.can_use(args[0])
+            return verdict if fits is None or not verdict[0] else all_of(verdict, fits(*args))
+
         if differentiable:
-            self.implementations[backend] = Implementation(can_use, function, function, True)
+            self.implementations[backend.name] = Implementation(can_use, function, function, True)
             return
-        overload_name = backend.replace("-", "_")  # the schema language knows no hyphens
+        overload_name = backend.name.replace("-", "_")  # the schema language has no hyphens
         qualified = f"{self.name}.{overload_name}"
         _LIBRARY.define(qualified + self.schema)
         _LIBRARY.impl(qualified, function, "CompositeExplicitAutograd")
         torch.library.register_fake(f"msdd_fast::{qualified}", self.fake, lib=_LIBRARY)
-        torch.library.register_autograd(f"msdd_fast::{qualified}", self._refuse_backward(backend), lib=_LIBRARY)
+        torch.library.register_autograd(f"msdd_fast::{qualified}", self._refuse_backward(backend.name), lib=_LIBRARY)
         overload = getattr(getattr(torch.ops.msdd_fast, self.name), overload_name)
-        self.implementations[backend] = Implementation(can_use, function, overload)
+        self.implementations[backend.name] = Implementation(can_use, function, overload, prepare=prepare)
 
     def __call__(self, *args: Any, backend: str | None = None) -> Any:
         """Run on the backend of the argument, else of ``use_backend``, else of MSDD_FAST_BACKEND, else the best."""
         chosen = self.select(*args, backend=backend)
-        if _observers:
-            for observer in _observers:
+        if not torch.compiler.is_compiling():
+            for observer in _observers.get():
                 observer(self, chosen, args)
         if chosen == "eager":
             return self.eager(*args)
         implementation = self.implementations[chosen]
-        run = implementation.function if _nobody_watches(args) else implementation.overload
-        if not ranges.on():
+        run = implementation.function if can_bypass_dispatcher(args) else implementation.overload
+        if not profiling.enabled():
             return run(*args)
-        with ranges.span(f"{self.name} [{chosen}]"):
+        with profiling.range(f"{self.name} [{chosen}]"):
             return run(*args)
 
     def select(self, *args: Any, backend: str | None = None) -> str:
@@ -143,10 +172,12 @@ class Op:
         return name
 
     def explain(self, *args: Any) -> list[tuple[str, bool, str]]:
-        """(backend, usable, reason) for every backend that there is, in the order of preference."""
+        """(backend, usable, reason) for every backend that exists, in order of preference."""
         rows = [(name, *implementation.can_use(*args)) for name, implementation in self.implementations.items()]
         rows += [
-            (b, False, f"{self.name} has no such implementation") for b in BACKENDS if b not in self.implementations
+            (b, False, f"{self.name} has no such implementation")
+            for b in backend_names()
+            if b not in self.implementations
         ]
         return [r for r in rows if r[0] not in ("auto", "eager")] + [("eager", True, "plain PyTorch")]
 
@@ -164,10 +195,30 @@ class Op:
             _log.info("%s: %s", self.name, message)
 
 
-def _nobody_watches(args: tuple[Any, ...]) -> bool:
-    """Whether only the work counts: no tracing, mode, transform or tensor subclass has to see an operator.
+def get_op(name: str) -> Op:
+    """The op of a name, to register an implementation with. Raises InputError that lists the names."""
+    if name not in _ops:
+        raise InputError(f"there is no op {name!r}; known: {', '.join(sorted(_ops))}")
+    return _ops[name]
 
-    Then the function is called directly: the way through the dispatcher costs more than a small op on a CPU.
+
+def all_of(*verdicts: Verdict) -> Verdict:
+    """The first refusal, else the first verdict."""
+    return next((v for v in verdicts if not v[0]), verdicts[0])
+
+
+def is_observed() -> bool:
+    """Whether a call must go through ``Op``, since an observer, torch.compile, a mode or a profiler has to see it."""
+    return _is_compiling() or _modes() > 0 or profiling.enabled() or bool(_observers.get())
+
+
+_is_compiling, _modes = torch.compiler.is_compiling, torch._C._len_torch_dispatch_stack
+
+
+def can_bypass_dispatcher(args: tuple[Any, ...]) -> bool:
+    """Whether no tracer, mode, transform or tensor subclass has to see an operator.
+
+    Then the function is called directly: on a CPU, a call through the dispatcher costs more than a small op.
     """
     return (
         not torch.compiler.is_compiling()
@@ -179,11 +230,6 @@ def _nobody_watches(args: tuple[Any, ...]) -> bool:
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
-
-
-def both(first: Verdict, second: Verdict) -> Verdict:
-    """The first verdict unless the second alone is no."""
-    return first if second[0] or not first[0] else second
 
 
 def _needs_grad(args: tuple[Any, ...]) -> bool:

@@ -23,21 +23,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from msdd_fast.backends import tuned as selection
-from msdd_fast.backends.cpu import can_use_cpu
-from msdd_fast.backends.cuda import can_use_cuda
-from msdd_fast.backends.packages import can_use_package
+from msdd_fast import native
+from msdd_fast.backends import tuned
+from msdd_fast.backends.choice import Verdict
+from msdd_fast.backends.cuda import CUDA
+from msdd_fast.backends.packages import FLASH_ATTN, XFORMERS
+from msdd_fast.backends.sdpa import SDPA
 from msdd_fast.errors import InputError
-from msdd_fast.layout import attention_result
+from msdd_fast.layout import attention_result, like_layout
 from msdd_fast.ops._checks import FLOAT_DTYPES, check_device
-from msdd_fast.ops._heads import as_autocast_has_it, cpu_fits, in_order_of, kernels_fit, rows_are_dense
-from msdd_fast.ops._registry import Op, Verdict, both
+from msdd_fast.ops._heads import cast_for_autocast, cpu_fits, kernels_fit, rows_are_dense
+from msdd_fast.ops._native import register_native
+from msdd_fast.ops._registry import Op
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str | None = None) -> Tensor:
     """softmax(q k^T / sqrt(d)) v. Raises InputError for tensors that do not fit together, and for no keys."""
     _check_heads("q", q)
-    q, k, v = as_autocast_has_it(q, k, v)
+    q, k, v = cast_for_autocast(q, k, v)
     for name, x in (("k", k), ("v", v)):
         _check_heads(name, x)
         check_device(name, x, "q", q)
@@ -66,18 +69,12 @@ def attention_eager(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     wide = torch.promote_types(q.dtype, torch.float32)
     qw, kw, vw = (x.transpose(1, 2).to(wide) for x in (q, k, v))
     weights = (qw @ kw.transpose(2, 3) * q.shape[3] ** -0.5).softmax(dim=-1)
-    return in_order_of(q, (weights @ vw).transpose(1, 2).to(q.dtype))
+    return like_layout((weights @ vw).transpose(1, 2).to(q.dtype), q)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-    return in_order_of(q, out.transpose(1, 2))
-
-
-def _cpu(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    from msdd_fast import native
-
-    return native.attention(q, k, v)
+    return like_layout(out.transpose(1, 2), q)
 
 
 def _cuda(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -89,42 +86,27 @@ def _cuda(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def _xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     from xformers.ops import memory_efficient_attention
 
-    return in_order_of(q, memory_efficient_attention(q, k, v))
+    return like_layout(memory_efficient_attention(q, k, v), q)
 
 
 def _flash_attn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     from flash_attn import flash_attn_func
 
-    return in_order_of(q, flash_attn_func(q, k, v))
+    return like_layout(flash_attn_func(q, k, v), q)
 
 
-def _can_use_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Verdict:
-    return True, "F.scaled_dot_product_attention"
-
-
-def _can_use_cpu(q: Tensor, k: Tensor, v: Tensor) -> Verdict:
-    fits = cpu_fits(q, k, v)
-    return can_use_cpu(q) if fits[0] else fits
-
-
-def _can_use_cuda(q: Tensor, k: Tensor, v: Tensor) -> Verdict:
-    return both(can_use_cuda(q), kernels_fit(q, k, v))
-
-
-def _can_use_xformers(q: Tensor, k: Tensor, v: Tensor) -> Verdict:
-    verdict = can_use_package(q, "xformers", "xformers", "pip install 'xformers>=0.0.35'")
-    if verdict[0] and q.dtype not in FLOAT_DTYPES:
+def _xformers_fits(q: Tensor, k: Tensor, v: Tensor) -> Verdict:
+    if q.dtype not in FLOAT_DTYPES:
         return False, f"works in float32, bfloat16 and float16, got {q.dtype}"
-    return both(verdict, rows_are_dense(q, k, v))
+    return rows_are_dense(q, k, v)
 
 
-def _can_use_flash_attn(q: Tensor, k: Tensor, v: Tensor) -> Verdict:
-    verdict = can_use_package(q, "flash-attn", "flash_attn", "pip install flash-attn --no-build-isolation")
-    if verdict[0] and q.dtype not in (torch.bfloat16, torch.float16):
+def _flash_attn_fits(q: Tensor, k: Tensor, v: Tensor) -> Verdict:
+    if q.dtype not in (torch.bfloat16, torch.float16):
         return False, f"works in bfloat16 and float16, got {q.dtype}"
-    if verdict[0] and (q.shape[3] % 8 or q.shape[3] > 256):
+    if q.shape[3] % 8 or q.shape[3] > 256:
         return False, f"needs a head size that is a multiple of 8 up to 256, got {q.shape[3]}"
-    return verdict
+    return True, ""
 
 
 OP = Op(
@@ -132,10 +114,11 @@ OP = Op(
     "(Tensor q, Tensor k, Tensor v) -> Tensor",
     attention_eager,
     lambda q, k, v: attention_result(q),
-    fastest=lambda q, k, v: selection.fastest("attention", q.device, q.dtype, q.shape[3], q.shape[1]),
+    fastest=lambda q, k, v: tuned.fastest("attention", q.device, q.dtype, q.shape[3], q.shape[1]),
+    reads_offsets=True,
 )
-OP.register("sdpa", _sdpa, _can_use_sdpa, differentiable=True)
-OP.register("cpu", _cpu, _can_use_cpu)
-OP.register("cuda", _cuda, _can_use_cuda)
-OP.register("flash-attn", _flash_attn, _can_use_flash_attn)
-OP.register("xformers", _xformers, _can_use_xformers)
+OP.register(SDPA, _sdpa, differentiable=True)
+register_native(OP, native.attention, fits=cpu_fits)
+OP.register(CUDA, _cuda, kernels_fit)
+OP.register(FLASH_ATTN, _flash_attn, _flash_attn_fits)
+OP.register(XFORMERS, _xformers, _xformers_fits)

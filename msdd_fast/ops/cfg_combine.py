@@ -11,9 +11,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from msdd_fast.backends.cpu import can_use_cpu
-from msdd_fast.backends.triton import can_use_triton
-from msdd_fast.ops._checks import as_rows, as_scalar, check_float, check_like, dense
+from msdd_fast import native
+from msdd_fast.backends.triton import TRITON
+from msdd_fast.layout import as_rows, dense
+from msdd_fast.ops._checks import as_scalar, check_float, check_like
+from msdd_fast.ops._native import register_native
 from msdd_fast.ops._registry import Op
 
 
@@ -36,11 +38,9 @@ def _triton(v_cond: Tensor, v_uncond: Tensor, scale: Tensor) -> Tensor:
     return launch(*as_rows(v_cond, v_uncond), scale)
 
 
-def _cpu(v_cond: Tensor, v_uncond: Tensor, scale: Tensor) -> Tensor:
-    from msdd_fast import native
-
+def _native_arguments(v_cond: Tensor, v_uncond: Tensor, scale: Tensor) -> tuple[Tensor | None, ...]:
     v_cond, v_uncond = as_rows(v_cond, v_uncond)
-    return native.cfg_euler(None, v_cond, v_uncond, scale, None)
+    return None, v_cond, v_uncond, scale, None
 
 
 OP = Op(
@@ -49,5 +49,5 @@ OP = Op(
     cfg_combine_eager,
     lambda v, *_: torch.empty_like(dense(v)),
 )
-OP.register("cpu", _cpu, lambda v, *_: can_use_cpu(v))
-OP.register("triton", _triton, lambda v, *_: can_use_triton(v))
+register_native(OP, native.cfg_euler, _native_arguments)
+OP.register(TRITON, _triton)

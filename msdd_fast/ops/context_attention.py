@@ -24,14 +24,16 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from msdd_fast.backends.cpu import can_use_cpu
-from msdd_fast.backends.cuda import can_use_cuda
-from msdd_fast.backends.triton import can_use_triton
+from msdd_fast import native
+from msdd_fast.backends.cuda import CUDA
+from msdd_fast.backends.sdpa import SDPA
+from msdd_fast.backends.triton import TRITON
 from msdd_fast.errors import InputError
-from msdd_fast.layout import attention_result
+from msdd_fast.layout import attention_result, like_layout
 from msdd_fast.ops._checks import check_device, check_float
-from msdd_fast.ops._heads import as_autocast_has_it, cpu_fits, in_order_of, kernels_fit, without_autocast
-from msdd_fast.ops._registry import Op, Verdict, both
+from msdd_fast.ops._heads import cast_for_autocast, cpu_fits, kernels_fit, without_autocast
+from msdd_fast.ops._native import register_native
+from msdd_fast.ops._registry import Op
 
 
 def context_attention(
@@ -47,7 +49,7 @@ def context_attention(
     Raises InputError for other shapes, or unlike dtypes or devices.
     """
     check_float("q", q)
-    q, k, v, accumulate = as_autocast_has_it(q, k, v, accumulate)
+    q, k, v, accumulate = cast_for_autocast(q, k, v, accumulate)
     if q.ndim != 4 or q.shape[3] == 0:
         raise InputError(f"q must be a tensor (B, N, heads, head size), got {tuple(q.shape)}")
     _check_heads("k", k, q)
@@ -86,18 +88,12 @@ def context_attention_eager(q: Tensor, k: Tensor, v: Tensor, accumulate: Tensor 
         out = (weights @ v32).transpose(1, 2)
     if accumulate is not None:
         out = out + accumulate.float()
-    return in_order_of(q, out.to(q.dtype))
+    return like_layout(out.to(q.dtype), q)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, accumulate: Tensor | None) -> Tensor:
     out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
-    return in_order_of(q, out if accumulate is None else out + accumulate)
-
-
-def _cpu(q: Tensor, k: Tensor, v: Tensor, accumulate: Tensor | None) -> Tensor:
-    from msdd_fast import native
-
-    return native.attention(q, k, v, accumulate)
+    return like_layout(out if accumulate is None else out + accumulate, q)
 
 
 def _cuda(q: Tensor, k: Tensor, v: Tensor, accumulate: Tensor | None) -> Tensor:
@@ -114,31 +110,14 @@ def _triton(q: Tensor, k: Tensor, v: Tensor, accumulate: Tensor | None) -> Tenso
     return out
 
 
-def _can_use_sdpa(q: Tensor, k: Tensor, v: Tensor, accumulate: Tensor | None) -> Verdict:
-    return True, "F.scaled_dot_product_attention"
-
-
-def _can_use_cpu(q: Tensor, k: Tensor, v: Tensor, accumulate: Tensor | None) -> Verdict:
-    fits = cpu_fits(q, k, v, accumulate)
-    return can_use_cpu(q) if fits[0] else fits
-
-
-def _can_use_cuda(q: Tensor, k: Tensor, v: Tensor, accumulate: Tensor | None) -> Verdict:
-    return both(can_use_cuda(q), kernels_fit(q, k, v, accumulate))
-
-
-def _can_use_triton(q: Tensor, k: Tensor, v: Tensor, accumulate: Tensor | None) -> Verdict:
-    return both(can_use_triton(q), kernels_fit(q, k, v, accumulate))
-
-
 OP = Op(
     "context_attention",
     "(Tensor q, Tensor k, Tensor v, Tensor? accumulate) -> Tensor",
     context_attention_eager,
     lambda q, *_: attention_result(q),
+    reads_offsets=True,
 )
-OP.register("cuda", _cuda, _can_use_cuda)
-# The C++ first: with TRITON_INTERPRET=1 the other could run on CPU tensors too, very slowly.
-OP.register("cpu", _cpu, _can_use_cpu)
-OP.register("triton", _triton, _can_use_triton)
-OP.register("sdpa", _sdpa, _can_use_sdpa, differentiable=True)
+OP.register(CUDA, _cuda, kernels_fit)
+register_native(OP, native.attention, fits=cpu_fits)
+OP.register(TRITON, _triton, kernels_fit)
+OP.register(SDPA, _sdpa, differentiable=True)

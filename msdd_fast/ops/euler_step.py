@@ -11,9 +11,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from msdd_fast.backends.cpu import can_use_cpu
-from msdd_fast.backends.triton import can_use_triton
-from msdd_fast.ops._checks import as_rows, as_scalar, check_float, check_like, dense
+from msdd_fast import native
+from msdd_fast.backends.triton import TRITON
+from msdd_fast.layout import as_rows, dense
+from msdd_fast.ops._checks import as_scalar, check_float, check_like
+from msdd_fast.ops._native import register_native
 from msdd_fast.ops._registry import Op
 
 
@@ -36,11 +38,9 @@ def _triton(x: Tensor, v: Tensor, dt: Tensor) -> Tensor:
     return launch(*as_rows(x, v), dt)
 
 
-def _cpu(x: Tensor, v: Tensor, dt: Tensor) -> Tensor:
-    from msdd_fast import native
-
+def _native_arguments(x: Tensor, v: Tensor, dt: Tensor) -> tuple[Tensor | None, ...]:
     x, v = as_rows(x, v)
-    return native.cfg_euler(x, v, None, None, dt)
+    return x, v, None, None, dt
 
 
 OP = Op(
@@ -49,5 +49,5 @@ OP = Op(
     euler_step_eager,
     lambda x, *_: torch.empty_like(dense(x)),
 )
-OP.register("cpu", _cpu, lambda x, *_: can_use_cpu(x))
-OP.register("triton", _triton, lambda x, *_: can_use_triton(x))
+register_native(OP, native.cfg_euler, _native_arguments)
+OP.register(TRITON, _triton)

@@ -18,18 +18,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from msdd_fast.backends.cpu import can_use_cpu
-from msdd_fast.backends.triton import can_use_triton
+from msdd_fast import native
+from msdd_fast.backends.triton import TRITON
 from msdd_fast.diffusion.patch_rows import unpatchify
 from msdd_fast.errors import InputError
+from msdd_fast.layout import with_contiguous_rows
 from msdd_fast.ops._checks import FLOAT_DTYPES, check_blocks
+from msdd_fast.ops._native import register_native
 from msdd_fast.ops._patches import (
     check_patch_size,
     check_rows,
     check_velocity,
     euler_eager,
     to_uint8,
-    with_contiguous_rows,
 )
 from msdd_fast.ops._registry import Op
 
@@ -101,7 +102,7 @@ def _fake(
     return torch.empty(shape, dtype=out_dtype, device=x.device, memory_format=order)
 
 
-def _laid_out(
+def _contiguous(
     x: Tensor,
     v: Tensor,
     dt: Tensor,
@@ -119,13 +120,7 @@ def _laid_out(
 def _triton(*args: Any) -> Tensor:
     from msdd_fast.kernels.final_step import final_step as launch
 
-    return launch(*_laid_out(*args))
-
-
-def _cpu(*args: Any) -> Tensor:
-    from msdd_fast import native
-
-    return native.final_step(*_laid_out(*args))
+    return launch(*_contiguous(*args))
 
 
 OP = Op(
@@ -135,5 +130,5 @@ OP = Op(
     final_step_eager,
     _fake,
 )
-OP.register("cpu", _cpu, lambda x, *_: can_use_cpu(x))
-OP.register("triton", _triton, lambda x, *_: can_use_triton(x))
+register_native(OP, native.final_step, _contiguous)
+OP.register(TRITON, _triton)

@@ -10,15 +10,20 @@ x_new, h) and, once each, the tables: one pass where the two steps apart take 5 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from msdd_fast.backends.cpu import can_use_cpu
-from msdd_fast.backends.triton import can_use_triton
+from msdd_fast import native
+from msdd_fast.backends.choice import Verdict
+from msdd_fast.backends.triton import TRITON
 from msdd_fast.errors import InputError
-from msdd_fast.ops._adaln import can_use_adaln, check_adaln, runs, spread
+from msdd_fast.layout import expand_rows, rows_per_entry
+from msdd_fast.ops._adaln import check_adaln, kernels_fit
 from msdd_fast.ops._checks import check_device, check_floating
-from msdd_fast.ops._registry import Op, both
+from msdd_fast.ops._native import register_native
+from msdd_fast.ops._registry import Op
 from msdd_fast.ops.norm_modulate import NORM_EPS, norm_modulate_eager
 
 
@@ -48,33 +53,33 @@ def gate_residual_norm_modulate_eager(
 ) -> tuple[Tensor, Tensor]:
     """Reference: plain torch, rounded after every operation as the dtype has it."""
     rows = x.shape[:-1].numel()
-    gate = spread(gate, rows, split)
+    gate = expand_rows(gate, rows, split)
     gated = gate * y.reshape(len(gate), rows // max(1, len(gate)), x.shape[-1])
     x_new = (x + gated.reshape(x.shape)).to(x.dtype).contiguous()
     return x_new, norm_modulate_eager(x_new, shift, scale, split, eps)
 
 
-def _triton(
+def _contiguous(
     x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, split: int | None, eps: float = NORM_EPS
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Any, ...]:
+    """The arguments as the kernels read them."""
+    (gate, shift, scale), run = rows_per_entry([gate, shift, scale], x.shape[:-1].numel(), split)
+    return x.contiguous(), y.contiguous(), gate, shift, scale, run, eps
+
+
+def _triton(*args: Any) -> tuple[Tensor, Tensor]:
     from msdd_fast.kernels.gate_residual_norm_modulate import gate_residual_norm_modulate as launch
 
-    (gate, shift, scale), run = runs([gate, shift, scale], x.shape[:-1].numel(), split)
-    return launch(x.contiguous(), y.contiguous(), gate, shift, scale, run, eps)
-
-
-def _cpu(
-    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, split: int | None, eps: float = NORM_EPS
-) -> tuple[Tensor, Tensor]:
-    from msdd_fast import native
-
-    (gate, shift, scale), run = runs([gate, shift, scale], x.shape[:-1].numel(), split)
-    return native.gate_residual_norm_modulate(x.contiguous(), y.contiguous(), gate, shift, scale, run, eps)
+    return launch(*_contiguous(*args))
 
 
 def _fake(x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     return out, torch.empty_like(out)
+
+
+def _kernels_fit(*args: Any) -> Verdict:
+    return kernels_fit(*args[:5])
 
 
 OP = Op(
@@ -83,6 +88,5 @@ OP = Op(
     gate_residual_norm_modulate_eager,
     _fake,
 )
-# The C++ first: with TRITON_INTERPRET=1 the other could run on CPU tensors too, very slowly.
-OP.register("cpu", _cpu, lambda *args: both(can_use_cpu(args[0]), can_use_adaln(*args[:5])))
-OP.register("triton", _triton, lambda *args: both(can_use_triton(args[0]), can_use_adaln(*args[:5])))
+register_native(OP, native.gate_residual_norm_modulate, _contiguous, _kernels_fit)
+OP.register(TRITON, _triton, _kernels_fit)

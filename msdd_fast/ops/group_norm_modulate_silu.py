@@ -22,11 +22,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from msdd_fast.backends.cpu import can_use_cpu
-from msdd_fast.backends.triton import can_use_triton
+from msdd_fast import native
+from msdd_fast.backends.choice import Verdict
+from msdd_fast.backends.triton import TRITON
 from msdd_fast.errors import InputError
-from msdd_fast.ops._checks import FLOAT_DTYPES, check_device, check_floating, dense, memory_order
-from msdd_fast.ops._registry import Op, Verdict, both
+from msdd_fast.layout import dense, memory_order
+from msdd_fast.ops._checks import FLOAT_DTYPES, check_device, check_floating
+from msdd_fast.ops._native import register_native
+from msdd_fast.ops._registry import Op
 
 MAX_CHANNELS = 4096
 
@@ -103,12 +106,12 @@ def group_norm_modulate_silu_eager(
     weight, bias = (None if t is None else t.to(x.dtype) for t in (weight, bias))
     h = torch.group_norm(x, groups, weight, bias, eps)  # F.group_norm refuses a single pixel
     if scale is not None and shift is not None:
-        h = h * (1 + _spread(scale, x)) + _spread(shift, x)
+        h = h * (1 + _to_pixels(scale, x)) + _to_pixels(shift, x)
     h = (F.silu(h) if silu else h).to(x.dtype)
     return h.contiguous(memory_format=memory_order(x))
 
 
-def _spread(table: Tensor, x: Tensor) -> Tensor:
+def _to_pixels(table: Tensor, x: Tensor) -> Tensor:
     """One value for every pixel, or one for all."""
     if table.ndim == 2:
         return table[:, :, None, None]
@@ -120,7 +123,7 @@ def _cells(table: Tensor | None) -> Tensor | None:
     return table[:, :, None, None] if table is not None and table.ndim == 2 else table
 
 
-def _laid_out(
+def _contiguous(
     x: Tensor,
     groups: int,
     eps: float,
@@ -135,16 +138,10 @@ def _laid_out(
     return dense(x), groups, eps, weight, bias, _cells(scale), _cells(shift), silu
 
 
-def _cpu(*args: Any) -> Tensor:
-    from msdd_fast import native
-
-    return native.group_norm_modulate_silu(*_laid_out(*args))
-
-
 def _triton(*args: Any) -> Tensor:
     from msdd_fast.kernels.group_norm_modulate_silu import group_norm_modulate_silu as launch
 
-    return launch(*_laid_out(*args))
+    return launch(*_contiguous(*args))
 
 
 def _kernels_fit(x: Tensor, *others: Any) -> Verdict:
@@ -165,5 +162,5 @@ OP = Op(
     group_norm_modulate_silu_eager,
     lambda x, *_: torch.empty_like(x, memory_format=memory_order(x)),
 )
-OP.register("cpu", _cpu, lambda *args: both(can_use_cpu(args[0]), _kernels_fit(*args)))
-OP.register("triton", _triton, lambda *args: both(can_use_triton(args[0]), _kernels_fit(*args)))
+register_native(OP, native.group_norm_modulate_silu, _contiguous, _kernels_fit)
+OP.register(TRITON, _triton, _kernels_fit)

@@ -12,14 +12,19 @@ differentiable.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from msdd_fast.backends.cpu import can_use_cpu
-from msdd_fast.backends.triton import can_use_triton
-from msdd_fast.ops._adaln import can_use_adaln, check_adaln, runs, spread
-from msdd_fast.ops._registry import Op, both
+from msdd_fast import native
+from msdd_fast.backends.choice import Verdict
+from msdd_fast.backends.triton import TRITON
+from msdd_fast.layout import expand_rows, rows_per_entry
+from msdd_fast.ops._adaln import check_adaln, kernels_fit
+from msdd_fast.ops._native import register_native
+from msdd_fast.ops._registry import Op
 
 NORM_EPS = 1e-6
 
@@ -42,24 +47,26 @@ def norm_modulate(
 def norm_modulate_eager(x: Tensor, shift: Tensor, scale: Tensor, split: int | None, eps: float = NORM_EPS) -> Tensor:
     """Reference: plain torch, rounded after every operation as the dtype has it."""
     rows = x.shape[:-1].numel()
-    shift, scale = spread(shift, rows, split), spread(scale, rows, split)
+    shift, scale = expand_rows(shift, rows, split), expand_rows(scale, rows, split)
     h = F.layer_norm(x, x.shape[-1:], eps=eps)
     h = h.reshape(len(scale), rows // max(1, len(scale)), x.shape[-1])
     return (h * (1 + scale) + shift).reshape(x.shape).to(x.dtype)
 
 
-def _triton(x: Tensor, shift: Tensor, scale: Tensor, split: int | None, eps: float = NORM_EPS) -> Tensor:
+def _contiguous(x: Tensor, shift: Tensor, scale: Tensor, split: int | None, eps: float = NORM_EPS) -> tuple[Any, ...]:
+    """The arguments as the kernels read them."""
+    (shift, scale), run = rows_per_entry([shift, scale], x.shape[:-1].numel(), split)
+    return x.contiguous(), shift, scale, run, eps
+
+
+def _triton(*args: Any) -> Tensor:
     from msdd_fast.kernels.norm_modulate import norm_modulate as launch
 
-    (shift, scale), run = runs([shift, scale], x.shape[:-1].numel(), split)
-    return launch(x.contiguous(), shift, scale, run, eps)
+    return launch(*_contiguous(*args))
 
 
-def _cpu(x: Tensor, shift: Tensor, scale: Tensor, split: int | None, eps: float = NORM_EPS) -> Tensor:
-    from msdd_fast import native
-
-    (shift, scale), run = runs([shift, scale], x.shape[:-1].numel(), split)
-    return native.norm_modulate(x.contiguous(), shift, scale, run, eps)
+def _kernels_fit(x: Tensor, shift: Tensor, scale: Tensor, *_: Any) -> Verdict:
+    return kernels_fit(x, shift, scale)
 
 
 OP = Op(
@@ -68,6 +75,5 @@ OP = Op(
     norm_modulate_eager,
     lambda x, *_: torch.empty_like(x, memory_format=torch.contiguous_format),
 )
-# The C++ first: with TRITON_INTERPRET=1 the other could run on CPU tensors too, very slowly.
-OP.register("cpu", _cpu, lambda *args: both(can_use_cpu(args[0]), can_use_adaln(*args[:3])))
-OP.register("triton", _triton, lambda *args: both(can_use_triton(args[0]), can_use_adaln(*args[:3])))
+register_native(OP, native.norm_modulate, _contiguous, _kernels_fit)
+OP.register(TRITON, _triton, _kernels_fit)

@@ -18,18 +18,22 @@ variance in a second pass, and round once; they take d of 16, 32, 64 and 128, ea
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from msdd_fast.backends.cpu import can_use_cpu
-from msdd_fast.backends.triton import can_use_triton
+from msdd_fast import native
+from msdd_fast.backends.choice import Verdict
+from msdd_fast.backends.triton import TRITON
 from msdd_fast.diffusion.rope import RopeTable, apply_rope
 from msdd_fast.errors import InputError
+from msdd_fast.layout import empty_tokens, is_token_major, like_layout
 from msdd_fast.ops._adaln import check_split
 from msdd_fast.ops._checks import FLOAT_DTYPES, check_device, check_floating
-from msdd_fast.ops._registry import Op, Verdict, both
+from msdd_fast.ops._native import register_native
+from msdd_fast.ops._registry import Op
 from msdd_fast.ops.norm_modulate import NORM_EPS
 
 HEAD_DIMS = (16, 32, 64, 128)  # as in csrc/cpu/qk_norm_rope.cpp
@@ -82,47 +86,37 @@ def qk_norm_rope_eager(
     ]
     heads = torch.cat(streams, dim=1) if len(streams) > 1 else streams[0]
     out = apply_rope(heads.flatten(2, 3), RopeTable(cos, sin)).view_as(heads).to(qkv.dtype)
-    return out.transpose(0, 1).contiguous().transpose(0, 1) if is_token_major(qkv) else out
-
-
-def is_token_major(qkv: Tensor) -> bool:
-    """Whether the tokens are the outer dimension in memory; False where there is no telling."""
-    return qkv.shape[0] > 1 and qkv.shape[1] > 1 and qkv.stride(1) > qkv.stride(0)
+    return like_layout(out, qkv) if is_token_major(qkv) else out
 
 
 def _inner_dense(qkv: Tensor) -> Tensor:
     return qkv if qkv.stride()[2:] == (qkv.shape[3] * qkv.shape[4], qkv.shape[4], 1) else qkv.contiguous()
 
 
-def _output(qkv: Tensor) -> Tensor:
-    b, n, parts, heads, d = qkv.shape
-    if is_token_major(qkv):
-        return qkv.new_empty(n, b, parts - 1, heads, d).transpose(0, 1)
-    return qkv.new_empty(b, n, parts - 1, heads, d)
+def _result(qkv: Tensor) -> Tensor:
+    """Uninitialised."""
+    _, _, parts, heads, d = qkv.shape
+    return empty_tokens(qkv, parts - 1, heads, d)
+
+
+def _contiguous(
+    qkv: Tensor, weight: Tensor, bias: Tensor, cos: Tensor, sin: Tensor | None, split: int | None
+) -> tuple[Any, ...]:
+    """The arguments as the kernels read them; copies only what is laid out otherwise."""
+    sin = None if sin is None else sin.contiguous()
+    limit = qkv.shape[1] if split is None else split
+    return _inner_dense(qkv), weight.contiguous(), bias.contiguous(), cos.contiguous(), sin, limit, NORM_EPS
 
 
 def _triton(qkv: Tensor, weight: Tensor, bias: Tensor, cos: Tensor, sin: Tensor | None, split: int | None) -> Tensor:
     from msdd_fast.kernels.qk_norm_rope import qk_norm_rope as launch
 
-    sin = None if sin is None else sin.contiguous()
-    out = _output(qkv)
-    limit = qkv.shape[1] if split is None else split
-    launch(out, _inner_dense(qkv), weight.contiguous(), bias.contiguous(), cos.contiguous(), sin, limit, NORM_EPS)
+    out = _result(qkv)
+    launch(out, *_contiguous(qkv, weight, bias, cos, sin, split))
     return out
 
 
-def _cpu(qkv: Tensor, weight: Tensor, bias: Tensor, cos: Tensor, sin: Tensor | None, split: int | None) -> Tensor:
-    from msdd_fast import native
-
-    weight, bias = weight.float().contiguous(), bias.float().contiguous()
-    sin = None if sin is None else sin.contiguous()
-    out = _output(qkv)
-    limit = qkv.shape[1] if split is None else split
-    native.qk_norm_rope(out, _inner_dense(qkv), weight, bias, cos.contiguous(), sin, limit, NORM_EPS)
-    return out
-
-
-def _can_use(qkv: Tensor, weight: Tensor, bias: Tensor) -> Verdict:
+def _kernels_fit(qkv: Tensor, weight: Tensor, bias: Tensor, *_: Any) -> Verdict:
     for t in (qkv, weight, bias):
         if t.dtype not in FLOAT_DTYPES:
             return False, f"works in float32, bfloat16 and float16, got {t.dtype}"
@@ -134,8 +128,7 @@ OP = Op(
     "qk_norm_rope",
     "(Tensor qkv, Tensor weight, Tensor bias, Tensor cos, Tensor? sin, int? split) -> Tensor",
     qk_norm_rope_eager,
-    lambda qkv, *_: _output(qkv),
+    lambda qkv, *_: _result(qkv),
 )
-# The C++ first: with TRITON_INTERPRET=1 the other could run on CPU tensors too, very slowly.
-OP.register("cpu", _cpu, lambda *args: both(can_use_cpu(args[0]), _can_use(*args[:3])))
-OP.register("triton", _triton, lambda *args: both(can_use_triton(args[0]), _can_use(*args[:3])))
+register_native(OP, native.qk_norm_rope, _contiguous, _kernels_fit)
+OP.register(TRITON, _triton, _kernels_fit)

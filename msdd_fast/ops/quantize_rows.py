@@ -14,10 +14,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from msdd_fast.backends.triton import can_use_triton
+from msdd_fast.backends.choice import Verdict
+from msdd_fast.backends.triton import TRITON
 from msdd_fast.errors import InputError
 from msdd_fast.ops._checks import check_float
-from msdd_fast.ops._registry import Op, Verdict, both
+from msdd_fast.ops._registry import Op
 
 LARGEST = 448.0
 TINY = 1e-12
@@ -53,7 +54,7 @@ def _triton(x: Tensor) -> tuple[Tensor, Tensor]:
     return launch(x.contiguous())
 
 
-def _can_use(x: Tensor) -> Verdict:
+def _kernel_fits(x: Tensor) -> Verdict:
     if x.shape[1] > MAX_WIDTH:
         return False, f"works on rows of at most {MAX_WIDTH} elements, got {x.shape[1]}"
     if x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) < (8, 9):
@@ -62,4 +63,4 @@ def _can_use(x: Tensor) -> Verdict:
 
 
 OP = Op("quantize_rows", "(Tensor x) -> (Tensor, Tensor)", quantize_rows_eager, _fake)
-OP.register("triton", _triton, lambda x: both(can_use_triton(x), _can_use(x)))
+OP.register(TRITON, _triton, _kernel_fits)

@@ -10,13 +10,16 @@ Moves 5 * B*C*H*W elements: one read, four writes. The eager reference is differ
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from msdd_fast.backends.cpu import can_use_cpu
-from msdd_fast.backends.triton import can_use_triton
+from msdd_fast import native
+from msdd_fast.backends.triton import TRITON
 from msdd_fast.diffusion import noise
+from msdd_fast.layout import dense, memory_order
 from msdd_fast.ops._checks import (
     as_scalar,
     check_blocks,
@@ -24,9 +27,8 @@ from msdd_fast.ops._checks import (
     check_image,
     check_seeds,
     check_stage,
-    dense,
-    memory_order,
 )
+from msdd_fast.ops._native import register_native
 from msdd_fast.ops._registry import Op
 
 
@@ -82,16 +84,17 @@ def _fake(x: Tensor, alpha: Tensor, beta: Tensor, seeds: Tensor, stage: int, cor
     return torch.empty(b, c, 2 * h, 2 * w, dtype=x.dtype, device=x.device, memory_format=memory_order(x))
 
 
-def _triton(x: Tensor, alpha: Tensor, beta: Tensor, seeds: Tensor, stage: int, correlation: float) -> Tensor:
+def _contiguous(
+    x: Tensor, alpha: Tensor, beta: Tensor, seeds: Tensor, stage: int, correlation: float
+) -> tuple[Any, ...]:
+    """The arguments as the kernels read them; copies only what is laid out otherwise."""
+    return dense(x), alpha, beta, seeds.contiguous(), stage, correlation
+
+
+def _triton(*args: Any) -> Tensor:
     from msdd_fast.kernels.renoise_upsample import renoise_upsample as launch
 
-    return launch(dense(x), alpha, beta, seeds.contiguous(), stage, correlation)
-
-
-def _cpu(x: Tensor, alpha: Tensor, beta: Tensor, seeds: Tensor, stage: int, correlation: float) -> Tensor:
-    from msdd_fast import native
-
-    return native.renoise_upsample(dense(x), alpha, beta, seeds, stage, correlation)
+    return launch(*_contiguous(*args))
 
 
 OP = Op(
@@ -100,5 +103,5 @@ OP = Op(
     renoise_upsample_eager,
     _fake,
 )
-OP.register("cpu", _cpu, lambda x, *_: can_use_cpu(x))
-OP.register("triton", _triton, lambda x, *_: can_use_triton(x))
+register_native(OP, native.renoise_upsample, _contiguous)
+OP.register(TRITON, _triton)

@@ -21,12 +21,14 @@ from typing import Any
 
 from torch import Tensor
 
-from msdd_fast.backends.cpu import can_use_cpu
-from msdd_fast.backends.triton import can_use_triton
+from msdd_fast import native
+from msdd_fast.backends.triton import TRITON
 from msdd_fast.diffusion import noise
 from msdd_fast.diffusion.patch_rows import patchify, unpatchify
+from msdd_fast.layout import with_contiguous_rows
 from msdd_fast.ops._checks import as_scalar, check_blocks, check_device, check_seeds, check_stage
-from msdd_fast.ops._patches import check_patch_size, check_rows, check_velocity, euler_eager, with_contiguous_rows
+from msdd_fast.ops._native import register_native
+from msdd_fast.ops._patches import check_patch_size, check_rows, check_velocity, euler_eager
 from msdd_fast.ops._registry import Op
 from msdd_fast.ops.renoise_upsample import renoise_upsample_with
 
@@ -99,7 +101,7 @@ def _fake(x: Tensor, *_: object) -> Tensor:
     return x.new_empty(4 * x.shape[0], x.shape[1], x.shape[2])
 
 
-def _laid_out(
+def _contiguous(
     x: Tensor,
     v: Tensor,
     dt: Tensor,
@@ -121,13 +123,7 @@ def _laid_out(
 def _triton(*args: Any) -> Tensor:
     from msdd_fast.kernels.stage_transition import stage_transition as launch
 
-    return launch(*_laid_out(*args))
-
-
-def _cpu(*args: Any) -> Tensor:
-    from msdd_fast import native
-
-    return native.stage_transition(*_laid_out(*args))
+    return launch(*_contiguous(*args))
 
 
 OP = Op(
@@ -137,5 +133,5 @@ OP = Op(
     stage_transition_eager,
     _fake,
 )
-OP.register("cpu", _cpu, lambda x, *_: can_use_cpu(x))
-OP.register("triton", _triton, lambda x, *_: can_use_triton(x))
+register_native(OP, native.stage_transition, _contiguous)
+OP.register(TRITON, _triton)

@@ -9,15 +9,18 @@ Moves B*C*H*W elements: one write. Inference only but for eager, which needs no 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from msdd_fast.backends.cpu import can_use_cpu
-from msdd_fast.backends.triton import can_use_triton
+from msdd_fast import native
+from msdd_fast.backends.triton import TRITON
 from msdd_fast.diffusion import noise
 from msdd_fast.diffusion.patch_rows import patchify
 from msdd_fast.errors import InputError
 from msdd_fast.ops._checks import check_blocks, check_dtype, check_seeds
+from msdd_fast.ops._native import register_native
 from msdd_fast.ops._patches import check_patch_size
 from msdd_fast.ops._registry import Op
 
@@ -26,8 +29,8 @@ def start_noise(
     seeds: Tensor,
     shape: tuple[int, int, int],
     dtype: torch.dtype = torch.float32,
-    *,
     patch_size: int | None = None,
+    *,
     backend: str | None = None,
 ) -> Tensor:
     """Normals (B, *shape) for ``shape`` = (C, H, W), or their patch rows, on the device of ``seeds``.
@@ -67,20 +70,17 @@ def _fake(
     return torch.empty(tokens, batch, channels * patch_size**2, dtype=dtype, device=seeds.device)
 
 
-def _triton(
+def _contiguous(
     seeds: Tensor, channels: int, height: int, width: int, dtype: torch.dtype, patch_size: int | None = None
-) -> Tensor:
+) -> tuple[Any, ...]:
+    """The arguments as the kernels read them."""
+    return seeds.contiguous(), channels, height, width, dtype, patch_size
+
+
+def _triton(*args: Any) -> Tensor:
     from msdd_fast.kernels.start_noise import start_noise as launch
 
-    return launch(seeds.contiguous(), channels, height, width, dtype, patch_size)
-
-
-def _cpu(
-    seeds: Tensor, channels: int, height: int, width: int, dtype: torch.dtype, patch_size: int | None = None
-) -> Tensor:
-    from msdd_fast import native
-
-    return native.start_noise(seeds, channels, height, width, dtype, patch_size)
+    return launch(*_contiguous(*args))
 
 
 OP = Op(
@@ -89,5 +89,5 @@ OP = Op(
     start_noise_eager,
     _fake,
 )
-OP.register("cpu", _cpu, lambda seeds, *_: can_use_cpu(seeds))
-OP.register("triton", _triton, lambda seeds, *_: can_use_triton(seeds))
+register_native(OP, native.start_noise, _contiguous)
+OP.register(TRITON, _triton)

@@ -9,15 +9,19 @@ float32 and round once. Moves 3 elements per element: two reads, one write. Eage
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from msdd_fast.backends.cpu import can_use_cpu
-from msdd_fast.backends.triton import can_use_triton
+from msdd_fast import native
+from msdd_fast.backends.choice import Verdict
+from msdd_fast.backends.triton import TRITON
 from msdd_fast.errors import InputError
 from msdd_fast.ops._checks import FLOAT_DTYPES, check_device, check_floating
-from msdd_fast.ops._registry import Op, Verdict, both
+from msdd_fast.ops._native import register_native
+from msdd_fast.ops._registry import Op
 
 
 def swiglu(a: Tensor, b: Tensor, *, backend: str | None = None) -> Tensor:
@@ -39,7 +43,7 @@ def swiglu_eager(a: Tensor, b: Tensor) -> Tensor:
 
 def _rows(x: Tensor) -> Tensor:
     """(R, I) with adjacent elements in a row; copies only what strides cannot express."""
-    x = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    x = x if x.ndim == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
     return x if x.stride(1) == 1 else x.contiguous()
 
 
@@ -49,13 +53,11 @@ def _triton(a: Tensor, b: Tensor) -> Tensor:
     return launch(_rows(a), _rows(b)).view(a.shape)
 
 
-def _cpu(a: Tensor, b: Tensor) -> Tensor:
-    from msdd_fast import native
-
-    return native.swiglu(_rows(a), _rows(b)).view(a.shape)
+def _native_arguments(a: Tensor, b: Tensor) -> tuple[Any, ...]:
+    return _rows(a), _rows(b), tuple(a.shape)
 
 
-def _can_use(a: Tensor) -> Verdict:
+def _kernels_fit(a: Tensor, b: Tensor) -> Verdict:
     return a.dtype in FLOAT_DTYPES, f"works in float32, bfloat16 and float16, got {a.dtype}"
 
 
@@ -65,6 +67,5 @@ OP = Op(
     swiglu_eager,
     lambda a, _: torch.empty_like(a, memory_format=torch.contiguous_format),
 )
-# The C++ first: with TRITON_INTERPRET=1 the other could run on CPU tensors too, very slowly.
-OP.register("cpu", _cpu, lambda a, _: both(can_use_cpu(a), _can_use(a)))
-OP.register("triton", _triton, lambda a, _: both(can_use_triton(a), _can_use(a)))
+register_native(OP, native.swiglu, _native_arguments, _kernels_fit)
+OP.register(TRITON, _triton, _kernels_fit)

@@ -26,13 +26,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from msdd_fast.backends.cpu import can_use_cpu
-from msdd_fast.backends.triton import can_use_triton
+from msdd_fast import native
+from msdd_fast.backends.choice import Verdict
+from msdd_fast.backends.sdpa import SDPA
+from msdd_fast.backends.triton import TRITON
 from msdd_fast.errors import InputError
-from msdd_fast.layout import attention_result
+from msdd_fast.layout import attention_result, like_layout
 from msdd_fast.ops._checks import FLOAT_DTYPES, check_device, check_float, check_floating
-from msdd_fast.ops._heads import as_autocast_has_it, in_order_of, without_autocast
-from msdd_fast.ops._registry import Op, Verdict, both
+from msdd_fast.ops._heads import cast_for_autocast, without_autocast
+from msdd_fast.ops._native import register_native
+from msdd_fast.ops._registry import Op
 
 # What a key outside the window adds to its logit: finite, so that no row can become NaN.
 OUTSIDE = -1e7
@@ -53,7 +56,7 @@ def window_attention(
     Raises InputError for anything else.
     """
     check_float("q", q)
-    q, k, v = as_autocast_has_it(q, k, v)
+    q, k, v = cast_for_autocast(q, k, v)
     for name, size in (("height", height), ("width", width)):
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise InputError(f"{name} must be an int >= 1, got {size!r}")
@@ -81,7 +84,7 @@ def window_attention_eager(q: Tensor, k: Tensor, v: Tensor, table: Tensor, heigh
         bias = dense_bias(table.float(), height, width)
         weights = (q32 @ k32.transpose(2, 3) * q.shape[3] ** -0.5 + bias).softmax(dim=-1)
         out = (weights @ v32).transpose(1, 2).to(q.dtype)
-    return in_order_of(q, out)
+    return like_layout(out, q)
 
 
 def dense_bias(table: Tensor, height: int, width: int) -> Tensor:
@@ -103,13 +106,7 @@ def dense_bias(table: Tensor, height: int, width: int) -> Tensor:
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, table: Tensor, height: int, width: int) -> Tensor:
     bias = dense_bias(table, height, width).to(q.dtype)
     out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=bias)
-    return in_order_of(q, out.transpose(1, 2))
-
-
-def _cpu(q: Tensor, k: Tensor, v: Tensor, table: Tensor, height: int, width: int) -> Tensor:
-    from msdd_fast import native
-
-    return native.window_attention(q, k, v, table, height, width)
+    return like_layout(out.transpose(1, 2), q)
 
 
 def _triton(q: Tensor, k: Tensor, v: Tensor, table: Tensor, height: int, width: int) -> Tensor:
@@ -140,6 +137,6 @@ OP = Op(
     window_attention_eager,
     lambda q, *_: attention_result(q),
 )
-OP.register("cpu", _cpu, lambda *args: both(can_use_cpu(args[0]), _kernels_fit(*args)))
-OP.register("triton", _triton, lambda *args: both(can_use_triton(args[0]), _kernels_fit(*args)))
-OP.register("sdpa", _sdpa, lambda *args: (True, "F.scaled_dot_product_attention"), differentiable=True)
+register_native(OP, native.window_attention, fits=_kernels_fit)
+OP.register(TRITON, _triton, _kernels_fit)
+OP.register(SDPA, _sdpa, differentiable=True)

@@ -57,7 +57,7 @@ def refused(setup, call, size):
     """``call`` needs more than ``size`` bytes. In a fresh process: this one's malloc may have kept enough to reuse."""
     code = f"""
 import torch
-from tests.ops.test_memory import *
+from tests.kernels.test_memory import *
 torch.set_num_threads(1)
 {setup}
 with address_space_for({size}), pytest.raises(RuntimeError, match="alloc"):

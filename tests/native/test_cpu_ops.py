@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from msdd_fast import backends, native
 from msdd_fast.diffusion import noise
 from msdd_fast.errors import InputError
-from msdd_fast.native._call import _seeds, _view
+from msdd_fast.native._call import operand
 
 if not backends.extension_status()[0]:
     pytest.skip(f"msdd_fast._C {backends.extension_status()[1]}", allow_module_level=True)
@@ -226,7 +226,7 @@ def work(threads):
     """A checksum of work for several threads."""
     out, x, seeds = torch.zeros(4, 3, 128, 128), torch.ones(4, 3, 64, 64), torch.arange(4)
     backends.load_extension().renoise_upsample(
-        *(out.data_ptr(), _view(x), False, _seeds(seeds)), 0.5, 1.0, 1, 0.0, threads
+        *(out.data_ptr(), operand(x), False, (seeds.data_ptr(), len(seeds))), 0.5, 1.0, 1, 0.0, threads
     )
     return out
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from msdd_fast import backends, ops
 from msdd_fast.backends import cuda, extension_status
+from msdd_fast.backends.cuda import CUDA as CUDA_BACKEND
 from msdd_fast.errors import BackendUnavailableError, InputError
 from msdd_fast.layout import is_token_major
 from msdd_fast.native import cuda as native_cuda
@@ -201,7 +202,7 @@ def reasons(*arguments):
 def test_reasons(monkeypatch):
     """What the kernels do not take is told from metadata, and sdpa takes it."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(module, "can_use_cuda", lambda x: (True, "CUDA 13.0, sm_90"))
+    monkeypatch.setattr(CUDA_BACKEND, "can_use", lambda x: (True, "CUDA 13.0, sm_90"))
     q, k, v, _ = make((1, 4, 5, 2), torch.bfloat16, "cpu")
     wide = torch.zeros(1, 5, 2, 65, dtype=torch.bfloat16)[..., :64]
     for arguments, reason in (

@@ -10,7 +10,7 @@ import torch
 
 from msdd_fast import backends, ops
 from msdd_fast.backends import choice, cpu
-from msdd_fast.backends.choice import BACKENDS, parse_choice, use_backend
+from msdd_fast.backends.choice import backend_names, parse_choice, use_backend
 from msdd_fast.errors import BackendUnavailableError, InputError
 from msdd_fast.ops import _registry as _op
 from tests.conftest import HAS_GPU
@@ -134,7 +134,7 @@ def test_precedence(monkeypatch):
     euler, x = op("euler_step"), ARGUMENTS["euler_step"]
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert euler.select(*x) == "cpu"
-    monkeypatch.setattr(choice, "_choice", parse_choice("eager"))
+    monkeypatch.setattr(choice, "_environment", parse_choice("eager"))
     assert euler.select(*x) == "eager"
     with use_backend("eager,euler_step=cpu"):
         assert euler.select(*x) == "cpu"
@@ -147,7 +147,7 @@ def test_a_block_replaces_what_is_outside(monkeypatch):
     """Also a choice for one op: use_backend goes before the environment."""
     needs("cpu")
     euler, x = op("euler_step"), ARGUMENTS["euler_step"]
-    monkeypatch.setattr(choice, "_choice", parse_choice("euler_step=cpu"))
+    monkeypatch.setattr(choice, "_environment", parse_choice("euler_step=cpu"))
     assert euler.select(*x) == "cpu"
     with use_backend("eager"):
         assert euler.select(*x) == "eager"
@@ -157,20 +157,23 @@ def test_a_block_replaces_what_is_outside(monkeypatch):
     assert euler.select(*x) == "cpu"
 
 
+FIRST_OP = "import torch; from msdd_fast import ops; ops.swiglu(torch.ones(1, 2), torch.ones(1, 2))"
+
+
 @pytest.mark.parametrize(
     ("value", "message"),
     [
         ("euler=cpu", f"backend is chosen for the op 'euler'; known: {', '.join(sorted(ops.__all__))}"),
         (
             "fast",
-            f"MSDD_FAST_BACKEND: backend must be one of {', '.join(BACKENDS)}, got 'fast'",
+            f"MSDD_FAST_BACKEND: backend must be one of {', '.join(backend_names())}, got 'fast'",
         ),
     ],
 )
 def test_a_wrong_environment_is_an_error(value, message):
     environment = {**os.environ, "MSDD_FAST_BACKEND": value}
     done = subprocess.run(
-        [sys.executable, "-c", "import msdd_fast.ops"], env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-c", FIRST_OP], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode != 0 and message in done.stderr
     with pytest.raises(InputError, match=message.removeprefix("MSDD_FAST_BACKEND: ")), use_backend(value):
@@ -200,7 +203,7 @@ def test_the_choice_is_logged_once(caplog, monkeypatch):
 
 @pytest.mark.parametrize("text", ["cuda9", "eager,euler_step=fast", ""])
 def test_bad_choices(text):
-    with pytest.raises(InputError, match=f"backend must be one of {', '.join(BACKENDS)}, got"):
+    with pytest.raises(InputError, match=f"backend must be one of {', '.join(backend_names())}, got"):
         parse_choice(text)
     with pytest.raises(InputError, match="backend must be one of"):
         ops.euler_step(X, X, 0.5, backend=text)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
@@ -27,6 +26,7 @@ from msdd_fast.families.msdd.released import RELEASED
 from msdd_fast.families.msdd.work import decode_work, encode_work
 from msdd_fast.families.work import Work
 from msdd_fast.layers.linear.dense import MakeLinear
+from msdd_fast.ops.protocol import Ops
 
 
 class MSDDFamily:
@@ -83,7 +83,7 @@ class MSDDFamily:
         tables: list[StageTables],
         dtype: torch.dtype,
         device: torch.device,
-        ops: SimpleNamespace,
+        ops: Ops,
         make: MakeLinear,
     ) -> Program:
         weights = pack(decoder, dtype, device, make)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
@@ -27,6 +26,7 @@ from msdd_fast.families.ssdd.released import RELEASED
 from msdd_fast.families.ssdd.work import decode_work
 from msdd_fast.families.work import Work
 from msdd_fast.layers.linear.dense import MakeLinear
+from msdd_fast.ops.protocol import Ops
 
 
 class SSDDFamily:
@@ -86,7 +86,7 @@ class SSDDFamily:
         tables: list[SSDDStep],
         dtype: torch.dtype,
         device: torch.device,
-        ops: SimpleNamespace,
+        ops: Ops,
         make: MakeLinear,
     ) -> SSDDProgram:
         weights, dec = pack_ssdd(decoder, dtype, device), self.config.decoder

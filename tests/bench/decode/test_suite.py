@@ -7,8 +7,7 @@ from html.parser import HTMLParser
 import pytest
 import torch
 
-from msdd_fast import Tokenizer
-from msdd_fast import profiling as ranges
+from msdd_fast import Tokenizer, profiling
 from msdd_fast.bench.decode import waterfall
 from msdd_fast.bench.decode.cases import SUITES, DecodeCase
 from msdd_fast.bench.decode.coldstart import STEPS, cold_start
@@ -182,7 +181,7 @@ def test_the_profile_command_writes_a_trace(dtype, tmp_path, capsys, monkeypatch
     assert {"scale 8", "scale 64", "layer 0", "layer 1"} <= names
     printed = capsys.readouterr().out
     assert "% of roofline" in printed and re.search(r"peak [1-9]\d*\.\d MiB|peak 0\.[1-9] MiB", printed)
-    assert not ranges.on()
+    assert not profiling.enabled()
 
 
 def test_one_op_alone(capsys, monkeypatch):
@@ -209,11 +208,11 @@ def test_without_nsight_its_command_is_printed(capsys, monkeypatch):
 
 
 def test_ranges_cost_nothing_unless_recorded():
-    assert list(ranges.spans([1, 2], lambda i: pytest.fail("named"))) == [1, 2]
-    with ranges.watched():
-        for i in ranges.spans([0, 1], lambda i: f"range {i}"):
-            assert ranges.current() == (f"range {i}",)
-    assert ranges.current() == () and not ranges.on()
+    assert list(profiling.ranges([1, 2], lambda i: pytest.fail("named"))) == [1, 2]
+    with profiling.recording():
+        for i in profiling.ranges([0, 1], lambda i: f"range {i}"):
+            assert profiling.current() == (f"range {i}",)
+    assert profiling.current() == () and not profiling.enabled()
 
 
 def test_the_waterfall_has_a_bar_for_every_measure_and_the_fast_tier_s_loss(tiny):

@@ -6,19 +6,19 @@ buffer, so nothing is concatenated, split or copied, at any batch size. Same ari
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from msdd_fast import profiling
 from msdd_fast.diffusion.rope import RopeTable
 from msdd_fast.families.msdd.engine.tables import BlockModulation, Modulation
 from msdd_fast.families.msdd.engine.weights import BlockWeights, Weights
 from msdd_fast.families.msdd.mmdit import NORM_EPS
 from msdd_fast.layers.linear.dense import Linear
-from msdd_fast.profiling import spans
+from msdd_fast.ops.protocol import Ops
 
 
 class Context(NamedTuple):
@@ -31,7 +31,7 @@ class Context(NamedTuple):
 class Network:
     """Embeds the context and evaluates the velocity. ``ops`` are those of ``bound_ops.bind``."""
 
-    def __init__(self, weights: Weights, head_dim: int, ops: SimpleNamespace) -> None:
+    def __init__(self, weights: Weights, head_dim: int, ops: Ops) -> None:
         self.w, self.head_dim, self.ops = weights, head_dim, ops
 
     def context(self, z: Tensor, guided: bool) -> Context:
@@ -71,7 +71,7 @@ class Network:
         x = x.flatten(0, 1)
         split = length * batch if length else None
         h = self.ops.norm_modulate(x, m.blocks[0].shift_msa, m.blocks[0].scale_msa, split)
-        layers = spans(zip(self.w.blocks, m.blocks, strict=True), lambda i: f"layer {i}")
+        layers = profiling.ranges(zip(self.w.blocks, m.blocks, strict=True), lambda i: f"layer {i}")
         for i, (block, mod) in enumerate(layers):
             last = i == len(self.w.blocks) - 1
             a = self._attention(block, h, length, batch, context.keys_values[i] if not length else None, rope)

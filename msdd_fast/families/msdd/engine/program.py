@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from msdd_fast import profiling
 from msdd_fast.diffusion.patch_rows import patchify, unpatchify
 from msdd_fast.diffusion.schedule import StageSchedule
 from msdd_fast.families.msdd.config import TokenizerConfig
@@ -15,7 +16,6 @@ from msdd_fast.families.msdd.engine.network import Context, Network
 from msdd_fast.families.msdd.engine.tables import StageTables, Step
 from msdd_fast.layers.request import Inputs, StageImages, convert
 from msdd_fast.ops.renoise_upsample import renoise_upsample_with
-from msdd_fast.profiling import spans
 from msdd_fast.sampling import clean_estimate
 
 
@@ -67,10 +67,10 @@ class Program:
         context = self.network.context(inputs.z, guided)
         size = config.stage_resolution(0)
         if noise is None:
-            x = self.ops.start_noise(inputs.seeds, (3, size, size), self.dtype, patch_size=p)
+            x = self.ops.start_noise(inputs.seeds, (3, size, size), self.dtype, p)
         else:
             x = patchify(noise[0].to(self.dtype), p)
-        for s, tables in enumerate(spans(self.tables, lambda i: f"scale {config.stage_resolution(i)}")):
+        for s, tables in enumerate(profiling.ranges(self.tables, lambda i: f"scale {config.stage_resolution(i)}")):
             for step in tables.steps[:-1]:
                 end = self._evaluate(x, context, tables, step, guided)
                 x = self._euler(end, step.dt, inputs.scale)

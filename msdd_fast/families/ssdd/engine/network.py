@@ -7,18 +7,18 @@ resolution: the norms read them there. A shortcut's product is added to the conv
 from __future__ import annotations
 
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from msdd_fast import profiling
 from msdd_fast.families.ssdd.decoder import MID_NORM_EPS, NORM_EPS
 from msdd_fast.families.ssdd.engine.tables import SSDDStep
 from msdd_fast.families.ssdd.engine.weights import ResWeights, SSDDWeights, TransformerWeights
 from msdd_fast.layers.convolution import as_map, channels_last, rows
-from msdd_fast.profiling import spans
+from msdd_fast.ops.protocol import Ops
 
 
 class SSDDContext(NamedTuple):
@@ -38,7 +38,7 @@ class SSDDContext(NamedTuple):
 class SSDDNetwork:
     """Computes the context and evaluates the velocity. ``ops`` are those of ``bound_ops.bind``."""
 
-    def __init__(self, weights: SSDDWeights, groups: int, heads: int, factor: int, ops: SimpleNamespace) -> None:
+    def __init__(self, weights: SSDDWeights, groups: int, heads: int, factor: int, ops: Ops) -> None:
         self.w, self.groups, self.heads, self.factor, self.ops = weights, groups, heads, factor, ops
         width = weights.mid.proj_in.out_features
         blocks = [b for level in (*weights.down, *weights.up) for b in level.blocks]
@@ -70,7 +70,7 @@ class SSDDNetwork:
         h = self.w.image_in(channels_last(x.to(self.w.dtype)))
         h += context.latents_in
         skips = [h]
-        for level in spans(self.w.down, lambda i: f"down {i}"):
+        for level in profiling.ranges(self.w.down, lambda i: f"down {i}"):
             for block in level.blocks:
                 h = self._residual(block, h, *next(norms))
                 skips.append(h)
@@ -78,7 +78,7 @@ class SSDDNetwork:
                 h = level.resample(h)
                 skips.append(h)
         h = self._middle(h, context)
-        for level in spans(self.w.up, lambda i: f"up {i}"):
+        for level in profiling.ranges(self.w.up, lambda i: f"up {i}"):
             for block in level.blocks:
                 h = self._residual(block, torch.cat([h, skips.pop()], dim=1), *next(norms))
             if level.resample is not None:
@@ -99,12 +99,12 @@ class SSDDNetwork:
 
     def _middle(self, h: Tensor, context: SSDDContext) -> Tensor:
         w = self.w.mid
-        y = self.ops.group_norm_modulate_silu(h, self.groups, MID_NORM_EPS, *w.norm, silu=False)
+        y = self.ops.group_norm_modulate_silu(h, self.groups, MID_NORM_EPS, *w.norm, None, None, False)
         x = w.proj_in(rows(y))
         modulations: Iterator[tuple[Tensor, Tensor]] = iter(context.adaln)
         shift, scale = next(modulations)
         a = self.ops.norm_modulate(x, shift, scale, None, NORM_EPS)
-        for block in spans(w.blocks, lambda i: f"layer {i}"):
+        for block in profiling.ranges(w.blocks, lambda i: f"layer {i}"):
             y = self._attention(block, a, h)
             x, a = self._add_and_norm(x, y, block.shift, block.scale)
             value, gate = block.value_gate(a).chunk(2, dim=1)
@@ -119,8 +119,7 @@ class SSDDNetwork:
     def _add_and_norm(self, x: Tensor, y: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         """x + y, and its norm; there is no gate, which is a gate of 1."""
         gate = self._ones.expand(len(shift), -1)
-        out: tuple[Tensor, Tensor] = self.ops.gate_residual_norm_modulate(x, y, gate, shift, scale, None, NORM_EPS)
-        return out
+        return self.ops.gate_residual_norm_modulate(x, y, gate, shift, scale, None, NORM_EPS)
 
     def _attention(self, w: TransformerWeights, a: Tensor, like: Tensor) -> Tensor:
         """Of rows (B * H * W, C), after its output projection; ``like`` (B, C, H, W) says the sizes."""

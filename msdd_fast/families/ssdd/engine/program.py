@@ -7,11 +7,11 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from msdd_fast import profiling
 from msdd_fast.families.ssdd.engine.network import SSDDNetwork
 from msdd_fast.families.ssdd.engine.tables import SSDDStep
 from msdd_fast.layers.convolution import channels_last
 from msdd_fast.layers.request import Inputs, StageImages, convert
-from msdd_fast.profiling import spans
 
 
 class SSDDProgram:
@@ -33,7 +33,7 @@ class SSDDProgram:
         context = network.context(inputs.z)
         x = self.ops.start_noise(inputs.seeds, (3, height, width)) if noise is None else noise[0].float()
         x = channels_last(x)
-        for step in spans(self.steps, lambda i: f"step {i}"):
+        for step in profiling.ranges(self.steps, lambda i: f"step {i}"):
             x = self.ops.euler_step(x, network.velocity(x, context, step), step.dt)
         return convert(x, out_dtype).contiguous()
 
