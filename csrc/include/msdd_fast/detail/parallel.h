@@ -16,6 +16,10 @@ namespace msdd_fast {
 // done. `task` must not throw.
 void run_tasks(std::int64_t count, const std::function<void(std::int64_t)>& task);
 
+// Runs `body` on the caller while up to threads - 1 other threads stand by for the tasks that it starts: run_tasks then
+// costs about a microsecond, not a fork and a join. An exception of `body` is thrown on once the others have left.
+void run_on_team(int threads, const std::function<void()>& body);
+
 // Calls body(begin, end) on contiguous parts of [0, count), at least `grain` items each, on at most `threads`
 // threads, the caller's included. `body` must not throw.
 template <class Body>
