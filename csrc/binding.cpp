@@ -11,6 +11,7 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <type_traits>
 #include <utility>
 
 #include "msdd_fast/attention.h"
@@ -21,6 +22,7 @@
 #include "msdd_fast/group_norm_modulate_silu.h"
 #include "msdd_fast/norm_modulate.h"
 #include "msdd_fast/philox.h"
+#include "msdd_fast/program.h"
 #include "msdd_fast/qk_norm_rope.h"
 #include "msdd_fast/renoise_upsample.h"
 #include "msdd_fast/stage_transition.h"
@@ -77,6 +79,14 @@ struct pybind11::detail::type_caster<Tensor> {
 };
 
 namespace {
+
+// Keeps a parameter out of template argument deduction.
+template <class T>
+struct Identity {
+    using type = T;
+};
+template <class T>
+using Same = typename Identity<T>::type;
 
 using msdd_fast::expect;
 using Address = std::uintptr_t;
@@ -190,27 +200,34 @@ const std::int64_t* seeds_of(const Seeds& seeds, std::int64_t batch) {
 
 msdd_fast::Operand operand_of(const Tensor& x) { return {pointer<const void>(x.address), dtype_of(x.dtype)}; }
 
+// Calls the function; and adds the call to the program that this thread records, if it does.
+template <class... Parameters>
+void call(void (*function)(Parameters...), Same<std::decay_t<Parameters>>... arguments) {
+    function(arguments...);
+    if (msdd_fast::Program* const program = msdd_fast::recording())
+        program->add([function, arguments...] { function(arguments...); });
+}
+
 // --- The ops. Results come as addresses where their shape and order follow from the operands: dense, no gaps. ---
 
 void start_noise(Address out, int dtype, const Seeds& seeds, std::int64_t batch, std::int64_t channels,
                  std::int64_t height, std::int64_t width, int threads) {
-    msdd_fast::start_noise(pointer<void>(out), dtype_of(dtype), seeds_of(seeds, batch), batch, channels, height, width,
-                           threads);
+    call(&msdd_fast::start_noise, pointer<void>(out), dtype_of(dtype), seeds_of(seeds, batch), batch, channels, height,
+         width, threads);
 }
 
 void start_noise_rows(Address out, int dtype, const Seeds& seeds, std::int64_t batch, std::int64_t channels,
                       std::int64_t height, std::int64_t width, std::int64_t patch, int threads) {
-    msdd_fast::start_noise_rows(pointer<void>(out), dtype_of(dtype), seeds_of(seeds, batch), batch, channels, height,
-                                width, patch, threads);
+    call(&msdd_fast::start_noise_rows, pointer<void>(out), dtype_of(dtype), seeds_of(seeds, batch), batch, channels,
+         height, width, patch, threads);
 }
 
 void renoise_upsample(Address out, const Tensor& x, bool channels_last, const Seeds& seeds, float alpha, float beta,
                       std::int64_t stage, double correlation, int threads) {
     expect_image("x", x, channels_last);
     const auto* s = x.shape;
-    msdd_fast::renoise_upsample(pointer<void>(out), pointer<const void>(x.address), dtype_of(x.dtype), channels_last,
-                                seeds_of(seeds, s[0]), s[0], s[1], s[2], s[3], {alpha, beta, stage, correlation},
-                                threads);
+    call(&msdd_fast::renoise_upsample, pointer<void>(out), pointer<const void>(x.address), dtype_of(x.dtype),
+         channels_last, seeds_of(seeds, s[0]), s[0], s[1], s[2], s[3], {alpha, beta, stage, correlation}, threads);
 }
 
 // Rows of a tensor: address (0: absent), dtype, stride between rows, elements of the tensor.
@@ -225,8 +242,8 @@ void cfg_euler(Address out, int dtype, const Rows& x, const Rows& v_cond, const 
                    std::to_string(elements) + " elements, rows " + std::to_string(stride) + " apart");
         return {{pointer<const void>(address), dtype_of(kind)}, stride};
     };
-    msdd_fast::cfg_euler(pointer<void>(out), dtype_of(dtype), rows_of("x", x), rows_of("v_cond", v_cond),
-                         rows_of("v_uncond", v_uncond), rows, columns, scale, dt, threads);
+    call(&msdd_fast::cfg_euler, pointer<void>(out), dtype_of(dtype), rows_of("x", x), rows_of("v_cond", v_cond),
+         rows_of("v_uncond", v_uncond), rows, columns, scale, dt, threads);
 }
 
 using PatchShape = std::array<std::int64_t, 4>;  // grid, batch, channels, patch
@@ -242,18 +259,17 @@ msdd_fast::PatchRows patch_rows_of(const char* name, const Tensor& x, const Patc
 void stage_transition(Address out, const Tensor& x, const Tensor& v, const Tensor& v_uncond, const PatchShape& shape,
                       float dt, float scale, const Seeds& seeds, float alpha, float beta, std::int64_t stage,
                       double correlation, int threads) {
-    msdd_fast::stage_transition(pointer<void>(out), patch_rows_of("x", x, shape), patch_rows_of("v", v, shape),
-                                patch_rows_of("v_uncond", v_uncond, shape), {shape[0], shape[1], shape[2], shape[3]},
-                                {dt, scale}, seeds_of(seeds, shape[1]), {alpha, beta, stage, correlation}, threads);
+    call(&msdd_fast::stage_transition, pointer<void>(out), patch_rows_of("x", x, shape), patch_rows_of("v", v, shape),
+         patch_rows_of("v_uncond", v_uncond, shape), {shape[0], shape[1], shape[2], shape[3]}, {dt, scale},
+         seeds_of(seeds, shape[1]), {alpha, beta, stage, correlation}, threads);
 }
 
 void final_step(Address out, int type, bool channels_last, const Tensor& x, const Tensor& v, const Tensor& v_uncond,
                 const PatchShape& shape, float dt, float scale, int threads) {
     expect(type >= 0 && type <= 3, "type must be 0 to 3, got " + std::to_string(type));
-    msdd_fast::final_step(pointer<void>(out), static_cast<msdd_fast::PixelType>(type), channels_last,
-                          patch_rows_of("x", x, shape), patch_rows_of("v", v, shape),
-                          patch_rows_of("v_uncond", v_uncond, shape), {shape[0], shape[1], shape[2], shape[3]},
-                          {dt, scale}, threads);
+    call(&msdd_fast::final_step, pointer<void>(out), static_cast<msdd_fast::PixelType>(type), channels_last,
+         patch_rows_of("x", x, shape), patch_rows_of("v", v, shape), patch_rows_of("v_uncond", v_uncond, shape),
+         {shape[0], shape[1], shape[2], shape[3]}, {dt, scale}, threads);
 }
 
 void norm_modulate(Address h, Address x_new, const Tensor& x, const Tensor& y, const Tensor& gate, const Tensor& shift,
@@ -272,9 +288,9 @@ void norm_modulate(Address h, Address x_new, const Tensor& x, const Tensor& y, c
         expect_inner(name, table, 1);
         return {operand_of(table), table.strides[0]};
     };
-    msdd_fast::norm_modulate(pointer<void>(h), pointer<void>(x_new), pointer<const void>(x.address), dtype_of(x.dtype),
-                             operand_of(y), table_of("gate", gate), table_of("shift", shift), table_of("scale", scale),
-                             {width == 0 ? 0 : x.elements() / width, width, run, groups, eps}, threads);
+    call(&msdd_fast::norm_modulate, pointer<void>(h), pointer<void>(x_new), pointer<const void>(x.address),
+         dtype_of(x.dtype), operand_of(y), table_of("gate", gate), table_of("shift", shift), table_of("scale", scale),
+         {width == 0 ? 0 : x.elements() / width, width, run, groups, eps}, threads);
 }
 
 void qk_norm_rope(const Tensor& out, const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& cos,
@@ -302,10 +318,10 @@ void qk_norm_rope(const Tensor& out, const Tensor& x, const Tensor& weight, cons
     const msdd_fast::HeadsTables tables{table_of("weight", weight, weights), table_of("bias", bias, weights),
                                         table_of("cos", cos, angles),
                                         sin.address == 0 ? nullptr : table_of("sin", sin, angles)};
-    msdd_fast::qk_norm_rope(
-        pointer<void>(out.address), pointer<const void>(x.address), dtype_of(x.dtype), tables,
-        {batch, tokens, parts, heads, static_cast<int>(size), x.strides[0], x.strides[1], token_major, split, eps},
-        threads);
+    call(&msdd_fast::qk_norm_rope, pointer<void>(out.address), pointer<const void>(x.address), dtype_of(x.dtype),
+         tables,
+         {batch, tokens, parts, heads, static_cast<int>(size), x.strides[0], x.strides[1], token_major, split, eps},
+         threads);
 }
 
 void swiglu(Address out, const Tensor& a, const Tensor& b, int threads) {
@@ -314,8 +330,8 @@ void swiglu(Address out, const Tensor& a, const Tensor& b, int threads) {
     expect_like("b", b, a);
     expect_dtype("b", b, a.dtype);
     expect_inner("b", b, 1);
-    msdd_fast::swiglu(pointer<void>(out), pointer<const void>(a.address), pointer<const void>(b.address),
-                      dtype_of(a.dtype), a.shape[0], a.shape[1], a.strides[0], b.strides[0], threads);
+    call(&msdd_fast::swiglu, pointer<void>(out), pointer<const void>(a.address), pointer<const void>(b.address),
+         dtype_of(a.dtype), a.shape[0], a.shape[1], a.strides[0], b.strides[0], threads);
 }
 
 // A tensor of heads of this shape and dtype.
@@ -333,11 +349,10 @@ void attention(const Tensor& out, const Tensor& q, const Tensor& k, const Tensor
     const std::int64_t batch = q.shape[0], queries = q.shape[1], keys = k.shape[1], heads = q.shape[2];
     const std::int64_t size = q.shape[3];
     const std::initializer_list<std::int64_t> ours = {batch, queries, heads, size}, theirs = {batch, keys, heads, size};
-    msdd_fast::attention(
-        heads_of("out", out, q.dtype, ours), heads_of("q", q, q.dtype, ours), heads_of("k", k, q.dtype, theirs),
-        heads_of("v", v, q.dtype, theirs),
-        accumulate.address == 0 ? msdd_fast::HeadsView{} : heads_of("accumulate", accumulate, q.dtype, ours),
-        dtype_of(q.dtype), {batch, queries, keys, heads, size}, level, threads);
+    call(&msdd_fast::attention, heads_of("out", out, q.dtype, ours), heads_of("q", q, q.dtype, ours),
+         heads_of("k", k, q.dtype, theirs), heads_of("v", v, q.dtype, theirs),
+         accumulate.address == 0 ? msdd_fast::HeadsView{} : heads_of("accumulate", accumulate, q.dtype, ours),
+         dtype_of(q.dtype), {batch, queries, keys, heads, size}, level, threads);
 }
 
 void group_norm_modulate_silu(Address out, const Tensor& x, const Tensor& weight, const Tensor& bias,
@@ -359,10 +374,9 @@ void group_norm_modulate_silu(Address out, const Tensor& x, const Tensor& weight
         expect_shape(name, cells, {batch, channels, rows, columns});
         return {operand_of(cells), cells.strides[0], cells.strides[1], cells.strides[2], cells.strides[3]};
     };
-    msdd_fast::group_norm_modulate_silu(
-        pointer<void>(out), pointer<const void>(x.address), dtype_of(x.dtype), operand_of(weight), operand_of(bias),
-        cells_of("scale", scale), cells_of("shift", shift),
-        {batch, channels, x.shape[2], x.shape[3], groups, rows, columns, channels_last, silu, eps}, threads);
+    call(&msdd_fast::group_norm_modulate_silu, pointer<void>(out), pointer<const void>(x.address), dtype_of(x.dtype),
+         operand_of(weight), operand_of(bias), cells_of("scale", scale), cells_of("shift", shift),
+         {batch, channels, x.shape[2], x.shape[3], groups, rows, columns, channels_last, silu, eps}, threads);
 }
 
 void window_attention(const Tensor& out, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& table,
@@ -374,10 +388,19 @@ void window_attention(const Tensor& out, const Tensor& q, const Tensor& k, const
     expect_dimensions("table", table, 3);
     const std::int64_t window = (table.shape[0] + 1) / 2;
     expect_shape("table", table, {2 * window - 1, 2 * window - 1, heads});
-    msdd_fast::window_attention(heads_of("out", out, q.dtype, shape), heads_of("q", q, q.dtype, shape),
-                                heads_of("k", k, q.dtype, shape), heads_of("v", v, q.dtype, shape),
-                                {operand_of(table), table.strides[0], table.strides[1], table.strides[2]},
-                                dtype_of(q.dtype), {batch, height, width, heads, size, window}, threads);
+    call(&msdd_fast::window_attention, heads_of("out", out, q.dtype, shape), heads_of("q", q, q.dtype, shape),
+         heads_of("k", k, q.dtype, shape), heads_of("v", v, q.dtype, shape),
+         {operand_of(table), table.strides[0], table.strides[1], table.strides[2]}, dtype_of(q.dtype),
+         {batch, height, width, heads, size, window}, threads);
+}
+
+void begin(msdd_fast::Program& program) {
+    expect(msdd_fast::recording() == nullptr, "this thread records a program already");
+    msdd_fast::recording() = &program;
+}
+
+void end(msdd_fast::Program& program) {
+    if (msdd_fast::recording() == &program) msdd_fast::recording() = nullptr;
 }
 
 #ifdef MSDD_FAST_CUDA
@@ -408,6 +431,13 @@ PYBIND11_MODULE(_C, m) {
     m.doc() = "Compiled kernels of msdd-fast. Call them through msdd_fast.native or the ops, not directly.";
     // pybind11 turns std::invalid_argument into ValueError, after the GIL is taken back.
     const py::call_guard<py::gil_scoped_release> no_gil;
+
+    py::class_<msdd_fast::Program>(m, "Program", "Calls of this module, recorded to be replayed; see program.h.")
+        .def(py::init<>())
+        .def("begin", &begin, "Calls of this thread are added to the program from now on.")
+        .def("end", &end, "The end of that.")
+        .def("replay", &msdd_fast::Program::replay, no_gil, py::arg("threads"), "Runs all calls in order.")
+        .def("__len__", &msdd_fast::Program::size);
 
     m.def("philox", &philox, py::arg("counter"), py::arg("key"), "The four words of Philox4x32-10.");
     m.def("start_noise", &start_noise, no_gil, py::arg("out"), py::arg("dtype"), py::arg("seeds"), py::arg("batch"),
