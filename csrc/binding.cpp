@@ -18,6 +18,7 @@
 #include "msdd_fast/cfg_euler.h"
 #include "msdd_fast/check.h"
 #include "msdd_fast/context_attention.h"
+#include "msdd_fast/copy.h"
 #include "msdd_fast/final_step.h"
 #include "msdd_fast/group_norm_modulate_silu.h"
 #include "msdd_fast/norm_modulate.h"
@@ -394,6 +395,25 @@ void window_attention(const Tensor& out, const Tensor& q, const Tensor& k, const
          {batch, height, width, heads, size, window}, threads);
 }
 
+void copy(const Tensor& out, const Tensor& x, int threads) {
+    expect_present("out", out);
+    msdd_fast::CopyShape shape;
+    shape.dimensions = out.dimensions;
+    if (x.address != 0) {
+        expect_dimensions("x", x, out.dimensions);
+        for (int d = 0; d < x.dimensions; ++d)
+            if (x.shape[d] != out.shape[d] && x.shape[d] != 1)
+                refuse("x", "broadcastable to " + text(out.shape, out.dimensions), text(x.shape, x.dimensions));
+    }
+    for (int d = 0; d < out.dimensions; ++d) {
+        shape.sizes[d] = out.shape[d];
+        shape.to[d] = out.strides[d];
+        shape.from[d] = x.address == 0 || (x.shape[d] == 1 && out.shape[d] != 1) ? 0 : x.strides[d];
+    }
+    call(&msdd_fast::copy, pointer<void>(out.address), dtype_of(out.dtype), pointer<const void>(x.address),
+         dtype_of(x.dtype), shape, threads);
+}
+
 void begin(msdd_fast::Program& program) {
     expect(msdd_fast::recording() == nullptr, "this thread records a program already");
     msdd_fast::recording() = &program;
@@ -439,6 +459,8 @@ PYBIND11_MODULE(_C, m) {
         .def("replay", &msdd_fast::Program::replay, no_gil, py::arg("threads"), "Runs all calls in order.")
         .def("__len__", &msdd_fast::Program::size);
 
+    m.def("copy", &copy, no_gil, py::arg("out"), py::arg("x"), py::arg("threads") = 1,
+          "out[...] = x, broadcast and rounded to out's dtype; None for x is zero; see copy.h.");
     m.def("philox", &philox, py::arg("counter"), py::arg("key"), "The four words of Philox4x32-10.");
     m.def("start_noise", &start_noise, no_gil, py::arg("out"), py::arg("dtype"), py::arg("seeds"), py::arg("batch"),
           py::arg("channels"), py::arg("height"), py::arg("width"), py::arg("threads") = 1,

@@ -232,6 +232,8 @@ struct Session {
 
 }  // namespace
 
+bool leads_a_team() { return led != nullptr; }
+
 void run_on_team(int threads, const std::function<void()>& body) {
     if (led != nullptr) return body();
     Session session(body);
