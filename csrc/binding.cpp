@@ -223,19 +223,51 @@ void start_noise_rows(Address out, int dtype, const Seeds& seeds, std::int64_t b
          height, width, patch, threads);
 }
 
-void renoise_upsample(Address out, const Tensor& x, bool channels_last, const Seeds& seeds, float alpha, float beta,
+// A float32 in memory, read when the op runs: a recorded program sees what is there at each replay. 0 is absent.
+using Scalar = const float*;
+
+Scalar scalar(const char* name, Address address) {
+    if (address == 0) throw std::invalid_argument(std::string(name) + " is missing");
+    return pointer<const float>(address);
+}
+
+float value(Scalar scalar) { return scalar == nullptr ? 0.0f : *scalar; }
+
+struct RenoiseAt {
+    Scalar alpha, beta;
+    std::int64_t stage;
+    double correlation;
+
+    msdd_fast::RenoiseScalars values() const { return {value(alpha), value(beta), stage, correlation}; }
+};
+
+void renoise_upsample_at(void* out, const void* x, msdd_fast::DType dtype, bool channels_last,
+                         const std::int64_t* seeds, std::array<std::int64_t, 4> shape, RenoiseAt scalars, int threads) {
+    const auto& [batch, channels, height, width] = shape;
+    msdd_fast::renoise_upsample(out, x, dtype, channels_last, seeds, batch, channels, height, width, scalars.values(),
+                                threads);
+}
+
+void renoise_upsample(Address out, const Tensor& x, bool channels_last, const Seeds& seeds, Address alpha, Address beta,
                       std::int64_t stage, double correlation, int threads) {
     expect_image("x", x, channels_last);
     const auto* s = x.shape;
-    call(&msdd_fast::renoise_upsample, pointer<void>(out), pointer<const void>(x.address), dtype_of(x.dtype),
-         channels_last, seeds_of(seeds, s[0]), s[0], s[1], s[2], s[3], {alpha, beta, stage, correlation}, threads);
+    call(&renoise_upsample_at, pointer<void>(out), pointer<const void>(x.address), dtype_of(x.dtype), channels_last,
+         seeds_of(seeds, s[0]), {s[0], s[1], s[2], s[3]},
+         {scalar("alpha", alpha), scalar("beta", beta), stage, correlation}, threads);
 }
 
 // Rows of a tensor: address (0: absent), dtype, stride between rows, elements of the tensor.
 using Rows = std::tuple<Address, int, std::int64_t, std::int64_t>;
 
+void cfg_euler_at(void* out, msdd_fast::DType dtype, const std::array<msdd_fast::Rows, 3>& operands, std::int64_t rows,
+                  std::int64_t columns, Scalar scale, Scalar dt, int threads) {
+    msdd_fast::cfg_euler(out, dtype, operands[0], operands[1], operands[2], rows, columns, value(scale), value(dt),
+                         threads);
+}
+
 void cfg_euler(Address out, int dtype, const Rows& x, const Rows& v_cond, const Rows& v_uncond, std::int64_t rows,
-               std::int64_t columns, float scale, float dt, int threads) {
+               std::int64_t columns, Address scale, Address dt, int threads) {
     const auto rows_of = [&](const char* name, const Rows& operand) -> msdd_fast::Rows {
         const auto& [address, kind, stride, elements] = operand;
         if (address != 0 && (elements != rows * columns || stride < 0))
@@ -243,8 +275,9 @@ void cfg_euler(Address out, int dtype, const Rows& x, const Rows& v_cond, const 
                    std::to_string(elements) + " elements, rows " + std::to_string(stride) + " apart");
         return {{pointer<const void>(address), dtype_of(kind)}, stride};
     };
-    call(&msdd_fast::cfg_euler, pointer<void>(out), dtype_of(dtype), rows_of("x", x), rows_of("v_cond", v_cond),
-         rows_of("v_uncond", v_uncond), rows, columns, scale, dt, threads);
+    call(&cfg_euler_at, pointer<void>(out), dtype_of(dtype),
+         {rows_of("x", x), rows_of("v_cond", v_cond), rows_of("v_uncond", v_uncond)}, rows, columns,
+         pointer<const float>(scale), pointer<const float>(dt), threads);
 }
 
 using PatchShape = std::array<std::int64_t, 4>;  // grid, batch, channels, patch
@@ -257,20 +290,46 @@ msdd_fast::PatchRows patch_rows_of(const char* name, const Tensor& x, const Patc
     return {pointer<const void>(x.address), dtype_of(x.dtype), x.strides[0], x.strides[1]};
 }
 
+// x, v and v_uncond of the end of a stage, with dt and, where there is guidance, its scale.
+struct EndOfStage {
+    msdd_fast::PatchRows x, v, v_uncond;
+    msdd_fast::PatchShape grid;
+    Scalar dt, scale;
+
+    msdd_fast::EulerScalars euler() const { return {value(dt), value(scale)}; }
+};
+
+EndOfStage end_of_stage(const Tensor& x, const Tensor& v, const Tensor& v_uncond, const PatchShape& shape, Address dt,
+                        Address scale) {
+    return {patch_rows_of("x", x, shape),
+            patch_rows_of("v", v, shape),
+            patch_rows_of("v_uncond", v_uncond, shape),
+            {shape[0], shape[1], shape[2], shape[3]},
+            scalar("dt", dt),
+            pointer<const float>(scale)};
+}
+
+void stage_transition_at(void* out, const EndOfStage& end, const std::int64_t* seeds, RenoiseAt scalars, int threads) {
+    msdd_fast::stage_transition(out, end.x, end.v, end.v_uncond, end.grid, end.euler(), seeds, scalars.values(),
+                                threads);
+}
+
 void stage_transition(Address out, const Tensor& x, const Tensor& v, const Tensor& v_uncond, const PatchShape& shape,
-                      float dt, float scale, const Seeds& seeds, float alpha, float beta, std::int64_t stage,
+                      Address dt, Address scale, const Seeds& seeds, Address alpha, Address beta, std::int64_t stage,
                       double correlation, int threads) {
-    call(&msdd_fast::stage_transition, pointer<void>(out), patch_rows_of("x", x, shape), patch_rows_of("v", v, shape),
-         patch_rows_of("v_uncond", v_uncond, shape), {shape[0], shape[1], shape[2], shape[3]}, {dt, scale},
-         seeds_of(seeds, shape[1]), {alpha, beta, stage, correlation}, threads);
+    call(&stage_transition_at, pointer<void>(out), end_of_stage(x, v, v_uncond, shape, dt, scale),
+         seeds_of(seeds, shape[1]), {scalar("alpha", alpha), scalar("beta", beta), stage, correlation}, threads);
+}
+
+void final_step_at(void* out, msdd_fast::PixelType type, bool channels_last, const EndOfStage& end, int threads) {
+    msdd_fast::final_step(out, type, channels_last, end.x, end.v, end.v_uncond, end.grid, end.euler(), threads);
 }
 
 void final_step(Address out, int type, bool channels_last, const Tensor& x, const Tensor& v, const Tensor& v_uncond,
-                const PatchShape& shape, float dt, float scale, int threads) {
+                const PatchShape& shape, Address dt, Address scale, int threads) {
     expect(type >= 0 && type <= 3, "type must be 0 to 3, got " + std::to_string(type));
-    call(&msdd_fast::final_step, pointer<void>(out), static_cast<msdd_fast::PixelType>(type), channels_last,
-         patch_rows_of("x", x, shape), patch_rows_of("v", v, shape), patch_rows_of("v_uncond", v_uncond, shape),
-         {shape[0], shape[1], shape[2], shape[3]}, {dt, scale}, threads);
+    call(&final_step_at, pointer<void>(out), static_cast<msdd_fast::PixelType>(type), channels_last,
+         end_of_stage(x, v, v_uncond, shape, dt, scale), threads);
 }
 
 void norm_modulate(Address h, Address x_new, const Tensor& x, const Tensor& y, const Tensor& gate, const Tensor& shift,

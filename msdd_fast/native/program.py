@@ -163,9 +163,7 @@ class _Recording(TorchFunctionMode):
             return handler(*args, **kwargs)
         result = func(*args, **kwargs)
         made = [result] if isinstance(result, Tensor) else result if isinstance(result, (tuple, list)) else ()
-        storages = {
-            t.untyped_storage()._cdata for t in itertools.chain(args, kwargs.values()) if isinstance(t, Tensor)
-        }
+        storages = {t.untyped_storage()._cdata for t in itertools.chain(args, kwargs.values()) if isinstance(t, Tensor)}
         for t in made:
             if isinstance(t, Tensor) and t.untyped_storage()._cdata not in storages:
                 name = getattr(func, "__name__", str(func))
@@ -178,7 +176,9 @@ class _Recording(TorchFunctionMode):
         shape = sizes[0] if len(sizes) == 1 and not isinstance(sizes[0], int) else sizes
         return self.arena.empty(shape, dtype or torch.get_default_dtype(), memory_format or torch.contiguous_format)
 
-    def _empty_like(self, x: Tensor, *, dtype: Any = None, memory_format: Any = torch.preserve_format, **_: Any) -> Tensor:
+    def _empty_like(
+        self, x: Tensor, *, dtype: Any = None, memory_format: Any = torch.preserve_format, **_: Any
+    ) -> Tensor:
         if memory_format == torch.preserve_format:
             last = x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
             memory_format = torch.channels_last if last else torch.contiguous_format

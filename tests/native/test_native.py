@@ -76,7 +76,7 @@ def test_an_image_does_not_depend_on_batch_or_threads():
         out = torch.empty_like(whole)
         backends.load_extension().renoise_upsample(
             *(out.data_ptr(), operand(x), False, (SEEDS.data_ptr(), len(SEEDS))),
-            **dict(alpha=0.0, beta=1.0, stage=2, correlation=-1 / 3, threads=threads),
+            **dict(alpha=ZERO.data_ptr(), beta=ONE.data_ptr(), stage=2, correlation=-1 / 3, threads=threads),
         )
         assert torch.equal(whole, out)
 
