@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from msdd_fast.backends import load_extension
 from msdd_fast.errors import MsddFastError
-from msdd_fast.native._call import view
+from msdd_fast.native._call import operand
 
 T = TypeVar("T")
 CHUNK = 1 << 22
@@ -42,7 +42,9 @@ class Arena:
         self._free: list[tuple[int, int]] = []  # (address, bytes), sorted, neighbours joined
         self._blocks: dict[int, weakref.ref[Any]] = {}
 
-    def empty(self, shape: Sequence[int], dtype: torch.dtype, order: torch.memory_format) -> Tensor:
+    def empty(
+        self, shape: Sequence[int], dtype: torch.dtype, order: torch.memory_format = torch.contiguous_format
+    ) -> Tensor:
         """An uninitialised tensor; its memory is free again once its storage is gone."""
         count = torch.Size(shape).numel()
         if count == 0:
@@ -97,7 +99,7 @@ class Recorded:
 
     def replay(self) -> None:
         """Run all calls; releases the GIL."""
-        self._program.replay(threads())
+        self._program.replay(torch.get_num_threads())
 
     def __len__(self) -> int:
         return len(self._program)
@@ -125,7 +127,7 @@ def _recording(program: Any) -> Iterator[None]:
 
 
 def _copy(out: Tensor, x: Tensor | None) -> Tensor:
-    load_extension().copy(view(out), None if x is None else view(x), threads())
+    load_extension().copy(operand(out), None if x is None else operand(x), torch.get_num_threads())
     return out
 
 
@@ -141,6 +143,7 @@ class _Recording(TorchFunctionMode):
             torch.empty: self._empty,
             torch.empty_like: self._empty_like,
             Tensor.new_empty: self._new_empty,
+            Tensor.new_empty_strided: self._new_empty_strided,
             Tensor.copy_: lambda out, x, non_blocking=False: _copy(out, x),
             Tensor.zero_: lambda out: _copy(out, None),
             Tensor.contiguous: self._contiguous,
@@ -186,6 +189,14 @@ class _Recording(TorchFunctionMode):
 
     def _new_empty(self, x: Tensor, *sizes: Any, dtype: Any = None, **_: Any) -> Tensor:
         return self._empty(*sizes, dtype=dtype or x.dtype)
+
+    def _new_empty_strided(
+        self, x: Tensor, size: Sequence[int], stride: Sequence[int], *, dtype: Any = None, **_: Any
+    ) -> Tensor:
+        """Dense, in any order of the dimensions."""
+        order = sorted(range(len(size)), key=lambda d: (-stride[d], d))
+        dense = self.arena.empty([size[d] for d in order], dtype or x.dtype)
+        return dense.permute([order.index(d) for d in range(len(size))])
 
     # --- Copies. ---
 

@@ -154,7 +154,7 @@ def test_bad_renoise_arguments_are_refused():
 
 def test_the_extension_itself_refuses_what_it_cannot_do():
     """Before it touches memory: the null addresses here would crash otherwise."""
-    extension, none = backends.load_extension(), (0, 0, 0, 0)
+    extension, none, ones = backends.load_extension(), (0, 0, 0, 0), (ONE.data_ptr(), ONE.data_ptr())
     with pytest.raises(ValueError, match=r"even.*3x4"):
         extension.start_noise(0, 0, (0, 1), 1, 1, 3, 4)
     with pytest.raises(ValueError, match="negative"):
@@ -166,13 +166,13 @@ def test_the_extension_itself_refuses_what_it_cannot_do():
     with pytest.raises(ValueError, match=r"dtype must be 0 .* got 3"):
         extension.start_noise(0, 3, (0, 1), 1, 1, 4, 4)
     with pytest.raises(ValueError, match="stage"):
-        extension.renoise_upsample(0, (16, 0, (1, 1, 4, 4), (16, 16, 4, 1)), False, (0, 1), 1.0, 1.0, 2**32, 0.0)
+        extension.renoise_upsample(0, (16, 0, (1, 1, 4, 4), (16, 16, 4, 1)), False, (0, 1), *ones, 2**32, 0.0)
     with pytest.raises(ValueError, match="x is missing"):
-        extension.renoise_upsample(0, (0, 0, (1, 1, 4, 4), (16, 16, 4, 1)), False, (0, 1), 1.0, 1.0, 1, 0.0)
+        extension.renoise_upsample(0, (0, 0, (1, 1, 4, 4), (16, 16, 4, 1)), False, (0, 1), *ones, 1, 0.0)
     with pytest.raises(ValueError, match="v_cond is missing"):
-        extension.cfg_euler(0, 0, none, none, none, 1, 1, 1.0, 1.0)
+        extension.cfg_euler(0, 0, none, none, none, 1, 1, *ones)
     with pytest.raises(ValueError, match="negative"):
-        extension.cfg_euler(0, 0, none, none, none, -1, 1, 1.0, 1.0)
+        extension.cfg_euler(0, 0, none, none, none, -1, 1, *ones)
 
 
 def tensor(*shape, strides=None, dtype=0):
