@@ -153,7 +153,7 @@ class _Recording(TorchFunctionMode):
             Tensor.to: self._to,
             Tensor.float: lambda x: self._to(x, torch.float32),
             Tensor.clone: lambda x, memory_format=torch.preserve_format: self._dense(x),
-            Tensor.__setitem__: lambda out, index, x: _copy(out[index], x) and None,
+            Tensor.__setitem__: lambda out, index, x: _copy(out[index], x),
             torch.cat: self._cat,
         }
 
