@@ -113,7 +113,7 @@ class MosaicProgram:
 def load_mosaic(source: Any, cell: int = 4) -> Released:
     name, state = read_released(source)
     return Released(
-        MosaicConfig(cell=cell), {f"{part}.gain": state["colour"] for part in ("encoder", "decoder")}, [], name
+        MosaicConfig(cell=cell), {f"{part}.gain": state["colour"].clone() for part in ("encoder", "decoder")}, [], name
     )
 
 
@@ -259,7 +259,7 @@ def test_a_family_needs_a_name_and_presets_of_its_own(mosaic):
 
 @pytest.fixture
 def reversed_backend(monkeypatch):
-    """A backend of one op, registered for the time of a test; returns the calls that it got."""
+    """A backend of one op, registered for the time of a test; gives the shapes that it was called with."""
     calls: list[tuple[int, ...]] = []
 
     def euler_step(x: Tensor, v: Tensor, dt: Tensor) -> Tensor:
@@ -269,7 +269,7 @@ def reversed_backend(monkeypatch):
     monkeypatch.setattr("msdd_fast.backends.choice._backends", dict(registered_backends))
     monkeypatch.setattr(EULER_STEP, "implementations", dict(EULER_STEP.implementations))
     backend = register_backend("reversed", lambda x: (x.device.type == "cpu", "works on CPU tensors"))
-    EULER_STEP.register("reversed", euler_step, lambda x, *_: backend.can_use(x), differentiable=True)
+    EULER_STEP.register(backend, euler_step, differentiable=True)
     return calls
 
 
