@@ -47,9 +47,9 @@ def engine_stages(engine: FastDecoder, z: Tensor, stage_done: StageTimer) -> Ten
             stage_done()
         return images
     with torch.no_grad():
-        inputs, guided = engine._inputs(z, 0, None), engine._is_guided(None)
+        inputs = engine.inputs(z)
         program: Any = engine.program
-        stages = program.stages(inputs, guided)
+        stages = program.stages(inputs, engine.request(z))
         for _ in range(engine.config.schedule.num_stages - 1):
             next(stages)
             stage_done()

@@ -4,10 +4,10 @@ import torch
 
 from msdd_fast import ops
 from msdd_fast.bench.ops.suite import PATCH, Case, Measure
-from msdd_fast.diffusion.patch_rows import unpatchify
+from msdd_fast.diffusion.patch_rows import unpatchify_rows
 
 DT = -0.25
-BASELINES = {"plain": lambda x, v, dt, patch_size, dtype: unpatchify(torch.add(x, v, alpha=DT), patch_size)}
+BASELINES = {"plain": lambda x, v, dt, patch_size, dtype: unpatchify_rows(torch.add(x, v, alpha=DT), patch_size)}
 
 
 def test_final_step(case: Case, measure: Measure) -> None:

@@ -13,13 +13,13 @@ from torch import Tensor
 from msdd_fast import ops
 from msdd_fast.bench.ops.suite import PATCH, Case, Measure
 from msdd_fast.bench.timing.harness import same_moments
-from msdd_fast.diffusion.patch_rows import patchify, unpatchify
+from msdd_fast.diffusion.patch_rows import patchify, unpatchify_rows
 
 DT, ALPHA, BETA, STAGE, CORRELATION = -0.25, 0.6, 0.7, 1, -1.0 / 3.0
 
 
 def plain(x: Tensor, v: Tensor, *_: Any) -> Tensor:
-    end = unpatchify(torch.add(x, v, alpha=DT), PATCH)
+    end = unpatchify_rows(torch.add(x, v, alpha=DT), PATCH)
     up = F.interpolate(end, scale_factor=2.0, mode="nearest")
     eps = torch.randn_like(up)
     mean = F.interpolate(F.avg_pool2d(eps, 2), scale_factor=2.0, mode="nearest")

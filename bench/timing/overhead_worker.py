@@ -4,8 +4,8 @@
     ops                            names of the ops that run here
     time OP                        {"op": ns, "bound": ns, "C": ns or null}, each the median of LOOPS loops
 
-"op" is ``ops.<op>(...)``, "bound" the same op as an engine calls it (``engine.bound_ops.bind``), "C" the function of
-``msdd_fast._C`` alone, called with the arguments that it got from the op.
+"op" is ``ops.<op>(..., backend="cpu")``, "bound" the same op as an engine calls it (``engine.bound_ops.bind``), "C" the
+function of ``msdd_fast._C`` alone, called with the arguments that it got from the op.
 
 It runs over older revisions too, so it imports nothing of msdd_fast.bench.
 """
@@ -66,9 +66,12 @@ def calls_of(name: str, arguments: tuple[Any, ...]) -> dict[str, Callable[[], An
     from msdd_fast import ops
     from msdd_fast.engine.bound_ops import bind
 
-    op, bound = getattr(ops, name), getattr(bind("auto"), name)
-    bare = bare_call(lambda: op(*arguments, backend=BACKEND))
-    return {"op": lambda: op(*arguments), "bound": lambda: bound(*arguments), "C": bare}
+    op, bound = getattr(ops, name), getattr(bind(BACKEND), name)
+
+    def call() -> Any:
+        return op(*arguments, backend=BACKEND)
+
+    return {"op": call, "bound": lambda: bound(*arguments), "C": bare_call(call)}
 
 
 def bare_call(call: Callable[[], Any]) -> Callable[[], Any] | None:

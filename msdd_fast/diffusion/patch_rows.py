@@ -19,7 +19,7 @@ def patchify(image: Tensor, patch_size: int) -> Tensor:
     return x.permute(2, 4, 0, 1, 3, 5).reshape(height // p * (width // p), batch, channels * p * p)
 
 
-def unpatchify(rows: Tensor, patch_size: int) -> Tensor:
+def unpatchify_rows(rows: Tensor, patch_size: int) -> Tensor:
     """(N, B, C*p*p), N a square number -> contiguous (B, C, H, H)."""
     count, batch, features = rows.shape
     p, grid = patch_size, math.isqrt(count)

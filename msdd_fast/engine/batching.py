@@ -1,4 +1,4 @@
-"""Any batch size from the ones that there is a graph for."""
+"""Split a batch into the sizes that have a captured graph, or evenly."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class Chunk(NamedTuple):
     images: int
 
 
-def plan(count: int, cost: Mapping[int, float]) -> list[Chunk]:
-    """The cheapest way to run ``count`` images with batches of the sizes in ``cost`` (seconds, or any one unit).
+def split_by_cost(count: int, cost: Mapping[int, float]) -> list[Chunk]:
+    """The cheapest way to run ``count`` images in batches of the sizes in ``cost``, which maps them to seconds.
 
     Largest first, so that only the last chunk is padded.
     """
@@ -35,8 +35,8 @@ def plan(count: int, cost: Mapping[int, float]) -> list[Chunk]:
     return chunks
 
 
-def even(count: int, largest: int) -> list[Chunk]:
-    """Without graphs every size will do: as few chunks as possible, as even as possible."""
+def split_evenly(count: int, largest: int) -> list[Chunk]:
+    """Without graphs any size will do: as few chunks of at most ``largest`` as possible, as even as possible."""
     parts = -(-count // largest)
     bounds = [count * i // parts for i in range(parts + 1)] if parts else []
     return [Chunk(b - a, b - a) for a, b in itertools.pairwise(bounds)]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import threading
 import time
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,10 +13,9 @@ from torch import Tensor
 
 from msdd_fast.diffusion.checks import check_finite, check_guidance, check_latents, check_noise, check_sampling
 from msdd_fast.diffusion.noise import resolve_seeds
-from msdd_fast.engine import graphs as cuda_graphs
-from msdd_fast.engine.batching import Chunk, assumed_cost, even, plan
 from msdd_fast.engine.bound_ops import bind
 from msdd_fast.engine.compute import compute_dtype
+from msdd_fast.engine.graph_cache import GraphCache, use_graphs
 from msdd_fast.engine.memory import fit
 from msdd_fast.engine.prefetch import prefetch
 from msdd_fast.engine.report import Accuracy, Report, describe
@@ -30,9 +29,9 @@ from msdd_fast.engine.tier import (
     plain_images,
     require,
 )
-from msdd_fast.errors import BackendUnavailableError, InputError
+from msdd_fast.errors import InputError
 from msdd_fast.families import family_of
-from msdd_fast.layers.request import Inputs, StageImages
+from msdd_fast.layers.request import Inputs, Request, StageImages
 from msdd_fast.tokenizer import Tokenizer
 
 OUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
@@ -83,23 +82,35 @@ def accelerate(
     """
     _one_of("tier", tier, TIERS)
     check_limit(max_psnr_loss)
-    options: dict[str, Any] = dict(dtype=dtype, backend=backend, steps=steps, cfg_scale=cfg_scale, validate=validate)
-    final = {**options, "batch_sizes": batch_sizes, "graphs": graphs, "max_memory": max_memory}
+    options = Options(dtype, backend, steps, cfg_scale, batch_sizes, graphs, max_memory, validate)
     if tier == "exact":
         if calibration is not None:
             raise InputError("calibration is for tier='fast', got it with tier='exact'")
-        return FastDecoder(tokenizer, tier=EXACT, **final)
+        return FastDecoder(tokenizer, EXACT, options)
     device = next(tokenizer.parameters()).device
     fast = fast_tier(tokenizer, device, compute_dtype(dtype, device)[0], bind(backend))
     z, source = calibration_latents(tokenizer, calibration)
     # The exact engine is gone before the fast one is made: never both sets of weights.
-    exact = plain_images(
-        FastDecoder(tokenizer, tier=EXACT, batch_sizes=None, graphs=False, max_memory=None, **options), z
-    )
-    engine = FastDecoder(tokenizer, tier=fast, **final)
+    plain = replace(options, batch_sizes=None, graphs=False, max_memory=None)
+    exact = plain_images(FastDecoder(tokenizer, EXACT, plain), z)
+    engine = FastDecoder(tokenizer, fast, options)
     engine.accuracy = measure(plain_images(engine, z), exact, source)
     require(engine.accuracy, max_psnr_loss)
     return engine
+
+
+@dataclass(frozen=True)
+class Options:
+    """What ``accelerate`` was asked for, but for the tier; see there."""
+
+    dtype: torch.dtype
+    backend: str
+    steps: int | None
+    cfg_scale: float | None
+    batch_sizes: Sequence[int] | None
+    graphs: str | bool
+    max_memory: int | None
+    validate: bool
 
 
 class FastDecoder:
@@ -108,47 +119,41 @@ class FastDecoder:
     Calls from several threads are safe; those that replay a graph run one after the other.
     """
 
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        *,
-        dtype: torch.dtype,
-        tier: Tier,
-        backend: str,
-        steps: int | None,
-        cfg_scale: float | None,
-        batch_sizes: Sequence[int] | None,
-        graphs: str | bool,
-        max_memory: int | None,
-        validate: bool,
-    ) -> None:
-        self.config, self.validate = tokenizer.config, validate
+    def __init__(self, tokenizer: Tokenizer, tier: Tier, options: Options) -> None:
+        self.config, self.validate = tokenizer.config, options.validate
         self.family = family_of(self.config)
         sampling = self.config.sampling
         self.tokenizer = weakref.ref(tokenizer)  # for the report; the engine keeps no second copy of the model alive
-        self.steps = sampling.steps if steps is None else steps
-        self.cfg_scale = float(sampling.cfg_scale if cfg_scale is None else cfg_scale)
+        self.steps = sampling.steps if options.steps is None else options.steps
+        self.cfg_scale = float(sampling.cfg_scale if options.cfg_scale is None else options.cfg_scale)
         check_sampling(self.steps, self.cfg_scale)
         check_guidance(self.config, self.cfg_scale)
         self.tier, self.tier_description = tier.name, tier.description
         self.accuracy: Accuracy | None = None
         self.device = next(tokenizer.parameters()).device
-        self.dtype, self.dtype_reason = compute_dtype(dtype, self.device)
-        self.graphs, self.graphs_reason = _use_graphs(graphs, self.device)
-        self._graphs_required = graphs is True
-        sizes = _check_sizes(batch_sizes, self.device)
-        tables = self.family.tables(tokenizer.decoder, tokenizer.schedule, self.steps, self.device)
-        self.program = self.family.program(
-            tokenizer.decoder, tokenizer.schedule, tables, self.dtype, self.device, bind(backend), tier.make
-        )
+        self.dtype, self.dtype_reason = compute_dtype(options.dtype, self.device)
+        use_graphs(options.graphs, self.device)  # for its errors, before the work
+        sizes = _check_sizes(options.batch_sizes, self.device)
+        decoder, schedule = tokenizer.decoder, tokenizer.schedule
+        tables = self.family.tables(decoder, schedule, self.steps, self.device)
+        ops = bind(options.backend)
+        self.program = self.family.program(decoder, schedule, tables, self.dtype, self.device, ops, tier.make)
         self.memory = {"weights": self.program.network.w.memory(), "tables": self.family.tables_memory(tables)}
-        per_image = self.family.activation_bytes(self.dtype.itemsize, self._is_guided(None), tier is not EXACT)
-        self.batch_sizes, self.notes = fit(sizes, max_memory, sum(self.memory.values()), per_image)
+        per_image = self.family.activation_bytes(self.dtype.itemsize, self.cfg_scale != 1.0, tier is not EXACT)
+        self.batch_sizes, self.notes = fit(sizes, options.max_memory, sum(self.memory.values()), per_image)
         self.memory[f"activations of batch {max(self.batch_sizes)} (bound)"] = per_image * max(self.batch_sizes)
-        self._cost = assumed_cost(self.batch_sizes)
-        self._lock, self._stream_lock = threading.Lock(), threading.Lock()
-        self._recorder: cuda_graphs.Recorder | None = None
-        self._recordings: dict[Any, cuda_graphs.Recording[Any]] = {}
+        stages = self.config.schedule.num_stages
+        self.cache = GraphCache(self.program, self.device, options.graphs, self.batch_sizes, self._example, stages)
+
+    @property
+    def graphs(self) -> bool:
+        """Whether decodes are replayed from CUDA graphs."""
+        return self.cache.enabled
+
+    @property
+    def graphs_reason(self) -> str:
+        """Why there are graphs, or none."""
+        return self.cache.reason
 
     def warmup(self) -> None:
         """Run, and capture, every batch size once; with graphs, measure what each costs, to split other sizes by.
@@ -159,7 +164,7 @@ class FastDecoder:
             z = torch.zeros(size, *self.family.example, device=self.device)
             self.decode(z)
             if self.graphs:
-                self._cost[size] = sorted(self._seconds(z) for _ in range(5))[2]
+                self.cache.set_cost(size, sorted(self._seconds(z) for _ in range(5))[2])
 
     def decode(
         self,
@@ -185,8 +190,7 @@ class FastDecoder:
 
         Returns (B, 3, H, W). Raises InputError for anything else, and for NaN or Inf in z if ``validate`` is set.
         """
-        inputs, guided = self._inputs(z, seed, cfg_scale), self._is_guided(cfg_scale)
-        _one_of("out_dtype", out_dtype, OUT_DTYPES)
+        inputs, request = self.inputs(z, seed, cfg_scale), self.request(z, cfg_scale, out_dtype)
         batch, shapes = len(z), self.config.stage_shapes(z.shape)
         shape = (batch, *shapes[-1])
         if out is not None:
@@ -194,37 +198,29 @@ class FastDecoder:
         if noise is not None:
             check_noise(noise, batch, shapes)
             noise = [n.to(self.device) for n in noise]
-        chunks = self._chunks(batch, noise is None)
-        if len(chunks) == 1 and out is None and (not copy or not self._is_graphed(noise)):
-            return self._decode_chunk(chunks[0], inputs, guided, out_dtype, noise, None)
+        graphed = self.graphs and noise is None
+        chunks = self.cache.chunks(batch, graphed)
+        if len(chunks) == 1 and out is None and not (copy and graphed):
+            return self._decode_chunk(inputs, request.with_batch(chunks[0].size), noise, None)
         if out is None:
             out = torch.empty(shape, dtype=out_dtype, device=self.device)
         begin = 0
         for chunk in chunks:
             part = slice(begin, begin + chunk.images)
-            mine = Inputs(inputs.z[part], inputs.seeds[part], inputs.scale)
-            self._decode_chunk(chunk, mine, guided, out_dtype, noise and [n[part] for n in noise], out[part])
+            mine = noise and [n[part] for n in noise]
+            self._decode_chunk(inputs.part(part), request.with_batch(chunk.size), mine, out[part])
             begin += chunk.images
         return out
 
     @torch.no_grad()
     def _decode_chunk(
-        self,
-        chunk: Chunk,
-        inputs: Inputs,
-        guided: bool,
-        out_dtype: torch.dtype,
-        noise: Sequence[Tensor] | None,
-        out: Tensor | None,
+        self, inputs: Inputs, request: Request, noise: Sequence[Tensor] | None, out: Tensor | None
     ) -> Tensor:
         """Images of one chunk, written to ``out`` if it is given."""
-        if self._is_graphed(noise):
-            with self._lock:
-                recording = self._recording((chunk.size, *inputs.z.shape[1:]), guided, out_dtype)
-                if recording is not None:
-                    keep = (lambda x: x[: chunk.images]) if out is None else (lambda x: out.copy_(x[: chunk.images]))
-                    return next(recording(inputs, keep))
-        images = self.program.decode(inputs, guided, out_dtype, noise)
+        graph = self.cache.get(request) if noise is None else None
+        if graph is not None:
+            return graph.replay(inputs, out)
+        images = self.program.decode(inputs, request, noise)
         return images if out is None else out.copy_(images)
 
     def stream(
@@ -240,22 +236,13 @@ class FastDecoder:
         Arguments as of ``decode``. On a GPU one graph per stage for the batch sizes of the engine; other sizes, and a
         second stream at the same time, run without graphs.
         """
-        inputs, guided = self._inputs(z, seed, cfg_scale), self._is_guided(cfg_scale)
-        _one_of("out_dtype", out_dtype, OUT_DTYPES)
-        return self._stream(inputs, guided, out_dtype)
+        inputs = self.inputs(z, seed, cfg_scale)
+        return self._stream(inputs, self.request(z, cfg_scale, out_dtype, streaming=True))
 
-    def _stream(self, inputs: Inputs, guided: bool, out_dtype: torch.dtype) -> Iterator[StageImages]:
-        batch = len(inputs.z)
-        if self.graphs and batch in self.batch_sizes and self._stream_lock.acquire(blocking=False):
-            try:
-                with torch.no_grad(), self._lock:
-                    recording = self._recording(tuple(inputs.z.shape), guided, out_dtype, streaming=True)
-                if recording is not None:
-                    yield from recording(inputs, _clone)
-                    return
-            finally:
-                self._stream_lock.release()
-        pieces = self.program.stream(inputs, guided, out_dtype)
+    def _stream(self, inputs: Inputs, request: Request) -> Iterator[StageImages]:
+        graphs = self.cache.get_stages(request) if len(inputs.z) in self.batch_sizes else None
+        claimed = graphs is not None and graphs.claim()
+        pieces = graphs.replay(inputs) if graphs is not None and claimed else self.program.stream(inputs, request)
         while True:
             with torch.no_grad():  # not held across a yield: it would leak into the caller's code
                 piece = next(pieces, None)
@@ -290,70 +277,41 @@ class FastDecoder:
 
     def graph_memory(self) -> dict[str, int]:
         """Bytes that the graphs of ``decode`` hold; empty before the first capture."""
-        return {} if self._recorder is None else {"graphs": self._recorder.memory()}
+        return self.cache.memory()
 
-    # --- Below: private. ---
+    # --- For those who run the program themselves: reports, tiers, benchmarks. ---
 
-    def _inputs(self, z: Tensor, seed: int | Sequence[int] | Tensor, cfg_scale: float | None) -> Inputs:
+    def inputs(self, z: Tensor, seed: int | Sequence[int] | Tensor = 0, cfg_scale: float | None = None) -> Inputs:
+        """What the program takes for arguments of ``decode``, checked and on the device."""
         check_latents(z, *self.config.latent_shape)
-        if cfg_scale is not None:
-            check_sampling(self.steps, cfg_scale)
-            check_guidance(self.config, cfg_scale)
+        scale = self.cfg_scale if cfg_scale is None else cfg_scale
+        check_sampling(self.steps, scale)
+        check_guidance(self.config, scale)
         if self.validate:
             check_finite("z", z)
-        scale = torch.tensor(self.cfg_scale if cfg_scale is None else float(cfg_scale), dtype=torch.float32)
         return Inputs(
             z.detach().to(self.device, self.dtype, non_blocking=True),
             resolve_seeds(seed, len(z)).to(self.device, non_blocking=True),
-            scale.to(self.device, non_blocking=True),
+            torch.tensor(float(scale), dtype=torch.float32).to(self.device, non_blocking=True),
         )
 
-    def _is_guided(self, cfg_scale: float | None) -> bool:
-        return (self.cfg_scale if cfg_scale is None else cfg_scale) != 1.0
+    def request(
+        self,
+        z: Tensor,
+        cfg_scale: float | None = None,
+        out_dtype: torch.dtype = torch.float32,
+        *,
+        streaming: bool = False,
+    ) -> Request:
+        """What arguments of ``decode``, or of ``stream``, ask of the program. Raises InputError for the dtype."""
+        _one_of("out_dtype", out_dtype, OUT_DTYPES)
+        guided = (self.cfg_scale if cfg_scale is None else cfg_scale) != 1.0
+        return Request(tuple(z.shape), guided, out_dtype, streaming)
 
-    def _is_graphed(self, noise: Sequence[Tensor] | None) -> bool:
-        return self.graphs and noise is None
+    # --- Private. ---
 
-    def _chunks(self, batch: int, may_graph: bool) -> list[Chunk]:
-        if self.graphs and may_graph:
-            return plan(batch, self._cost)
-        return even(batch, max(self.batch_sizes))
-
-    def _recording(
-        self, shape: tuple[int, ...], guided: bool, out_dtype: torch.dtype, streaming: bool = False
-    ) -> cuda_graphs.Recording[Any] | None:
-        """The graph for latents of one shape, captured when first asked for; None once a capture has failed."""
-        key = (shape, guided, out_dtype, streaming)
-        if key in self._recordings:
-            return self._recordings[key]
-        if not self.graphs:
-            return None
-        example = self._inputs(torch.zeros(shape), 0, None)
-        try:
-            recording: cuda_graphs.Recording[Any]
-            if streaming:  # a pool of its own: its stages may interleave with decodes
-                recording = cuda_graphs.Recording(
-                    cuda_graphs.Recorder(self.device),
-                    example,
-                    lambda i: self.program.stream(i, guided, out_dtype),
-                    self.config.schedule.num_stages,
-                )
-            else:
-                self._recorder = self._recorder or cuda_graphs.Recorder(self.device)
-                recording = cuda_graphs.Recording(
-                    self._recorder, example, lambda i: iter((self.program.decode(i, guided, out_dtype),)), 1
-                )
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            reason = f"the capture of batch {shape[0]} failed: {error}"
-            if self._graphs_required:
-                raise BackendUnavailableError(f"graphs=True, but {reason}") from error
-            self.graphs, self.graphs_reason = False, reason
-            self._recordings.clear()
-            return None
-        self._recordings[key] = recording
-        return recording
+    def _example(self, request: Request) -> Inputs:
+        return self.inputs(torch.zeros(request.shape))
 
     def _seconds(self, z: Tensor) -> float:
         torch.cuda.synchronize(self.device)
@@ -363,24 +321,10 @@ class FastDecoder:
         return time.perf_counter() - begin
 
 
-def _clone(images: StageImages) -> StageImages:
-    return StageImages(images.stage, images.images.clone(), images.state.clone())
-
-
 def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> Any:
     if value not in allowed:
         raise InputError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}")
     return value
-
-
-def _use_graphs(graphs: str | bool, device: torch.device) -> tuple[bool, str]:
-    if graphs not in ("auto", True, False):
-        raise InputError(f"graphs must be 'auto', True or False, got {graphs!r}")
-    if device.type == "cuda":
-        return bool(graphs), "one per batch size" if graphs else "not wanted (graphs=False)"
-    if graphs is True:
-        raise BackendUnavailableError(f"graphs=True needs a CUDA device, but the tokenizer is on {device}")
-    return False, "only on a GPU"
 
 
 def _check_sizes(sizes: Sequence[int] | None, device: torch.device) -> tuple[int, ...]:

@@ -9,10 +9,10 @@ import torch
 from msdd_fast.diffusion.checks import check_guidance, check_sampling
 from msdd_fast.engine.bound_ops import bind
 from msdd_fast.engine.compute import compute_dtype
-from msdd_fast.engine.report import Choices, OpChoice, format_choices
+from msdd_fast.engine.report import ChoiceRecorder, OpChoice, format_choices
 from msdd_fast.families import family_of
 from msdd_fast.layers.linear.dense import DenseLinear
-from msdd_fast.layers.request import Inputs
+from msdd_fast.layers.request import Inputs, Request
 from msdd_fast.ops._registry import observe
 from msdd_fast.tokenizer import Tokenizer
 
@@ -52,7 +52,7 @@ def explain(
     check_guidance(config, cfg_scale)
     chosen, reason = compute_dtype(dtype, device)
     tables = family.tables(tokenizer.decoder, tokenizer.schedule, steps, device)
-    choices = Choices()
+    choices = ChoiceRecorder()
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), observe(choices):
         program = family.program(
             tokenizer.decoder, tokenizer.schedule, tables, chosen, device, bind(backend), DenseLinear
@@ -62,5 +62,5 @@ def explain(
             torch.zeros(batch_size, dtype=torch.int64, device=device),
             torch.zeros((), device=device),
         )
-        program.decode(inputs, cfg_scale != 1.0, torch.float32)
+        program.decode(inputs, Request(tuple(inputs.z.shape), cfg_scale != 1.0, torch.float32))
     return Explanation(f"{str(chosen).removeprefix('torch.')} ({reason})", choices.result())

@@ -1,29 +1,27 @@
-"""CUDA graphs: record a decode of one batch size once, replay it with new inputs.
+"""CUDA graphs: record a decode once, replay it with new inputs.
 
-A recording reads and writes fixed memory. Its inputs are buffers of its own, filled before each replay; its results
-are overwritten by the next replay.
+A graph reads and writes fixed memory. Its inputs are buffers that are filled before each replay; its results are
+overwritten by the next replay.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
-from msdd_fast.layers.request import Inputs
+from msdd_fast.layers.request import Inputs, StageImages
 
 T = TypeVar("T")
-R = TypeVar("R")
 WARM_UP_RUNS = 3
 
 
 class Recorder:
-    """Records pieces of work of one device as graphs that share one memory pool.
-
-    Graphs of one pool must not run at the same time; FastDecoder's lock sees to it.
-    """
+    """Records work on one device as graphs that share one memory pool, so only one of them may run at a time."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -32,7 +30,7 @@ class Recorder:
 
     @contextmanager
     def stream(self) -> Iterator[None]:
-        """What is inside runs after all that the caller's stream has been given, and before what it gets next."""
+        """Run the block after everything the caller's stream has been given, and before what it gets next."""
         caller = torch.cuda.current_stream(self.device)
         self._stream.wait_stream(caller)
         with torch.cuda.stream(self._stream):
@@ -40,14 +38,14 @@ class Recorder:
         caller.wait_stream(self._stream)
 
     def warm_up(self, run: Callable[[], Any]) -> None:
-        """Loads kernels and libraries, which a capture must not do."""
+        """Load kernels and libraries, which a capture must not do."""
         with self.stream():
             for _ in range(WARM_UP_RUNS):
                 run()
         torch.cuda.synchronize(self.device)
 
     def record(self, run: Callable[[], T]) -> tuple[Callable[[], None], T]:
-        """(replay, result of ``run``), the latter in memory that every replay fills anew."""
+        """(replay, result of ``run``), the latter in memory that every replay overwrites."""
         graph = torch.cuda.CUDAGraph()
         # Thread-local: other threads may go on using the device.
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
@@ -60,31 +58,66 @@ class Recorder:
         return sum(s["total_size"] for s in segments if s.get("segment_pool_id") == self._pool)
 
 
-class Recording(Generic[T]):
-    """The first ``count`` results of a generator, one graph each, over static inputs."""
+class Graph:
+    """A whole decode of one batch size."""
 
-    def __init__(self, recorder: Recorder, inputs: Inputs, pieces: Callable[[Inputs], Iterator[T]], count: int) -> None:
-        self.inputs, self._recorder = Inputs(*(t.clone() for t in inputs)), recorder
-        recorder.warm_up(lambda: list(pieces(self.inputs)))
-        iterator = pieces(self.inputs)
+    def __init__(
+        self, recorder: Recorder, lock: threading.Lock, example: Inputs, decode: Callable[[Inputs], Tensor]
+    ) -> None:
+        """``lock`` is shared by all graphs of the recorder; it is not taken here."""
+        self.inputs, self._recorder, self._lock = _buffers(example), recorder, lock
+        recorder.warm_up(lambda: decode(self.inputs))
+        self._replay, self._images = recorder.record(lambda: decode(self.inputs))
+
+    def replay(self, inputs: Inputs, out: Tensor | None = None) -> Tensor:
+        """Images of ``inputs``, of at most the graph's batch size, copied to ``out``.
+
+        Without ``out`` they are the graph's own memory, which the next replay overwrites.
+        """
+        with self._lock, self._recorder.stream():
+            _fill(self.inputs, inputs)
+            self._replay()
+            images = self._images[: len(inputs.z)]
+            return images if out is None else out.copy_(images)
+
+
+class StageGraphs:
+    """A decode of one batch size, one graph per stage, in a pool of their own: decodes may run between its stages."""
+
+    def __init__(
+        self, recorder: Recorder, example: Inputs, stages: Callable[[Inputs], Iterator[StageImages]], count: int
+    ) -> None:
+        """``stages`` yields ``count`` results."""
+        self.inputs, self._recorder = _buffers(example), recorder
+        self._claimed = threading.Lock()
+        recorder.warm_up(lambda: list(stages(self.inputs)))
+        iterator = stages(self.inputs)
         self._graphs = [recorder.record(lambda: next(iterator)) for _ in range(count)]
 
-    def __call__(self, inputs: Inputs, take: Callable[[T], R]) -> Iterator[R]:
-        """Fill in the images (the rest of the batch is padding), replay piece by piece, yield ``take(result)``.
+    def claim(self) -> bool:
+        """Whether the caller may ``replay``: False while another replay is going on, whose end releases the claim."""
+        return self._claimed.acquire(blocking=False)
 
-        ``take`` copies what it wants to keep.
-        """
-        with self._recorder.stream():
-            fill(self.inputs, inputs)
-        for replay, result in self._graphs:
+    def replay(self, inputs: Inputs) -> Iterator[StageImages]:
+        """Replay stage by stage, and yield copies of the results. Needs a ``claim``."""
+        try:
             with self._recorder.stream():
-                replay()
-                taken = take(result)
-            yield taken
+                _fill(self.inputs, inputs)
+            for replay, result in self._graphs:
+                with self._recorder.stream():
+                    replay()
+                    piece = StageImages(result.stage, result.images.clone(), result.state.clone())
+                yield piece
+        finally:
+            self._claimed.release()
 
 
-def fill(buffers: Inputs, inputs: Inputs) -> None:
-    """Copy inputs into buffers of at least their batch size; padding keeps what was there, which is finite."""
+def _buffers(example: Inputs) -> Inputs:
+    return Inputs(*(t.clone() for t in example))
+
+
+def _fill(buffers: Inputs, inputs: Inputs) -> None:
+    """Copy inputs into buffers of at least their batch size. Padding keeps what was there, which is finite."""
     count = len(inputs.z)
     buffers.z[:count].copy_(inputs.z, non_blocking=True)
     buffers.seeds[:count].copy_(inputs.seeds, non_blocking=True)

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import collections
+import weakref
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from msdd_fast.families.base import Family
+from msdd_fast.layers.request import DecodeProgram, Inputs, Request
 from msdd_fast.metrics.image import psnr
 from msdd_fast.ops._registry import Op, observe
-
-if TYPE_CHECKING:
-    from msdd_fast.engine.decoder import FastDecoder
-    from msdd_fast.tokenizer import Tokenizer
+from msdd_fast.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -76,14 +76,47 @@ class Report:
 
 
 def format_choices(choices: tuple[OpChoice, ...]) -> str:
-    """One line per op and backend: calls in one decode, and what speaks against the backends that come before."""
+    """One line per op and backend: calls in one decode, and why each preferred backend was declined."""
     lines = [f"{'op':>28}  {'backend':<10}  {'calls':>5}  declined"]
     lines += [f"{c.op:>28}  {c.backend:<10}  {c.calls:>5}  {'; '.join(c.declined)}".rstrip() for c in choices]
     return "\n".join(lines)
 
 
-class Choices:
-    """An observer of ops (``ops.observe``) that counts which backend each takes and keeps why others were declined."""
+class Engine(Protocol):
+    """What reports and tiers need of an engine (``engine.decoder.FastDecoder``)."""
+
+    family: Family
+    tokenizer: weakref.ref[Tokenizer]
+    program: DecodeProgram
+    device: torch.device
+    dtype: torch.dtype
+    dtype_reason: str
+    tier: str
+    tier_description: str
+    steps: int
+    cfg_scale: float
+    batch_sizes: tuple[int, ...]
+    memory: dict[str, int]
+    notes: list[str]
+    accuracy: Accuracy | None
+
+    @property
+    def graphs(self) -> bool: ...
+
+    @property
+    def graphs_reason(self) -> str: ...
+
+    def graph_memory(self) -> dict[str, int]: ...
+
+    def inputs(self, z: Tensor, seed: int = 0) -> Inputs: ...
+
+    def request(self, z: Tensor) -> Request: ...
+
+    def decode(self, z: Tensor) -> Tensor: ...
+
+
+class ChoiceRecorder:
+    """Observes ops (``ops.observe``): counts the backends they take, and keeps why preferred ones were declined."""
 
     def __init__(self) -> None:
         self._calls: collections.Counter[tuple[str, str]] = collections.Counter()
@@ -108,15 +141,15 @@ class Choices:
 
 
 @torch.no_grad()
-def describe(engine: FastDecoder, z: Tensor | None) -> Report:
+def describe(engine: Engine, z: Tensor | None) -> Report:
     """Report of ``engine``; runs one decode without graphs to see the ops, and one of the eager tokenizer."""
     if z is None:
         generator = torch.Generator().manual_seed(0)
         z = torch.randn(1, *engine.family.example, generator=generator)
     z = z.to(engine.device)
-    choices = Choices()
+    choices = ChoiceRecorder()
     with observe(choices):
-        engine.program.decode(engine._inputs(z[:1], 0, None), engine._is_guided(None), torch.float32)
+        engine.program.decode(engine.inputs(z[:1]), engine.request(z[:1]))
     tokenizer = engine.tokenizer()
     return Report(
         model=engine.family.model,
@@ -139,7 +172,7 @@ def describe(engine: FastDecoder, z: Tensor | None) -> Report:
     )
 
 
-def _accuracy(engine: FastDecoder, tokenizer: Tokenizer, z: Tensor) -> Accuracy:
+def _accuracy(engine: Engine, tokenizer: Tokenizer, z: Tensor) -> Accuracy:
     parameter = next(tokenizer.parameters())
     mine = engine.decode(z)
     reference = tokenizer.decode(z.to(parameter.dtype), 0, engine.steps, engine.cfg_scale)

@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from msdd_fast.diffusion.checks import check_latents
-from msdd_fast.engine.batching import even
-from msdd_fast.engine.report import Accuracy
+from msdd_fast.engine.batching import split_evenly
+from msdd_fast.engine.report import Accuracy, Engine
 from msdd_fast.errors import AccuracyError, BackendUnavailableError, InputError
 from msdd_fast.families import family_of
 from msdd_fast.io.photographs import photographs
@@ -28,9 +28,6 @@ from msdd_fast.layers.linear import fp8, int8
 from msdd_fast.layers.linear.dense import DenseLinear, MakeLinear
 from msdd_fast.ops.protocol import Ops
 from msdd_fast.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from msdd_fast.engine.decoder import FastDecoder
 
 REFERENCE_PSNR = 25.0
 BATCH = 8
@@ -98,12 +95,13 @@ def calibration_latents(tokenizer: Tokenizer, given: Tensor | None) -> Calibrati
 
 
 @torch.no_grad()
-def plain_images(engine: FastDecoder, z: Tensor) -> Tensor:
+def plain_images(engine: Engine, z: Tensor) -> Tensor:
     """Images in [-1, 1] of ``engine`` without graphs, seeds 0, 1, ...; float32 on the CPU."""
     images, begin = [], 0
-    for chunk in even(len(z), BATCH):
-        inputs = engine._inputs(z[begin : begin + chunk.images], begin, None)
-        images.append(engine.program.decode(inputs, engine._is_guided(None), torch.float32).clamp(-1, 1).cpu())
+    for chunk in split_evenly(len(z), BATCH):
+        part = z[begin : begin + chunk.images]
+        decoded = engine.program.decode(engine.inputs(part, begin), engine.request(part))
+        images.append(decoded.clamp(-1, 1).cpu())
         begin += chunk.images
     return torch.cat(images)
 

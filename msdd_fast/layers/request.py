@@ -1,4 +1,4 @@
-"""What a decode takes and gives, of any family."""
+"""What a decode is asked for, what it takes and what it gives, for any family."""
 
 from __future__ import annotations
 
@@ -33,20 +33,46 @@ class Inputs(NamedTuple):
     seeds: Tensor
     scale: Tensor
 
+    def part(self, images: slice) -> Inputs:
+        """Those of some of the images."""
+        return Inputs(self.z[images], self.seeds[images], self.scale)
+
+
+class Request(NamedTuple):
+    """What is asked of a program, apart from the values of its inputs; the key of a graph.
+
+    Attributes:
+        shape: of the latents, (B, ...).
+        guided: whether the velocity is guided.
+        out_dtype: of the images.
+        streaming: whether every stage's images are wanted.
+    """
+
+    shape: tuple[int, ...]
+    guided: bool
+    out_dtype: torch.dtype
+    streaming: bool = False
+
+    def with_batch(self, batch: int) -> Request:
+        """The same for another number of images."""
+        return self._replace(shape=(batch, *self.shape[1:]))
+
 
 class DecodeProgram(Protocol):
-    """A whole decode, of either family."""
+    """A whole decode of one family, as a function of its inputs. It never synchronises with the host."""
 
     @property
     def network(self) -> Any:
         """With its weights as ``w``."""
         ...
 
-    def decode(
-        self, inputs: Inputs, guided: bool, out_dtype: torch.dtype, noise: Sequence[Tensor] | None = None
-    ) -> Tensor: ...
+    def decode(self, inputs: Inputs, request: Request, noise: Sequence[Tensor] | None = None) -> Tensor:
+        """Images (B, 3, H, W) in ``request.out_dtype``; ``noise`` as in ``sampling.sample``."""
+        ...
 
-    def stream(self, inputs: Inputs, guided: bool, out_dtype: torch.dtype) -> Iterator[StageImages]: ...
+    def stream(self, inputs: Inputs, request: Request) -> Iterator[StageImages]:
+        """The same decode, with the images of every stage."""
+        ...
 
 
 def convert(images: Tensor, dtype: torch.dtype) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from msdd_fast import native
 from msdd_fast.backends.triton import TRITON
-from msdd_fast.diffusion.patch_rows import unpatchify
+from msdd_fast.diffusion.patch_rows import unpatchify_rows
 from msdd_fast.errors import InputError
 from msdd_fast.layout import with_contiguous_rows
 from msdd_fast.ops._checks import FLOAT_DTYPES, check_blocks
@@ -81,7 +81,7 @@ def final_step_eager(
     channels_last: bool = False,
 ) -> Tensor:
     """Reference: plain torch."""
-    image = unpatchify(euler_eager(x, v, dt, v_uncond, scale), patch_size)
+    image = unpatchify_rows(euler_eager(x, v, dt, v_uncond, scale), patch_size)
     image = to_uint8(image) if out_dtype == torch.uint8 else image.to(out_dtype)
     return image.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from msdd_fast import native
 from msdd_fast.backends.triton import TRITON
 from msdd_fast.diffusion import noise
-from msdd_fast.diffusion.patch_rows import patchify, unpatchify
+from msdd_fast.diffusion.patch_rows import patchify, unpatchify_rows
 from msdd_fast.layout import with_contiguous_rows
 from msdd_fast.ops._checks import as_scalar, check_blocks, check_device, check_seeds, check_stage
 from msdd_fast.ops._native import register_native
@@ -91,7 +91,7 @@ def stage_transition_eager(
     scale: Tensor | None = None,
 ) -> Tensor:
     """Reference: plain torch, by way of the image."""
-    image = unpatchify(euler_eager(x, v, dt, v_uncond, scale), patch_size)
+    image = unpatchify_rows(euler_eager(x, v, dt, v_uncond, scale), patch_size)
     c, h, w = image.shape[1:]
     n = noise.renoise_noise(seeds, (c, 2 * h, 2 * w), stage, correlation)
     return patchify(renoise_upsample_with(image, alpha, beta, n), patch_size).to(x.dtype)

@@ -1,4 +1,4 @@
-"""The logic round CUDA graphs, with a recorder that replays by running again into the same memory.
+"""CUDA-graph logic, tested with a fake recorder that replays by running again into the same memory.
 
 What only a GPU can show is marked gpu.
 """
@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from msdd_fast import accelerate
-from msdd_fast.engine import decoder as fast_decoder
-from msdd_fast.engine import graphs
+from msdd_fast.engine import decoder, graph_cache, graphs
 from msdd_fast.errors import BackendUnavailableError
 from tests.engine.test_parity import FLOAT32, latents
 
@@ -53,19 +52,25 @@ def _tensors(x):
 @pytest.fixture
 def replaying(monkeypatch):
     """Engines on the CPU that believe in graphs."""
-    original = graphs.Recording.__init__
+    whole, staged = graphs.Graph.__init__, graphs.StageGraphs.__init__
 
-    def init(self, recorder, inputs, pieces, count):
-        original(self, recorder, inputs, pieces, count)
-        recorder.again = lambda index: list(pieces(self.inputs))[index]
+    def init_whole(self, recorder, lock, example, decode):
+        whole(self, recorder, lock, example, decode)
+        recorder.again = lambda index: decode(self.inputs)
 
-    monkeypatch.setattr(graphs.Recording, "__init__", init)
+    def init_staged(self, recorder, example, stages, count):
+        staged(self, recorder, example, stages, count)
+        recorder.again = lambda index: list(stages(self.inputs))[index]
+
+    monkeypatch.setattr(graphs.Graph, "__init__", init_whole)
+    monkeypatch.setattr(graphs.StageGraphs, "__init__", init_staged)
     monkeypatch.setattr(graphs, "Recorder", lambda device: Replayer(device))
-    monkeypatch.setattr(fast_decoder, "_use_graphs", lambda wanted, device: (True, "stand-in"))
+    for module in (graph_cache, decoder):
+        monkeypatch.setattr(module, "use_graphs", lambda wanted, device: (True, "fake recorder"))
     Replayer.recorded = 0
 
 
-# The stand-in keeps one recording per recorder apart; engines here use one batch size at a time.
+# The fake recorder keeps one recording per recorder apart; engines here use one batch size at a time.
 def test_padding_and_clones(cross, replaying):
     engine = accelerate(cross, dtype=torch.float32, batch_sizes=(4,))
     z = latents(cross, 9)
@@ -105,7 +110,7 @@ def test_a_second_stream_at_the_same_time_runs_without_graphs(cross, replaying):
     pairs = list(zip(engine.stream(a), engine.stream(b), strict=True))
     assert (pairs[-1][0].images - cross.decode(a)).abs().max() < FLOAT32
     assert (pairs[-1][1].images - cross.decode(b)).abs().max() < FLOAT32
-    assert engine._stream_lock.acquire(blocking=False)
+    assert engine.cache.get_stages(engine.request(a, streaming=True)).claim()
 
 
 def test_a_failed_capture_falls_back_and_says_why(cross, replaying, monkeypatch):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from msdd_fast import ops
-from msdd_fast.diffusion.patch_rows import unpatchify
+from msdd_fast.diffusion.patch_rows import unpatchify_rows
 from msdd_fast.errors import InputError
 from msdd_fast.ops._patches import to_uint8
 
@@ -34,7 +34,7 @@ def exact_image(x, both, p, guided):
     if guided:
         v_uncond = both.double()[:, x.shape[1] :]
         v = v_uncond + SCALE * (v - v_uncond)
-    return unpatchify(x.double() + DT * v, p).float()
+    return unpatchify_rows(x.double() + DT * v, p).float()
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -71,7 +71,7 @@ def test_uint8_at_the_edges(backend, device):
     x = torch.cat([values, torch.tensor([-1.0, 1.0, -1e30, 1e30, -torch.inf, torch.inf])])
     x = torch.cat([x, x.new_zeros(-len(x) % 16)]).view(1, -1, 16).to(device)
     out = ops.final_step(x, torch.zeros_like(x), 1.0, 4, torch.uint8, backend=backend)
-    level = 127.5 * unpatchify(x, 4).double() + 128
+    level = 127.5 * unpatchify_rows(x, 4).double() + 128
     expected = level.clamp(0, 255).to(torch.uint8)
     near = (level - level.round()).abs() < 1e-3
     assert torch.equal(out[~near], expected[~near]) and near.float().mean() < 0.6

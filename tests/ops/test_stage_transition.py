@@ -5,7 +5,7 @@ import torch
 
 from msdd_fast import ops
 from msdd_fast.diffusion import noise
-from msdd_fast.diffusion.patch_rows import patchify, unpatchify
+from msdd_fast.diffusion.patch_rows import patchify, unpatchify_rows
 from msdd_fast.errors import InputError
 
 DT, ALPHA, BETA, SCALE = -0.3, 0.6, 0.7, 1.7
@@ -46,7 +46,7 @@ def test_eager_is_the_formula_on_images():
     """In float64, with the noise of the reference."""
     x, both, seeds = case((2, 2, 3, 8), "cpu")
     v, v_uncond = both.double().split(2, dim=1)
-    end = unpatchify(x.double() + DT * (v_uncond + SCALE * (v - v_uncond)), 8)
+    end = unpatchify_rows(x.double() + DT * (v_uncond + SCALE * (v - v_uncond)), 8)
     n = noise.renoise_noise(seeds, (3, 32, 32), 2, -1 / 3).double()
     up = end.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
     torch.testing.assert_close(
@@ -61,7 +61,7 @@ def test_noise_alone(backend, device, correlation, stage):
     x, both, seeds = case((2, 2, 3, 8), device)
     out = ops.stage_transition(x, both[:, :2], 0.0, 0.0, 1.0, seeds, stage, 8, correlation, backend=backend)
     expected = noise.renoise_noise(seeds.cpu(), (3, 32, 32), stage, correlation)
-    torch.testing.assert_close(unpatchify(out.cpu(), 8), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(unpatchify_rows(out.cpu(), 8), expected, rtol=0, atol=1e-6)
 
 
 def test_mixed_dtypes_and_strides(backend, device, assert_rounded):
@@ -110,11 +110,11 @@ def test_large_means(backend, device):
     x = x + 1000.0
     v = torch.full_like(x, 1000.0 / -DT) + both[:, :1]
     exact = x.double() + DT * v.double()
-    exact = ALPHA * unpatchify(exact, 4).repeat_interleave(2, 2).repeat_interleave(2, 3)
+    exact = ALPHA * unpatchify_rows(exact, 4).repeat_interleave(2, 2).repeat_interleave(2, 3)
     errors = {}
     for name in (backend, "eager"):
         out = ops.stage_transition(x, v, DT, ALPHA, 0.0, seeds, 1, 4, backend=name)
-        errors[name] = (unpatchify(out, 4).double() - exact).abs().max().item()
+        errors[name] = (unpatchify_rows(out, 4).double() - exact).abs().max().item()
     assert errors[backend] <= 2 * errors["eager"] + 1e-6
 
 

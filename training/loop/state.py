@@ -130,7 +130,7 @@ class _DamagedError(CheckpointError):
 
 def _read(path: Path, expected: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     metadata = read_metadata(path)
-    for name, mine in expected.items():
+    for name, mine in json.loads(json.dumps(expected)).items():  # tuples become lists, as in the file
         if metadata.get(name) != mine:
             raise CheckpointError(f"cannot resume from {path}: its {name} is not this run's; choose another out folder")
     return read_tensors(path), metadata

@@ -7,6 +7,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from msdd_fast import Tokenizer, accelerate
 from msdd_fast.backends import use_backend
+from msdd_fast.errors import InputError
+from msdd_fast.families import family_of
 from msdd_fast.families.ssdd.presets import SSDD_PRESETS
 from msdd_fast.families.ssdd.work import decode_work, keys_seen
 from msdd_fast.families.work import total
@@ -52,3 +54,10 @@ def test_formula_against_the_counter(batch, steps, sides):
     work = decode_work(tok.config, batch, steps, sides=pixels)
     attention = sum(w.flops for w in work if w.op == "mid.attention")
     assert total(work).flops - attention == counted(lambda: engine.decode(z))  # it does not know our ops
+
+
+def test_the_family_counts_decodes_and_says_that_it_counts_no_encodes():
+    family = family_of(SSDD_PRESETS["tiny-ssdd"])
+    assert family.decode_work(batch=2, hoisted=False) == decode_work(SSDD_PRESETS["tiny-ssdd"], batch=2, hoisted=False)
+    with pytest.raises(InputError, match="the work of an SSDD encode is not counted"):
+        family.encode_work()

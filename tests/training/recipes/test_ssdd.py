@@ -1,6 +1,7 @@
 """SSDD's recipes on the one trainer: what the losses are, what is shared, and that twenty steps of each teach."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -228,6 +229,8 @@ def test_the_programs_know_the_family(images, tmp_path, capsys):
     assert Tokenizer.from_pretrained(tmp_path / "b/checkpoint").config.sampling.steps == 1
     assert main(["convert", f"{tmp_path}/a/state/00000002", f"{tmp_path}/exported"]) == 0
     assert Tokenizer.from_pretrained(tmp_path / "exported").config == teacher.config
+    assert main(f"{train} --loop.steps 3".split()) == 0  # continues from the state
+    assert (tmp_path / "a/state/00000003").exists()
     more = f"--config {tmp_path}/a/config.json --start {tmp_path}/a/checkpoint --out {tmp_path}/c"
     assert main(["train", *more.split()]) == 0
     capsys.readouterr()
@@ -244,6 +247,17 @@ def short_run(images, out, **loop):
     alignment = Alignment(Patches(), tok.config, AdamConfig(lr=1e-2, warmup_steps=1))
     recipe = SSDDRecipe(SSDDObjective(perceptual_weight=0.0, alignment_weight=0.25), alignment=alignment)
     run(images, out, tok, recipe, lr=1e-4, batch=2, steps=2, **loop)
+
+
+def test_resume_is_exact(images, tmp_path):
+    """The state of step 1 belongs to the run, although JSON has lists for the config's tuples."""
+    short_run(images, tmp_path / "whole")
+    short_run(images, tmp_path / "part", checkpoint_every=1)
+    shutil.rmtree(tmp_path / "part/state/00000002")
+    short_run(images, tmp_path / "part")
+    assert curve(tmp_path / "whole") == curve(tmp_path / "part")
+    models = [Tokenizer.from_pretrained(tmp_path / name / "checkpoint") for name in ("whole", "part")]
+    assert all(torch.equal(p, q) for p, q in zip(*(m.parameters() for m in models), strict=True))
 
 
 def in_two_processes(images, out):

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from msdd_fast import profiling
-from msdd_fast.diffusion.patch_rows import patchify, unpatchify
+from msdd_fast.diffusion.patch_rows import patchify, unpatchify_rows
 from msdd_fast.diffusion.schedule import StageSchedule
 from msdd_fast.families.msdd.config import TokenizerConfig
 from msdd_fast.families.msdd.engine.network import Context, Network
 from msdd_fast.families.msdd.engine.tables import StageTables, Step
-from msdd_fast.layers.request import Inputs, StageImages, convert
+from msdd_fast.layers.request import Inputs, Request, StageImages, convert
 from msdd_fast.ops.renoise_upsample import renoise_upsample_with
 from msdd_fast.sampling import clean_estimate
+
+T = TypeVar("T")
 
 
 class StageEnd(NamedTuple):
@@ -36,67 +39,65 @@ class Program:
         self.network, self.tables, self.schedule, self.config = network, tables, schedule, config
         self.ops, self.dtype = network.ops, network.w.dtype
 
-    def decode(
-        self, inputs: Inputs, guided: bool, out_dtype: torch.dtype, noise: Sequence[Tensor] | None = None
-    ) -> Tensor:
-        """Images (B, 3, R, R) in ``out_dtype``; ``noise`` as in ``sampling.sample``."""
-        for end in self.stages(inputs, guided, noise):  # noqa: B007, the last one is what is needed
-            pass
-        return self.final(end, inputs, out_dtype)
+    def decode(self, inputs: Inputs, request: Request, noise: Sequence[Tensor] | None = None) -> Tensor:
+        """Images (B, 3, R, R) in ``request.out_dtype``; ``noise`` as in ``sampling.sample``."""
+        end = last(self.stages(inputs, request, noise))
+        return self.final(end, inputs, request.out_dtype)
 
-    def stream(self, inputs: Inputs, guided: bool, out_dtype: torch.dtype) -> Iterator[StageImages]:
+    def stream(self, inputs: Inputs, request: Request) -> Iterator[StageImages]:
         """The same decode, with the images of every stage."""
-        last = len(self.tables) - 1
-        for s, end in enumerate(self.stages(inputs, guided, None)):
-            if s == last:
-                state = self.final(end, inputs, torch.float32)
-                images = state if out_dtype == torch.float32 else self.final(end, inputs, out_dtype)
-                yield StageImages(s, images, state)
-                return
-            step = self.tables[s].steps[-1]
-            v = end.v if end.v_uncond is None else self.ops.cfg_combine(end.v, end.v_uncond, inputs.scale)
-            x_t, velocity = (unpatchify(r, self.config.patch_size).float() for r in (end.x, v))
-            t = self.schedule.time_grid(s, len(self.tables[s].steps))[1][-2]
-            images = clean_estimate(x_t, velocity, float(t), self.schedule[s])
-            yield StageImages(s, convert(images, out_dtype), x_t + step.dt * velocity)
+        for s, end in enumerate(self.stages(inputs, request)):
+            if s + 1 < len(self.tables):
+                yield self._estimate(s, end, inputs, request.out_dtype)
+        state = self.final(end, inputs, torch.float32)
+        images = state if request.out_dtype == torch.float32 else self.final(end, inputs, request.out_dtype)
+        yield StageImages(s, images, state)
 
-    def stages(self, inputs: Inputs, guided: bool, noise: Sequence[Tensor] | None = None) -> Iterator[StageEnd]:
-        """Every stage up to its last evaluation; ``final`` takes the last one to an image."""
-        config, rho = self.config, self.schedule.config.block_correlation
-        p = config.patch_size
-        context = self.network.context(inputs.z, guided)
-        size = config.stage_resolution(0)
-        if noise is None:
-            x = self.ops.start_noise(inputs.seeds, (3, size, size), self.dtype, p)
-        else:
-            x = patchify(noise[0].to(self.dtype), p)
-        for s, tables in enumerate(profiling.ranges(self.tables, lambda i: f"scale {config.stage_resolution(i)}")):
+    def stages(self, inputs: Inputs, request: Request, noise: Sequence[Tensor] | None = None) -> Iterator[StageEnd]:
+        """Run every stage up to its last evaluation; ``final`` takes the last one's end to an image."""
+        context = self.network.context(inputs.z, request.guided)
+        x = self._start(inputs, noise)
+        sizes = self.config.stage_resolution
+        for s, tables in enumerate(profiling.ranges(self.tables, lambda i: f"scale {sizes(i)}")):
             for step in tables.steps[:-1]:
-                end = self._evaluate(x, context, tables, step, guided)
+                end = self._evaluate(x, context, tables, step, request.guided)
                 x = self._euler(end, step.dt, inputs.scale)
-            step = tables.steps[-1]
-            end = self._evaluate(x, context, tables, step, guided)
+            end = self._evaluate(x, context, tables, tables.steps[-1], request.guided)
             yield end
-            if s + 1 == len(self.tables):
-                return
-            alpha, beta = self.tables[s + 1].alpha, self.tables[s + 1].beta
-            if noise is None:
-                x = self.ops.stage_transition(
-                    end.x,
-                    end.v,
-                    step.dt,
-                    alpha,
-                    beta,
-                    inputs.seeds,
-                    s + 1,
-                    p,
-                    rho,
-                    end.v_uncond,
-                    self._scale(end, inputs),
-                )
-            else:
-                state = unpatchify(self._euler(end, step.dt, inputs.scale), p).float()
-                x = patchify(renoise_upsample_with(state, alpha, beta, noise[s + 1].float()).to(self.dtype), p)
+            if s + 1 < len(self.tables):
+                x = self._transition(s + 1, end, inputs, noise)
+
+    def final(self, end: StageEnd, inputs: Inputs, out_dtype: torch.dtype) -> Tensor:
+        """Images (B, 3, R, R) in ``out_dtype`` after the last stage's last step."""
+        dt, p = self.tables[-1].steps[-1].dt, self.config.patch_size
+        return self.ops.final_step(end.x, end.v, dt, p, out_dtype, end.v_uncond, _scale(end, inputs))
+
+    def _start(self, inputs: Inputs, noise: Sequence[Tensor] | None) -> Tensor:
+        """Patch rows of the noise that the first stage starts from."""
+        if noise is not None:
+            return patchify(noise[0].to(self.dtype), self.config.patch_size)
+        size = self.config.stage_resolution(0)
+        return self.ops.start_noise(inputs.seeds, (3, size, size), self.dtype, self.config.patch_size)
+
+    def _transition(self, stage: int, end: StageEnd, inputs: Inputs, noise: Sequence[Tensor] | None) -> Tensor:
+        """Patch rows at the start of ``stage`` from the end of the one before."""
+        dt, p = self.tables[stage - 1].steps[-1].dt, self.config.patch_size
+        alpha, beta = self.tables[stage].alpha, self.tables[stage].beta
+        if noise is None:
+            rho = self.schedule.config.block_correlation
+            scalars = (dt, alpha, beta, inputs.seeds, stage, p, rho)
+            return self.ops.stage_transition(end.x, end.v, *scalars, end.v_uncond, _scale(end, inputs))
+        state = unpatchify_rows(self._euler(end, dt, inputs.scale), p).float()
+        return patchify(renoise_upsample_with(state, alpha, beta, noise[stage].float()).to(self.dtype), p)
+
+    def _estimate(self, s: int, end: StageEnd, inputs: Inputs, out_dtype: torch.dtype) -> StageImages:
+        """What ``stream`` yields of a stage that is not the last."""
+        step = self.tables[s].steps[-1]
+        v = end.v if end.v_uncond is None else self.ops.cfg_combine(end.v, end.v_uncond, inputs.scale)
+        x_t, velocity = (unpatchify_rows(r, self.config.patch_size).float() for r in (end.x, v))
+        t = self.schedule.time_grid(s, len(self.tables[s].steps))[1][-2]
+        images = clean_estimate(x_t, velocity, float(t), self.schedule[s])
+        return StageImages(s, convert(images, out_dtype), x_t + step.dt * velocity)
 
     def _evaluate(self, x: Tensor, context: Context, tables: StageTables, step: Step, guided: bool) -> StageEnd:
         v = self.network.velocity(x, context, step.modulation, tables.rope)
@@ -108,13 +109,11 @@ class Program:
             return self.ops.euler_step(end.x, end.v, dt)
         return self.ops.cfg_euler(end.x, end.v, end.v_uncond, scale, dt)
 
-    def final(self, end: StageEnd, inputs: Inputs, out_dtype: torch.dtype) -> Tensor:
-        """Images (B, 3, R, R) in ``out_dtype``."""
-        dt = self.tables[-1].steps[-1].dt
-        return self.ops.final_step(
-            end.x, end.v, dt, self.config.patch_size, out_dtype, end.v_uncond, self._scale(end, inputs)
-        )
 
-    @staticmethod
-    def _scale(end: StageEnd, inputs: Inputs) -> Tensor | None:
-        return None if end.v_uncond is None else inputs.scale
+def last(items: Iterable[T]) -> T:
+    """The last of the items, which must not be empty; no other is kept."""
+    return deque(items, maxlen=1).pop()
+
+
+def _scale(end: StageEnd, inputs: Inputs) -> Tensor | None:
+    return None if end.v_uncond is None else inputs.scale

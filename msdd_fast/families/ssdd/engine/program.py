@@ -11,7 +11,7 @@ from msdd_fast import profiling
 from msdd_fast.families.ssdd.engine.network import SSDDNetwork
 from msdd_fast.families.ssdd.engine.tables import SSDDStep
 from msdd_fast.layers.convolution import channels_last
-from msdd_fast.layers.request import Inputs, StageImages, convert
+from msdd_fast.layers.request import Inputs, Request, StageImages, convert
 
 
 class SSDDProgram:
@@ -23,11 +23,9 @@ class SSDDProgram:
     def __init__(self, network: SSDDNetwork, steps: Sequence[SSDDStep]) -> None:
         self.network, self.steps, self.ops = network, steps, network.ops
 
-    def decode(
-        self, inputs: Inputs, guided: bool, out_dtype: torch.dtype, noise: Sequence[Tensor] | None = None
-    ) -> Tensor:
-        """Images (B, 3, H, W) in ``out_dtype``; ``noise`` as in ``sampling.sample``."""
-        assert not guided
+    def decode(self, inputs: Inputs, request: Request, noise: Sequence[Tensor] | None = None) -> Tensor:
+        """Images (B, 3, H, W) in ``request.out_dtype``; ``noise`` as in ``sampling.sample``."""
+        assert not request.guided
         network = self.network
         height, width = (s * network.factor for s in inputs.z.shape[2:])
         context = network.context(inputs.z)
@@ -35,9 +33,9 @@ class SSDDProgram:
         x = channels_last(x)
         for step in profiling.ranges(self.steps, lambda i: f"step {i}"):
             x = self.ops.euler_step(x, network.velocity(x, context, step), step.dt)
-        return convert(x, out_dtype).contiguous()
+        return convert(x, request.out_dtype).contiguous()
 
-    def stream(self, inputs: Inputs, guided: bool, out_dtype: torch.dtype) -> Iterator[StageImages]:
+    def stream(self, inputs: Inputs, request: Request) -> Iterator[StageImages]:
         """The one stage."""
-        state = self.decode(inputs, guided, torch.float32)
-        yield StageImages(0, convert(state, out_dtype), state)
+        state = self.decode(inputs, request._replace(out_dtype=torch.float32))
+        yield StageImages(0, convert(state, request.out_dtype), state)

@@ -1,0 +1,118 @@
+"""The graphs of one engine: captured when first asked for, and what each batch size costs."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+
+from msdd_fast.engine import graphs
+from msdd_fast.engine.batching import Chunk, assumed_cost, split_by_cost, split_evenly
+from msdd_fast.errors import BackendUnavailableError, InputError
+from msdd_fast.layers.request import DecodeProgram, Inputs, Request
+
+G = TypeVar("G", graphs.Graph, graphs.StageGraphs)
+
+
+class GraphCache:
+    """Graphs by request.
+
+    Attributes:
+        enabled: whether there are graphs. Turns False for good if a capture fails, unless graphs are required.
+        reason: why.
+        sizes: batch sizes that are captured; without graphs, the largest is the most that runs at once.
+
+    Args:
+        wanted: "auto" (on a GPU; without graphs if a capture fails), True (a failure is an error) or False.
+        example: makes inputs of a request to capture with.
+        stages: number of stages of a decode.
+    """
+
+    def __init__(
+        self,
+        program: DecodeProgram,
+        device: torch.device,
+        wanted: str | bool,
+        sizes: Sequence[int],
+        example: Callable[[Request], Inputs],
+        stages: int,
+    ) -> None:
+        self.enabled, self.reason = use_graphs(wanted, device)
+        self.sizes, self._required = tuple(sizes), wanted is True
+        self._program, self._device, self._example, self._stages = program, device, example, stages
+        self._cost = assumed_cost(self.sizes)
+        self._capturing, self._replaying = threading.Lock(), threading.Lock()
+        self._recorder: graphs.Recorder | None = None
+        self._graphs: dict[Request, graphs.Graph] = {}
+        self._stage_graphs: dict[Request, graphs.StageGraphs] = {}
+
+    def chunks(self, batch: int, graphed: bool) -> list[Chunk]:
+        """How to run ``batch`` images; ``graphed`` with batches of the captured sizes."""
+        if graphed and self.enabled:
+            return split_by_cost(batch, self._cost)
+        return split_evenly(batch, max(self.sizes))
+
+    def set_cost(self, size: int, seconds: float) -> None:
+        """What a batch of ``size`` was measured to take."""
+        self._cost[size] = seconds
+
+    def get(self, request: Request) -> graphs.Graph | None:
+        """The graph of a whole decode, captured if there is none yet; None without graphs."""
+        return self._get(request, self._graphs, self._capture)
+
+    def get_stages(self, request: Request) -> graphs.StageGraphs | None:
+        """The same for a streaming request, one graph per stage."""
+        return self._get(request, self._stage_graphs, self._capture_stages)
+
+    def memory(self) -> dict[str, int]:
+        """Bytes that the graphs of whole decodes hold; empty before the first capture."""
+        return {} if self._recorder is None else {"graphs": self._recorder.memory()}
+
+    def _get(self, request: Request, known: dict[Request, G], capture: Callable[[Request], G]) -> G | None:
+        with self._capturing:
+            if request in known or not self.enabled:
+                return known.get(request)
+            try:
+                with torch.no_grad():
+                    known[request] = capture(request)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                reason = f"the capture of batch {request.shape[0]} failed: {error}"
+                if self._required:
+                    raise BackendUnavailableError(f"graphs=True, but {reason}") from error
+                self.enabled, self.reason = False, reason
+                self._graphs.clear()
+                self._stage_graphs.clear()
+            return known.get(request)
+
+    def _capture(self, request: Request) -> graphs.Graph:
+        self._recorder = self._recorder or graphs.Recorder(self._device)
+        with self._replaying:  # the graphs' pool is in use while one is captured
+            return graphs.Graph(
+                self._recorder,
+                self._replaying,
+                self._example(request),
+                lambda inputs: self._program.decode(inputs, request),
+            )
+
+    def _capture_stages(self, request: Request) -> graphs.StageGraphs:
+        return graphs.StageGraphs(
+            graphs.Recorder(self._device),
+            self._example(request),
+            lambda inputs: self._program.stream(inputs, request),
+            self._stages,
+        )
+
+
+def use_graphs(wanted: str | bool, device: torch.device) -> tuple[bool, str]:
+    """Whether an engine has graphs, and why. Raises InputError, or BackendUnavailableError if they are required."""
+    if wanted not in ("auto", True, False):
+        raise InputError(f"graphs must be 'auto', True or False, got {wanted!r}")
+    if device.type == "cuda":
+        return bool(wanted), "one per batch size" if wanted else "not wanted (graphs=False)"
+    if wanted is True:
+        raise BackendUnavailableError(f"graphs=True needs a CUDA device, but the tokenizer is on {device}")
+    return False, "only on a GPU"
