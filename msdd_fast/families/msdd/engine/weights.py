@@ -103,6 +103,11 @@ def pack(decoder: Decoder, dtype: torch.dtype, device: torch.device, make: MakeL
     def context(c: ContextKeyValue) -> ContextWeights:
         return ContextWeights(linear(c.kv), tensor(c.k_norm.weight[None, None]), tensor(c.k_norm.bias[None, None]))
 
+    def affine(norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+        """Shift and scale (1, D), float32, of a norm with a weight and a bias: LN(x) * (1 + scale) + shift."""
+        weight, bias = (p.detach().to(device, torch.float32, copy=True)[None] for p in (norm.weight, norm.bias))
+        return bias, weight - 1
+
     cross = config.decoder.conditioning == "cross"
     final = decoder.final_layer.linear
     order = torch.arange(3 * p * p).view(p, p, 3).permute(2, 0, 1).flatten().to(final.weight.device)
@@ -112,7 +117,7 @@ def pack(decoder: Decoder, dtype: torch.dtype, device: torch.device, make: MakeL
     return Weights(
         patch_embed=DenseLinear(tensor(embed.weight.flatten(1)), tensor(embed.bias)),
         context_embed=linear(decoder.context_embed, make=DenseLinear),
-        context_norm=(tensor(decoder.context_norm.weight), tensor(decoder.context_norm.bias)) if cross else None,
+        context_norm=affine(decoder.context_norm) if cross else None,
         context_null=tensor(decoder.context_null),
         context_rope=context_rope,
         blocks=[block(b) for b in decoder.blocks],  # type: ignore[arg-type]
