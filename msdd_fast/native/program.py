@@ -30,7 +30,7 @@ CHUNK = 1 << 22
 ALIGNMENT = 64
 
 
-class NotRecordableError(MsddFastError):
+class NotRecordableError(MsddFastError, RuntimeError):
     """A function does something that a program cannot repeat; the message names it."""
 
 
@@ -131,6 +131,9 @@ def _copy(out: Tensor, x: Tensor | None) -> Tensor:
     return out
 
 
+_READS_VALUES = frozenset({Tensor.item, Tensor.tolist, Tensor.__bool__, Tensor.__float__, Tensor.__int__, Tensor.numpy})
+
+
 class _Recording(TorchFunctionMode):
     """Gives tensors their memory, turns copies into native calls, lets views pass and refuses the rest."""
 
@@ -161,6 +164,8 @@ class _Recording(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func in _READS_VALUES:
+            raise NotRecordableError(f"{func.__name__} reads a value, which a replay could not see change")
         handler = self._handlers.get(func)
         if handler is not None:
             return handler(*args, **kwargs)
