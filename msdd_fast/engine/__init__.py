@@ -1,8 +1,7 @@
 """The engine: one tokenizer's decode as fast as the hardware allows (docs/engine.md).
 
-``weights`` packs, ``tables`` hoists what depends on time alone, ``network`` evaluates the velocity, ``program`` is the
-whole decode; SSDD has files of its own for these (``ssdd_weights`` and so on), and ``family`` knows which to take.
-``graphs`` captures it, ``fast_decoder`` is what the user holds.
+Knows no family: each family's own ``engine/`` packs weights, tables what depends on time alone, and makes the program.
+``decoder`` is what the user holds, ``graph_cache`` its CUDA graphs, ``bound_ops`` its ops.
 """
 
 from msdd_fast.engine.decoder import FastDecoder, accelerate

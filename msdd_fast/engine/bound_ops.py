@@ -23,9 +23,9 @@ from msdd_fast.ops._registry import Op, can_bypass_dispatcher, get_op, is_observ
 from msdd_fast.ops.protocol import Ops
 
 try:
-    from torch._C._dynamo.guards import TensorGuards
+    from torch._C._dynamo import guards
 except ImportError:  # then every call decides anew
-    TensorGuards = None
+    guards = None  # type: ignore[assignment]
 
 MAX_PLANS = 4096  # of one op: then it starts over
 MAX_PLANS_OF_A_SHAPE = 8
@@ -100,7 +100,7 @@ class BoundOp:
         decisions: list[tuple[Op, str, tuple[Any, ...]]] = []
         with observe(lambda *decision: decisions.append(decision)):
             result = self.function(*args, backend=self.backend)
-        if len(decisions) == 1 and TensorGuards is not None:
+        if len(decisions) == 1 and guards is not None:
             self._keep(args, *decisions[0])
         return result
 
@@ -132,7 +132,7 @@ def _plan(args: tuple[Any, ...], op: Op, backend: str, op_args: tuple[Any, ...])
         run = implementation.prepare(*op_args)
     if run is None:
         run = _with_tensors(op.eager if implementation is None else implementation.function, op_args)
-    matches = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+    matches = guards.TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
     return Plan(matches, run) if matches(*tensors) else None  # not if one tensor is given twice
 
 

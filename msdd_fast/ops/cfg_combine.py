@@ -35,7 +35,8 @@ def cfg_combine_eager(v_cond: Tensor, v_uncond: Tensor, scale: Tensor) -> Tensor
 def _triton(v_cond: Tensor, v_uncond: Tensor, scale: Tensor) -> Tensor:
     from msdd_fast.kernels.cfg_combine import cfg_combine as launch
 
-    return launch(*as_rows(v_cond, v_uncond), scale)
+    v_cond, v_uncond = as_rows(v_cond, v_uncond)
+    return launch(v_cond, v_uncond, scale)
 
 
 def _native_arguments(v_cond: Tensor, v_uncond: Tensor, scale: Tensor) -> tuple[Tensor | None, ...]:

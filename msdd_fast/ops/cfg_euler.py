@@ -46,7 +46,8 @@ def cfg_euler_eager(x: Tensor, v_cond: Tensor, v_uncond: Tensor, scale: Tensor, 
 def _triton(x: Tensor, v_cond: Tensor, v_uncond: Tensor, scale: Tensor, dt: Tensor) -> Tensor:
     from msdd_fast.kernels.cfg_euler import cfg_euler as launch
 
-    return launch(*as_rows(x, v_cond, v_uncond), scale, dt)
+    x, v_cond, v_uncond = as_rows(x, v_cond, v_uncond)
+    return launch(x, v_cond, v_uncond, scale, dt)
 
 
 def _native_arguments(

@@ -35,7 +35,8 @@ def euler_step_eager(x: Tensor, v: Tensor, dt: Tensor) -> Tensor:
 def _triton(x: Tensor, v: Tensor, dt: Tensor) -> Tensor:
     from msdd_fast.kernels.euler_step import euler_step as launch
 
-    return launch(*as_rows(x, v), dt)
+    x, v = as_rows(x, v)
+    return launch(x, v, dt)
 
 
 def _native_arguments(x: Tensor, v: Tensor, dt: Tensor) -> tuple[Tensor | None, ...]:

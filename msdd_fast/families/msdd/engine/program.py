@@ -1,4 +1,4 @@
-"""The whole decode as a sequence of stages over device tensors: nothing in it waits for, or asks, the host."""
+"""The whole decode as a sequence of stages: no host synchronisation, so it can be captured in a CUDA graph."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from msdd_fast import profiling
 from msdd_fast.diffusion.patch_rows import patchify, unpatchify_rows
 from msdd_fast.diffusion.schedule import StageSchedule
 from msdd_fast.families.msdd.config import TokenizerConfig
-from msdd_fast.families.msdd.engine.network import Context, Network
-from msdd_fast.families.msdd.engine.tables import StageTables, Step
+from msdd_fast.families.msdd.engine.network import Network
+from msdd_fast.families.msdd.engine.tables import StageTables
 from msdd_fast.layers.request import Inputs, Request, StageImages, convert
 from msdd_fast.ops.renoise_upsample import renoise_upsample_with
 from msdd_fast.sampling import clean_estimate
@@ -59,10 +59,11 @@ class Program:
         x = self._start(inputs, noise)
         sizes = self.config.stage_resolution
         for s, tables in enumerate(profiling.ranges(self.tables, lambda i: f"scale {sizes(i)}")):
-            for step in tables.steps[:-1]:
-                end = self._evaluate(x, context, tables, step, request.guided)
-                x = self._euler(end, step.dt, inputs.scale)
-            end = self._evaluate(x, context, tables, tables.steps[-1], request.guided)
+            for i, step in enumerate(tables.steps):
+                v = self.network.velocity(x, context, step.modulation, tables.rope)
+                end = _at(x, v, request.guided)
+                if i + 1 < len(tables.steps):
+                    x = self._euler(end, step.dt, inputs.scale)
             yield end
             if s + 1 < len(self.tables):
                 x = self._transition(s + 1, end, inputs, noise)
@@ -99,11 +100,6 @@ class Program:
         images = clean_estimate(x_t, velocity, float(t), self.schedule[s])
         return StageImages(s, convert(images, out_dtype), x_t + step.dt * velocity)
 
-    def _evaluate(self, x: Tensor, context: Context, tables: StageTables, step: Step, guided: bool) -> StageEnd:
-        v = self.network.velocity(x, context, step.modulation, tables.rope)
-        batch = x.shape[1]
-        return StageEnd(x, v[:, :batch], v[:, batch:]) if guided else StageEnd(x, v, None)
-
     def _euler(self, end: StageEnd, dt: Tensor, scale: Tensor) -> Tensor:
         if end.v_uncond is None:
             return self.ops.euler_step(end.x, end.v, dt)
@@ -113,6 +109,12 @@ class Program:
 def last(items: Iterable[T]) -> T:
     """The last of the items, which must not be empty; no other is kept."""
     return deque(items, maxlen=1).pop()
+
+
+def _at(x: Tensor, v: Tensor, guided: bool) -> StageEnd:
+    """State and velocity; of a guided one, the conditional images' velocity comes first."""
+    batch = x.shape[1]
+    return StageEnd(x, v[:, :batch], v[:, batch:]) if guided else StageEnd(x, v, None)
 
 
 def _scale(end: StageEnd, inputs: Inputs) -> Tensor | None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from msdd_fast.diffusion.rope import RopeTable
 from msdd_fast.families.msdd.decoder import Decoder
 from msdd_fast.families.msdd.mmdit import ContextKeyValue, CrossBlock, JointBlock, Stream
-from msdd_fast.layers.linear.dense import DenseLinear, Linear, MakeLinear
+from msdd_fast.layers.linear.dense import Linear, MakeLinear
+from msdd_fast.layers.packer import Packer
 
 
 @dataclass(frozen=True)
@@ -75,48 +77,46 @@ def pack(decoder: Decoder, dtype: torch.dtype, device: torch.device, make: MakeL
     The first linear takes patch rows (c, py, px) as the convolution does; the last one's rows are permuted from the
     model's (py, px, c) to the same order, so that state and velocity have one layout.
     """
-    config = decoder.config
-    p = config.patch_size
-
-    def tensor(x: Tensor) -> Tensor:
-        return x.detach().to(device, dtype, copy=True)  # training the tokenizer on does not change an engine
-
-    def linear(*modules: nn.Linear, make: MakeLinear = make) -> Linear:
-        weights: list[Tensor] = [m.weight for m in modules]
-        biases: list[Tensor] = [m.bias for m in modules if m.bias is not None]
-        return make(tensor(torch.cat(weights)), tensor(torch.cat(biases)) if biases else None)
-
-    def stream(s: Stream) -> StreamWeights:
-        if s.kv_only:
-            return StreamWeights(linear(s.kv), None, None, None)
-        return StreamWeights(linear(s.qkv), linear(s.proj), linear(s.mlp.w1, s.mlp.w3), linear(s.mlp.w2))
-
-    def norms(s: Stream, name: str) -> Tensor:
-        k = getattr(s.k_norm, name)
-        return torch.stack([torch.zeros_like(k) if s.kv_only else getattr(s.q_norm, name), k])
-
-    def block(b: JointBlock | CrossBlock) -> BlockWeights:
-        streams = (b.context, b.image) if isinstance(b, JointBlock) else (b.image,)
-        norm = [torch.stack([norms(s, name) for s in streams]) for name in ("weight", "bias")]
-        return BlockWeights(tuple(stream(s) for s in streams), *(tensor(n) for n in norm))
-
-    def context(c: ContextKeyValue) -> ContextWeights:
-        return ContextWeights(linear(c.kv), tensor(c.k_norm.weight[None, None]), tensor(c.k_norm.bias[None, None]))
-
-    cross = config.decoder.conditioning == "cross"
-    final = decoder.final_layer.linear
+    config, packer = decoder.config, Packer(device, dtype, make)
+    p, cross = config.patch_size, config.decoder.conditioning == "cross"
+    final, embed = decoder.final_layer.linear, decoder.patch_embed
     order = torch.arange(3 * p * p).view(p, p, 3).permute(2, 0, 1).flatten().to(final.weight.device)
-    embed = decoder.patch_embed
     assert embed.bias is not None
     context_rope, _ = decoder.rope_tables(config.grid_size, device)
+    blocks: list[Any] = list(decoder.blocks)
     return Weights(
-        patch_embed=DenseLinear(tensor(embed.weight.flatten(1)), tensor(embed.bias)),
-        context_embed=linear(decoder.context_embed, make=DenseLinear),
-        context_norm=(tensor(decoder.context_norm.weight), tensor(decoder.context_norm.bias)) if cross else None,
-        context_null=tensor(decoder.context_null),
+        patch_embed=packer.dense_of(embed.weight.flatten(1), embed.bias),
+        context_embed=packer.dense(decoder.context_embed),
+        context_norm=packer.pair(decoder.context_norm) if cross else None,
+        context_null=packer.tensor(decoder.context_null),
         context_rope=context_rope,
-        blocks=[block(b) for b in decoder.blocks],  # type: ignore[arg-type]
-        contexts=[context(b.context) for b in decoder.blocks] if cross else [],  # type: ignore[arg-type]
-        final=DenseLinear(tensor(final.weight[order]), tensor(final.bias[order])),
+        blocks=[_block(packer, b) for b in blocks],
+        contexts=[_context(packer, b.context) for b in blocks] if cross else [],
+        final=packer.dense_of(final.weight[order], final.bias[order]),
         dtype=dtype,
     )
+
+
+def _block(packer: Packer, block: JointBlock | CrossBlock) -> BlockWeights:
+    streams = (block.context, block.image) if isinstance(block, JointBlock) else (block.image,)
+    weight, bias = (torch.stack([_qk_norm(s, name) for s in streams]) for name in ("weight", "bias"))
+    packed = tuple(_stream(packer, s) for s in streams)
+    return BlockWeights(packed, packer.tensor(weight), packer.tensor(bias))
+
+
+def _stream(packer: Packer, s: Stream) -> StreamWeights:
+    if s.kv_only:
+        return StreamWeights(packer.linear(s.kv), None, None, None)
+    mlp = packer.linear(s.mlp.w1, s.mlp.w3), packer.linear(s.mlp.w2)
+    return StreamWeights(packer.linear(s.qkv), packer.linear(s.proj), *mlp)
+
+
+def _qk_norm(s: Stream, name: str) -> Tensor:
+    """(2, head_dim), of q and k; zeros for a q that does not exist."""
+    k: Tensor = getattr(s.k_norm, name)
+    return torch.stack([torch.zeros_like(k) if s.kv_only else getattr(s.q_norm, name), k])
+
+
+def _context(packer: Packer, c: ContextKeyValue) -> ContextWeights:
+    weight, bias = packer.pair(c.k_norm)
+    return ContextWeights(packer.linear(c.kv), weight[None, None], bias[None, None])

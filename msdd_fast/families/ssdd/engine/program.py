@@ -1,4 +1,4 @@
-"""SSDD's whole decode over device tensors: nothing in it waits for, or asks, the host."""
+"""SSDD's whole decode: no host synchronisation, so it can be captured in a CUDA graph."""
 
 from __future__ import annotations
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from msdd_fast.families.ssdd.decoder import DownBlock, ResBlock, TransformerBlock, UpBlock, UViTDecoder
 from msdd_fast.layers.convolution import Convolution, Shortcut, UpsampleConvolution
 from msdd_fast.layers.linear.dense import DenseLinear
+from msdd_fast.layers.packer import Packer, bias_of
 
 
 @dataclass(frozen=True)
@@ -97,73 +99,55 @@ def res_blocks(decoder: UViTDecoder) -> list[ResBlock]:
 @torch.no_grad()
 def pack_ssdd(decoder: UViTDecoder, dtype: torch.dtype, device: torch.device) -> SSDDWeights:
     """Pack ``decoder``, which is not changed. Norms' vectors and bias tables stay float32."""
-
-    def tensor(x: Tensor, kind: torch.dtype = dtype) -> Tensor:
-        return x.detach().to(device, kind, copy=True)  # training the tokenizer on does not change an engine
-
-    def affine(norm: nn.GroupNorm | nn.LayerNorm) -> tuple[Tensor, Tensor]:
-        return tensor(norm.weight, torch.float32), tensor(norm.bias, torch.float32)
-
-    def bias_of(module: nn.Conv2d | nn.Linear) -> Tensor:
-        assert module.bias is not None
-        return module.bias
-
-    def linear(*modules: nn.Module) -> DenseLinear:
-        """Side by side; 1 x 1 convolutions are linears of pixels."""
-        weights = [m.weight.flatten(1) for m in modules if isinstance(m, (nn.Linear, nn.Conv2d))]
-        biases = [m.bias for m in modules if isinstance(m, (nn.Linear, nn.Conv2d)) and m.bias is not None]
-        return DenseLinear(tensor(torch.cat(weights)), tensor(torch.cat(biases)) if biases else None)
-
-    def conv(module: nn.Conv2d, also: nn.Conv2d | None = None) -> Convolution:
-        bias = bias_of(module) if also is None else bias_of(module).float() + bias_of(also).float()
-        return Convolution(tensor(module.weight), tensor(bias), module.stride[0])
-
-    def res(block: ResBlock) -> ResWeights:
-        shortcut = None if block.conv_shortcut is None else Shortcut(tensor(block.conv_shortcut.weight))
-        return ResWeights(conv(block.conv1), conv(block.conv2, block.conv_shortcut), shortcut)
-
-    def transformer(block: TransformerBlock) -> TransformerWeights:
-        attn = block.attn1
-        weight, bias = affine(block.norm2)
-        return TransformerWeights(
-            qkv=linear(attn.to_q, attn.to_k, attn.to_v),
-            table=tensor(block.relative_position_bias.relative_bias_table, torch.float32),
-            out=linear(attn.out_proj),
-            shift=bias[None],
-            scale=weight[None] - 1,
-            value_gate=linear(block.ff.proj_in_act.proj),
-            down=linear(block.ff.proj_out),
-        )
-
-    def upsample(module: nn.Conv2d) -> UpsampleConvolution:
-        return UpsampleConvolution(tensor(module.weight, torch.float32), tensor(bias_of(module)))
-
-    def down_level(level: DownBlock) -> LevelWeights:
-        resample = [conv(d.conv) for d in level.downsamplers]  # type: ignore[arg-type]
-        return LevelWeights([res(r) for r in level.resnets], resample[0] if resample else None)  # type: ignore[arg-type]
-
-    def up_level(level: UpBlock) -> LevelWeights:
-        resample = [upsample(u.conv) for u in level.upsamplers]  # type: ignore[arg-type]
-        return LevelWeights([res(r) for r in level.resnets], resample[0] if resample else None)  # type: ignore[arg-type]
-
-    mid = decoder.mid_block
-    blocks: list[TransformerBlock] = list(mid.transformer_blocks)  # type: ignore[arg-type]
+    packer, mid = Packer(device, dtype), decoder.mid_block
     conv_in, ctx = decoder.conv_in, decoder.ada_ctx_proj
+    blocks: list[Any] = list(mid.transformer_blocks)
     return SSDDWeights(
-        image_in=Convolution(tensor(conv_in.weight[:, :3]), None),
-        latents_in=Convolution(tensor(conv_in.weight[:, 3:]), tensor(bias_of(conv_in))),
-        context=(conv(ctx[0]), conv(ctx[2])),  # type: ignore[arg-type]
-        modulations=linear(*(block.norm1.ctx_proj for block in res_blocks(decoder))),
-        adaln=linear(*(block.norm1.linear for block in blocks)),
-        down=[down_level(level) for level in decoder.down_blocks],  # type: ignore[arg-type]
+        image_in=Convolution(packer.tensor(conv_in.weight[:, :3]), None),
+        latents_in=Convolution(packer.tensor(conv_in.weight[:, 3:]), packer.tensor(bias_of(conv_in))),
+        context=(packer.convolution(ctx[0]), packer.convolution(ctx[2])),  # type: ignore[arg-type]
+        modulations=packer.dense(*(block.norm1.ctx_proj for block in res_blocks(decoder))),
+        adaln=packer.dense(*(block.norm1.linear for block in blocks)),
+        down=[_down(packer, level) for level in decoder.down_blocks],  # type: ignore[arg-type]
         mid=MidWeights(
-            norm=affine(mid.norm),
-            proj_in=linear(mid.proj_in),
-            blocks=[transformer(b) for b in blocks],
-            proj_out=linear(mid.proj_out),
+            norm=packer.pair32(mid.norm),
+            proj_in=packer.dense(mid.proj_in),
+            blocks=[_transformer(packer, b) for b in blocks],
+            proj_out=packer.dense(mid.proj_out),
         ),
-        up=[up_level(level) for level in decoder.up_blocks],  # type: ignore[arg-type]
-        norm_out=affine(decoder.conv_norm_out),
-        out=conv(decoder.conv_out),
+        up=[_up(packer, level) for level in decoder.up_blocks],  # type: ignore[arg-type]
+        norm_out=packer.pair32(decoder.conv_norm_out),
+        out=packer.convolution(decoder.conv_out),
         dtype=dtype,
     )
+
+
+def _residual(packer: Packer, block: Any) -> ResWeights:
+    shortcut = None if block.conv_shortcut is None else packer.shortcut(block.conv_shortcut)
+    return ResWeights(packer.convolution(block.conv1), packer.convolution(block.conv2, block.conv_shortcut), shortcut)
+
+
+def _transformer(packer: Packer, block: TransformerBlock) -> TransformerWeights:
+    attn = block.attn1
+    weight, bias = packer.pair32(block.norm2)
+    return TransformerWeights(
+        qkv=packer.dense(attn.to_q, attn.to_k, attn.to_v),
+        table=packer.tensor(block.relative_position_bias.relative_bias_table, torch.float32),
+        out=packer.dense(attn.out_proj),
+        shift=bias[None],
+        scale=weight[None] - 1,
+        value_gate=packer.dense(block.ff.proj_in_act.proj),
+        down=packer.dense(block.ff.proj_out),
+    )
+
+
+def _down(packer: Packer, level: DownBlock) -> LevelWeights:
+    downsamplers: list[Any] = list(level.downsamplers)
+    resample = [packer.convolution(d.conv) for d in downsamplers]
+    return LevelWeights([_residual(packer, r) for r in level.resnets], resample[0] if resample else None)
+
+
+def _up(packer: Packer, level: UpBlock) -> LevelWeights:
+    upsamplers: list[Any] = list(level.upsamplers)
+    resample = [packer.upsample(u.conv) for u in upsamplers]
+    return LevelWeights([_residual(packer, r) for r in level.resnets], resample[0] if resample else None)

@@ -1,0 +1,71 @@
+"""Copies of a decoder's weights in an engine's dtype and on its device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from msdd_fast.layers.convolution import Convolution, Shortcut, UpsampleConvolution
+from msdd_fast.layers.linear.dense import DenseLinear, Linear, MakeLinear
+
+
+class Packer:
+    """Packs modules' parameters for one engine. Always copies: training the model on does not change the engine.
+
+    Args:
+        make: turns a weight (out, in) and a bias into a Linear.
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, make: MakeLinear = DenseLinear) -> None:
+        self.device, self.dtype, self.make = device, dtype, make
+
+    def tensor(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """A copy in the engine's dtype, or another."""
+        return x.detach().to(self.device, self.dtype if dtype is None else dtype, copy=True)
+
+    def pair(self, module: Any) -> tuple[Tensor, Tensor]:
+        """Weight and bias of a norm in the engine's dtype."""
+        return self.tensor(module.weight), self.tensor(module.bias)
+
+    def pair32(self, module: Any) -> tuple[Tensor, Tensor]:
+        """Weight and bias of a norm in float32."""
+        return self.tensor(module.weight, torch.float32), self.tensor(module.bias, torch.float32)
+
+    def linear(self, *modules: nn.Module) -> Linear:
+        """Linears side by side, by ``make``. 1 x 1 convolutions are linears of pixels."""
+        return self.make(*self._joined(modules))
+
+    def dense(self, *modules: nn.Module) -> DenseLinear:
+        """The same, always dense."""
+        return DenseLinear(*self._joined(modules))
+
+    def dense_of(self, weight: Tensor, bias: Tensor) -> DenseLinear:
+        """A dense linear of a weight (out, in) and a bias."""
+        return DenseLinear(self.tensor(weight), self.tensor(bias))
+
+    def convolution(self, module: nn.Conv2d, also: nn.Conv2d | None = None) -> Convolution:
+        """A convolution, with the bias of ``also`` added to its own."""
+        bias = bias_of(module) if also is None else bias_of(module).float() + bias_of(also).float()
+        return Convolution(self.tensor(module.weight), self.tensor(bias), module.stride[0])
+
+    def shortcut(self, module: nn.Conv2d) -> Shortcut:
+        """A 1 x 1 convolution without its bias."""
+        return Shortcut(self.tensor(module.weight))
+
+    def upsample(self, module: nn.Conv2d) -> UpsampleConvolution:
+        """A convolution behind a nearest upsampling, in one."""
+        return UpsampleConvolution(self.tensor(module.weight, torch.float32), self.tensor(bias_of(module)))
+
+    def _joined(self, modules: Sequence[Any]) -> tuple[Tensor, Tensor | None]:
+        weights = [m.weight.flatten(1) for m in modules]
+        biases = [m.bias for m in modules if m.bias is not None]
+        return self.tensor(torch.cat(weights)), self.tensor(torch.cat(biases)) if biases else None
+
+
+def bias_of(module: nn.Conv2d | nn.Linear) -> Tensor:
+    """The bias of a module that has one."""
+    assert module.bias is not None
+    return module.bias
