@@ -24,7 +24,7 @@ from msdd_fast.io.metadata import exif_orientation, split
 from msdd_fast.ops._patches import to_uint8
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
-OTHER_SUFFIXES = frozenset(
+OTHER_SUFFIXES: frozenset[str] = frozenset(
     {".avif", ".gif", ".heic", ".heif", ".jfif", ".jpe", ".jp2", ".jxl", ".pbm", ".pgm", ".pnm", ".ppm", ".psd"}
     | {".arw", ".cr2", ".cr3", ".dng", ".nef", ".svg"}
 )
@@ -175,7 +175,7 @@ def to_image(x: Tensor) -> Image.Image:
     return Image.fromarray(to_uint8(x).permute(1, 2, 0).cpu().numpy())
 
 
-def find_image_files(source: str | os.PathLike[str]) -> list[Path]:
+def find_image_files(source: str | os.PathLike[str], required: bool = True) -> list[Path]:
     """Image files of a folder (recursive, sorted), or the one file.
 
     Linked folders are followed, each folder is searched once. Hidden files and folders and macOS's ``__MACOSX`` are
@@ -196,8 +196,8 @@ def find_image_files(source: str | os.PathLike[str]) -> list[Path]:
     found = list(walk(path))
     files = sorted(p for p in found if is_image_name(p.relative_to(path)) and p.is_file())
     others = passed_over(p.relative_to(path) for p in found)
-    if not files:
-        raise InputError(no_images(f"found in {path}", others))
+    if not files and required:
+        raise InputError(no_images(others, f" found in {path}"))
     report_passed_over(path, others)
     return files
 
@@ -219,27 +219,25 @@ def walk(folder: Path) -> Iterator[Path]:
         yield from (Path(root, f) for f in files)
 
 
-def is_image_name(name: PurePath) -> bool:
+def is_image_name(name: PurePath, suffixes: frozenset[str] = IMAGE_SUFFIXES) -> bool:
     """Whether a search takes a file of this name, relative to where it started."""
-    return name.suffix.lower() in IMAGE_SUFFIXES and not any(map(_is_hidden, name.parts))
+    return name.suffix.lower() in suffixes and not any(map(_is_hidden, name.parts))
 
 
 def _is_hidden(part: str) -> bool:
     """macOS puts the companions of its files, ``._NAME``, beside them or into a folder ``__MACOSX``."""
-    return part.startswith(".") or part == "__MACOSX"
+    return (part.startswith(".") and part != "..") or part == "__MACOSX"
 
 
 def passed_over(names: Iterable[PurePath]) -> Counter[str]:
     """How many names that are not hidden have each of OTHER_SUFFIXES."""
-    return Counter(
-        n.suffix.lower() for n in names if n.suffix.lower() in OTHER_SUFFIXES and not any(map(_is_hidden, n.parts))
-    )
+    return Counter(n.suffix.lower() for n in names if is_image_name(n, OTHER_SUFFIXES))
 
 
-def no_images(where: str, others: Counter[str]) -> str:
-    """The message of an error: nothing that a search takes, and what it passed over."""
+def no_images(others: Counter[str], where: str = "") -> str:
+    """The words of an error: nothing that a search takes, and what it passed over."""
     more = f"; passed over: {_counts(others)}" if others else ""
-    return f"no images ({', '.join(sorted(IMAGE_SUFFIXES))}) {where}{more}"
+    return f"no images ({', '.join(sorted(IMAGE_SUFFIXES))}){where}{more}"
 
 
 def report_passed_over(source: object, others: Counter[str]) -> None:
