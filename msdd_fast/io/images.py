@@ -118,10 +118,12 @@ def _formats() -> list[str]:
 
 def _unknown(data: bytes) -> str:
     heads = {b"%!PS": "PostScript", b"\xc5\xd0\xd3\xc6": "PostScript", b"%PDF": "PDF", b"8BPS": "PSD"}
-    for head, name in heads.items():
-        if data.startswith(head):
-            return f"its format is {name}, read are {', '.join(FORMATS)}"
-    return f"its format is not known, or its head is damaged (read are {', '.join(FORMATS)})"
+    heads |= {b"\0\0\0\x0cjP": "JPEG 2000", b"\0\0\0\x0cJXL": "JPEG XL", b"\xff\x0a": "JPEG XL", b"<svg": "SVG"}
+    name = next((name for head, name in heads.items() if data.startswith(head)), "")
+    if data[4:8] == b"ftyp" and data[8:11] in (b"hei", b"hev", b"mif", b"msf"):
+        name = "HEIC"
+    read = f"read are {', '.join(FORMATS)}"
+    return f"its format is {name}, {read}" if name else f"its format is not known, or its head is damaged ({read})"
 
 
 def max_pixels() -> int:

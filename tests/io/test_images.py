@@ -240,6 +240,22 @@ def test_no_program_is_started(tmp_path, monkeypatch, head):
     assert not {"EPS", "PDF", "WMF", "FITS"} & set(FORMATS)
 
 
+@pytest.mark.parametrize(
+    ("head", "name"),
+    [
+        (b"\0\0\0\x18ftypheic", "HEIC"),
+        (b"\0\0\0\x18ftypmif1", "HEIC"),
+        (b"\0\0\0\x0cjP  \r\n\x87\n", "JPEG 2000"),
+        (b"\xff\x0a", "JPEG XL"),
+        (b"8BPS", "PSD"),
+        (b"%PDF-1.4", "PDF"),
+    ],
+)
+def test_other_formats_are_named(head, name):
+    with pytest.raises(InputError, match=f"^x is not a readable image: its format is {name}, read are PNG, JPEG"):
+        load_image("x", head + bytes(100))
+
+
 def png_head(width, height):
     """A PNG that says how large it is, without pixels."""
     head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
