@@ -182,7 +182,8 @@ def _record(job: _Job, size: int) -> dict[str, object]:
 
 def _prepare(folder: Path, record: dict[str, object], overwrite: bool) -> None:
     """Leave ``record`` in the folder. Raises InputError if the folder's latents are of something else."""
-    there = {p.name for p in folder.glob("*.safetensors")}
+    # Hidden files are what a killed run was writing.
+    there = {p.name for p in folder.glob("*.safetensors") if not p.name.startswith(".")}
     foreign = sorted(n for n in there if not re.fullmatch(r"\d{6,}\.safetensors", n))
     if foreign:
         raise InputError(f"{folder} must hold nothing but shards of this command, got {foreign[0]}")

@@ -67,12 +67,13 @@ def load_image(path: str | os.PathLike[str], data: bytes | None = None) -> Image
 def _read(path: Path) -> bytes:
     try:
         with open(path, "rb") as f:
-            data = f.read(MAX_FILE_BYTES + 1)
+            size = os.fstat(f.fileno()).st_size
+            data = f.read(MAX_FILE_BYTES + 1) if size <= MAX_FILE_BYTES else b""
     except FileNotFoundError as e:
         raise InputError(f"image file {path} does not exist") from e
     except OSError as e:
         raise InputError(f"{path} is not a readable image: {e.strerror or e}") from e
-    if len(data) > MAX_FILE_BYTES:
+    if max(size, len(data)) > MAX_FILE_BYTES:  # a pipe has no size
         raise InputError(f"{path} is not a readable image: files must have at most {MAX_FILE_BYTES} bytes")
     return data
 

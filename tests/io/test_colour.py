@@ -152,6 +152,17 @@ def test_samples_without_a_known_scale_are_refused(pixels, message):
     assert message in refusal(tiff(pixels, **options, **extra))
 
 
+def test_12_bits():
+    values = np.arange(0, 4096, 16, dtype=np.uint16).reshape(16, 16)
+    pairs = values.reshape(-1, 2).astype(int)
+    packed = np.stack([pairs[:, 0] >> 4, (pairs[:, 0] & 15) << 4 | pairs[:, 1] >> 8, pairs[:, 1] & 255], 1)
+    data = packed.astype(np.uint8).tobytes()
+    entries = [(256, 16), (257, 16), (258, 12), (259, 1), (262, 1), (273, 200), (277, 1), (278, 16), (279, len(data))]
+    directory = b"".join(struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in entries)
+    head = b"II*\0" + struct.pack("<IH", 8, len(entries)) + directory + bytes(4)
+    near(head.ljust(200, b"\0") + data, values >> 4, 0)
+
+
 def test_16_bits_of_pillow():
     near(stored(Image.fromarray(deep(GREY)), "PNG"), GREY)
     near(stored(Image.fromarray(deep(GREY)), "TIFF"), GREY)
