@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import io
 import logging
+import operator
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePath
+from typing import SupportsIndex
 
 import numpy as np
 import torch
@@ -151,8 +153,19 @@ def as_path(name: str, path: object) -> Path:
     return Path(text)
 
 
+def _check_image(image: object) -> None:
+    if not isinstance(image, Image.Image):
+        raise InputError(f"image must be a PIL image, got {type(image).__name__}")
+
+
 def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """Largest centred square, then resized: BOX when shrinking by a whole factor, else antialiased bicubic."""
+    """Largest centred square, then resized: BOX when shrinking by a whole factor, else antialiased bicubic.
+
+    Raises InputError unless ``image`` is a PIL image and ``size`` a positive integer.
+    """
+    _check_image(image)
+    if isinstance(size, bool) or not isinstance(size, SupportsIndex) or operator.index(size) < 1:
+        raise InputError(f"size must be a positive integer, got {size!r}")
     short = min(image.size)
     left, top = (image.width - short) // 2, (image.height - short) // 2
     square = image.crop((left, top, left + short, top + short))
@@ -163,7 +176,10 @@ CROP_DESCRIPTION = "largest centred square, resized by BOX (whole factors) or an
 
 
 def to_tensor(image: Image.Image) -> Tensor:
-    """RGB image to float32 (3, H, W) in [-1, 1]."""
+    """RGB image to float32 (3, H, W) in [-1, 1]. Raises InputError for anything else than an RGB image of PIL."""
+    _check_image(image)
+    if image.mode != "RGB":
+        raise InputError(f"image must be RGB, as load_image gives it, got mode {image.mode}")
     array = np.asarray(image, dtype=np.uint8).copy()
     return torch.from_numpy(array).permute(2, 0, 1).float().div_(127.5).sub_(1.0)
 
@@ -174,7 +190,10 @@ def load_batch(files: Sequence[Path], size: int) -> Tensor:
 
 
 def to_image(x: Tensor) -> Image.Image:
-    """(3, H, W) in [-1, 1] to an RGB image."""
+    """(3, H, W) in [-1, 1] to an RGB image. Raises InputError for another shape or an integer dtype."""
+    if not isinstance(x, Tensor) or x.ndim != 3 or x.shape[0] != 3 or not x.is_floating_point():
+        got = f"{tuple(x.shape)} of {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
+        raise InputError(f"x must be a floating-point tensor (3, H, W), got {got}")
     return Image.fromarray(to_uint8(x).permute(1, 2, 0).cpu().numpy())
 
 
@@ -261,6 +280,7 @@ def require_picture_path(path: str | os.PathLike[str]) -> None:
 
 def save_image(image: Image.Image, path: str | os.PathLike[str]) -> None:
     """Write a picture atomically; the suffix chooses the format. Raises InputError if it cannot be written."""
+    _check_image(image)
     _check_suffix(as_path("output", path))
     with atomic_write(path) as temporary:
         image.save(temporary)

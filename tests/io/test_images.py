@@ -210,6 +210,23 @@ def test_what_is_no_data(data):
         load_image("x.png", data)
 
 
+def test_wrong_kinds_of_argument(tmp_path):
+    image = noise_image(4, 4)
+    for call in (lambda v: center_crop(v, 2), to_tensor, lambda v: save_image(v, tmp_path / "x.png")):
+        for value in (None, "x.png", np.zeros((4, 4, 3), np.uint8)):
+            with pytest.raises(InputError, match=f"^image must be a PIL image, got {type(value).__name__}"):
+                call(value)
+    for size in (0, -1, True, 2.0, "2", None):
+        with pytest.raises(InputError, match=f"^size must be a positive integer, got {size!r}"):
+            center_crop(image, size)
+    assert center_crop(image, np.int64(2)).size == (2, 2)
+    with pytest.raises(InputError, match=r"^image must be RGB, as load_image gives it, got mode L$"):
+        to_tensor(image.convert("L"))
+    for x in (None, pixels(image), torch.zeros(4, 4), torch.zeros(1, 3, 4, 4), torch.zeros(3, 4, 4, dtype=torch.uint8)):
+        with pytest.raises(InputError, match=r"^x must be a floating-point tensor \(3, H, W\), got "):
+            to_image(x)
+
+
 def test_a_file_and_its_bytes_are_the_same_image(tmp_path):
     image = noise_image(33, 21)
     for suffix, options in (
