@@ -216,7 +216,7 @@ def find_image_files(source: str | os.PathLike[str], required: bool = True) -> l
     if not path.is_dir():
         raise InputError(f"{path} is neither a file nor a folder")
     found = list(walk(path))
-    files = sorted(p for p in found if is_image_name(p.relative_to(path)) and p.is_file())
+    files = sorted(p for p in found if is_searched(p.relative_to(path)) and p.is_file())
     others = passed_over(p.relative_to(path) for p in found)
     if not files and required:
         raise InputError(no_images(others, f" found in {path}"))
@@ -241,7 +241,7 @@ def walk(folder: Path) -> Iterator[Path]:
         yield from (Path(root, f) for f in files)
 
 
-def is_image_name(name: PurePath, suffixes: frozenset[str] = IMAGE_SUFFIXES) -> bool:
+def is_searched(name: PurePath, suffixes: frozenset[str] = IMAGE_SUFFIXES) -> bool:
     """Whether a search takes a file of this name, relative to where it started."""
     return name.suffix.lower() in suffixes and not any(map(_is_hidden, name.parts))
 
@@ -253,7 +253,7 @@ def _is_hidden(part: str) -> bool:
 
 def passed_over(names: Iterable[PurePath]) -> Counter[str]:
     """How many names that are not hidden have each of OTHER_SUFFIXES."""
-    return Counter(n.suffix.lower() for n in names if is_image_name(n, OTHER_SUFFIXES))
+    return Counter(n.suffix.lower() for n in names if is_searched(n, OTHER_SUFFIXES))
 
 
 def no_images(others: Counter[str], where: str = "") -> str:

@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from msdd_fast.errors import InputError
-from msdd_fast.io.images import find_image_files, is_image_name, no_images, passed_over, report_passed_over, walk
+from msdd_fast.io.images import find_image_files, is_searched, no_images, passed_over, report_passed_over, walk
 
 
 class ImageRef(NamedTuple):
@@ -109,10 +109,11 @@ def fetch(command: str, cache: str | Path | None) -> Path:
 
 
 def _folder_images(source: str) -> list[ImageRef]:
-    folder = Path(source)
-    found = sorted(p for p in walk(folder) if is_image_name(p.relative_to(folder), frozenset({".tar"})) and p.is_file())
-    refs = [ImageRef(p) for p in find_image_files(folder, required=not found)]
-    return refs + [ref for shard in found for ref in _tar_images(shard, str(shard))]
+    folder, tar = Path(source), frozenset({".tar"})
+    named = (p for p in walk(folder) if p.suffix.lower() in tar)
+    shards = sorted(p for p in named if is_searched(p.relative_to(folder), tar) and p.is_file())
+    refs = [ImageRef(p) for p in find_image_files(folder, required=not shards)]
+    return refs + [ref for shard in shards for ref in _tar_images(shard, str(shard))]
 
 
 def _tar_images(path: Path, name: str) -> list[ImageRef]:
@@ -121,7 +122,7 @@ def _tar_images(path: Path, name: str) -> list[ImageRef]:
             members = [(PurePosixPath(m.name), m) for m in tar if m.isfile() and not m.issparse()]
     except (tarfile.TarError, OSError) as e:
         raise InputError(f"data shard {name} is not a readable, uncompressed tar file: {e}") from e
-    refs = [ImageRef(path, m.offset_data, m.size) for member, m in members if is_image_name(member)]
+    refs = [ImageRef(path, m.offset_data, m.size) for member, m in members if is_searched(member)]
     others = passed_over(member for member, _ in members)
     if not refs:
         raise InputError(f"data shard {name} holds {no_images(others)}")
