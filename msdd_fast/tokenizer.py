@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from msdd_fast import checkpoint
-from msdd_fast.diffusion.checks import check_finite, check_floating_images, check_latents
+from msdd_fast.diffusion.checks import check_finite, check_floating_images, check_image_range, check_latents
 from msdd_fast.diffusion.config import Config
 from msdd_fast.diffusion.schedule import StageSchedule
 from msdd_fast.errors import InputError
@@ -143,11 +143,13 @@ class Tokenizer(nn.Module):
         config.factor -> (B, latent_channels, H/factor, W/factor), the mode of the Gaussian that ``encoder.posterior``
         gives.
 
-        Raises InputError for another shape, an integer dtype, or NaN/Inf.
+        Raises InputError for another shape, an integer dtype, NaN/Inf, or values beyond 1.5; warns once of images that
+        are in [0, 1].
         """
         family_of(self.config).check_images(images)
         check_floating_images(images)
         check_finite("images", images)
+        check_image_range(images)
         z: Tensor = self.encoder(images)
         return z
 

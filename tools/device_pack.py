@@ -15,9 +15,8 @@ import shutil
 import tarfile
 from pathlib import Path
 
-from PIL import Image
-
 from msdd_fast.errors import InputError
+from msdd_fast.io.images import load_image
 from msdd_fast.training.data import ImageRef, find_images
 
 TRAIN_MB, TOTAL_MB = 24.0, 67.0
@@ -28,7 +27,7 @@ _TAR_OVERHEAD = 1024  # header and padding of one small file
 def encode(ref: ImageRef, quality: int) -> bytes:
     """One image as WebP."""
     buffer = io.BytesIO()
-    Image.open(io.BytesIO(ref.read())).convert("RGB").save(buffer, format="WEBP", quality=quality, method=4)
+    load_image(str(ref), ref.read()).save(buffer, format="WEBP", quality=quality, method=4)
     return buffer.getvalue()
 
 

@@ -35,7 +35,7 @@ def take(page: Path, target: Path, size: tuple[int, int], options: Sequence[str]
         window = f"--window-size={size[0]},{size[1]}"
         command = [browser, *OFFLINE, *options, f"--user-data-dir={profile}", window, f"--screenshot={target}"]
         subprocess.run([*command, page.absolute().as_uri()], check=True, capture_output=True, timeout=120)
-    with Image.open(target) as opened:
+    with Image.open(target, formats=["PNG"]) as opened:
         shown = opened.convert("RGB")
     empty = Image.new("RGB", shown.size, shown.getpixel((0, shown.height - 1)))
     box = ImageChops.difference(shown, empty).getbbox()

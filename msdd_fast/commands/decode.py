@@ -21,6 +21,7 @@ from msdd_fast.commands.common import (
     load_engine,
     load_tokenizer,
 )
+from msdd_fast.commands.encode import RECORD
 from msdd_fast.diffusion.checks import check_latents
 from msdd_fast.diffusion.noise import resolve_seeds
 from msdd_fast.errors import InputError
@@ -70,13 +71,18 @@ def run(args: argparse.Namespace) -> None:
 
 
 def read(source: Path) -> Latents:
-    """Latents of one file, or of all files of a folder, whose names then start with the file's."""
+    """Latents of one file, or of all files of a folder, whose names then start with the file's.
+
+    The shards that `encode` wrote have the names of one file. Hidden files are what a killed run was writing.
+    """
     if not source.is_dir():
         return load_latents(source)
-    files = sorted(source.glob("*.safetensors"))
+    files = sorted(f for f in source.glob("*.safetensors") if not f.name.startswith("."))
     if not files:
         raise InputError(f"no .safetensors files in {source}")
     parts = [load_latents(f) for f in files]
+    if (source / RECORD).exists():
+        return concatenate(parts)
     return concatenate([Latents(p.z, [f"{f.stem}/{n}" for n in p.names]) for f, p in zip(files, parts, strict=True)])
 
 

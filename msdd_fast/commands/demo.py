@@ -16,6 +16,7 @@ from msdd_fast.commands.common import (
     load_engine,
     load_tokenizer,
 )
+from msdd_fast.commands.inputs import require_finite
 from msdd_fast.commands.reconstruction import draw, reconstruct
 from msdd_fast.io.images import require_picture_path, save_image
 from msdd_fast.io.photographs import PHOTOS, photographs
@@ -37,6 +38,7 @@ def run(args: argparse.Namespace) -> None:
     images = photographs(cfg.image_size).to(device)
     engine = load_engine(args, tokenizer, args.batch_size)
     r = reconstruct(tokenizer, images, args.seed, engine)
+    require_finite("decoding", r.result, PHOTOS)
     save_image(draw(r, size=256), args.out)
     for name, value in zip(PHOTOS, psnr(r.result, r.original).tolist(), strict=True):
         print(f"{name:>12}: {value:.2f} dB")

@@ -1,4 +1,7 @@
-"""Encode photographs and decode them again; write a picture: original, clean estimate of every stage, result."""
+"""Encode photographs and decode them again; write a picture: original, clean estimate of every stage, result.
+
+Images that cannot be read are passed over and counted; the others keep their seeds.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,10 @@ from msdd_fast.commands.common import (
     add_dtype,
     add_sampling,
     device_of,
-    load_batch,
     load_engine,
     load_tokenizer,
 )
+from msdd_fast.commands.inputs import ImageReader, add_strict, printable, require_finite
 from msdd_fast.commands.reconstruction import draw, reconstruct
 from msdd_fast.io.images import find_image_files, require_picture_path, save_image
 from msdd_fast.metrics.image import psnr
@@ -21,6 +24,7 @@ from msdd_fast.metrics.image import psnr
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("photos", nargs="+", metavar="PHOTO", help="any pictures; the largest centred square is used")
     parser.add_argument("-o", "--output", default="reconstruction.png", help="picture to write (default: %(default)s)")
+    add_strict(parser)
     add_checkpoint(parser)
     add_sampling(parser)
     add_dtype(parser)
@@ -30,9 +34,15 @@ def run(args: argparse.Namespace) -> None:
     require_picture_path(args.output)
     files = [f for photo in args.photos for f in find_image_files(photo)]
     tokenizer = load_tokenizer(args)
-    images = load_batch(files, tokenizer.config.image_size).to(device_of(tokenizer))
-    r = reconstruct(tokenizer, images, args.seed, load_engine(args, tokenizer, len(images)))
+    reader = ImageReader(tokenizer.config.image_size)
+    read, images = reader.read(files)
+    reader.require_any()
+    shown, seeds = [files[i] for i in read], [args.seed + i for i in read]
+    images = images.to(device_of(tokenizer))
+    r = reconstruct(tokenizer, images, seeds, load_engine(args, tokenizer, len(images)))
+    require_finite("decoding", r.result, shown)
     save_image(draw(r), args.output)
-    for file, value in zip(files, psnr(r.result, r.original).tolist(), strict=True):
-        print(f"{file}: {value:.2f} dB")
+    for file, value in zip(shown, psnr(r.result, r.original).tolist(), strict=True):
+        print(f"{printable(file)}: {value:.2f} dB")
     print(f"wrote {args.output}: original, clean estimate of each coarser scale, result")
+    reader.report(args.strict)

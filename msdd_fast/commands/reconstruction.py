@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from PIL import Image
 from torch import Tensor
 
+from msdd_fast.commands.inputs import encode
 from msdd_fast.engine import FastDecoder
 from msdd_fast.io.images import preview_grid
 from msdd_fast.sampling import StageResult
@@ -22,10 +24,13 @@ class Reconstruction(NamedTuple):
 
 
 def reconstruct(
-    tokenizer: Tokenizer, images: Tensor, seed: int = 0, engine: FastDecoder | None = None
+    tokenizer: Tokenizer, images: Tensor, seed: int | Sequence[int] = 0, engine: FastDecoder | None = None
 ) -> Reconstruction:
-    """Round trip of images (B, 3, R, R) in [-1, 1], decoded by ``engine`` if there is one, else by the eager model."""
-    z = tokenizer.encode(images)
+    """Round trip of images (B, 3, R, R) in [-1, 1], decoded by ``engine`` if there is one, else by the eager model.
+
+    Raises InputError if the latents have NaN or Inf.
+    """
+    z = encode(tokenizer, images, range(len(images)))
     if engine is not None:
         stages = [s.images for s in engine.stream(z, seed)]
         return Reconstruction(images, stages, stages[-1])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -43,6 +45,32 @@ def check_floating_images(images: Tensor) -> None:
     """Raise InputError for an integer dtype."""
     if not images.is_floating_point():
         raise InputError(f"images must be floating point in [-1, 1], got {images.dtype}")
+
+
+def check_image_range(images: Tensor) -> None:
+    """Raise InputError for values beyond 1.5; warn, once a process, if all values are in [0, 1]. Waits for a GPU.
+
+    Images are in [-1, 1]. Resampling may overshoot a little, pixels in [0, 255] or normalised otherwise are far off.
+    """
+    if not images.numel():
+        return
+    low, high = (float(v) for v in images.aminmax())
+    if high > 1.5 or low < -1.5:
+        raise InputError(
+            f"images must be in [-1, 1], got {low:g} to {high:g}; pixels in [0, 255] become x / 127.5 - 1, in [0, 1] "
+            "2 * x - 1"
+        )
+    if low >= 0 and low < high <= 1:
+        _warn_of_unit_range()
+
+
+@functools.cache
+def _warn_of_unit_range() -> None:
+    warnings.warn(
+        "all values of the images are in [0, 1], but images must be in [-1, 1]: if they are pixels in [0, 1], encode "
+        "2 * x - 1 (this is said once)",
+        stacklevel=5,
+    )
 
 
 def check_latents(z: Tensor, *shape: int | None) -> None:

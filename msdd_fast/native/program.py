@@ -131,6 +131,11 @@ def _copy(out: Tensor, x: Tensor | None) -> Tensor:
     return out
 
 
+def _memory(x: Tensor) -> int | None:
+    """What identifies the storage of a tensor; None if it has none, as in oneDNN's own layouts."""
+    return x.untyped_storage()._cdata if x.layout == torch.strided else None
+
+
 _READS_VALUES = frozenset({Tensor.item, Tensor.tolist, Tensor.__bool__, Tensor.__float__, Tensor.__int__, Tensor.numpy})
 
 
@@ -171,11 +176,10 @@ class _Recording(TorchFunctionMode):
             return handler(*args, **kwargs)
         result = func(*args, **kwargs)
         made = [result] if isinstance(result, Tensor) else result if isinstance(result, (tuple, list)) else ()
-        storages = {t.untyped_storage()._cdata for t in itertools.chain(args, kwargs.values()) if isinstance(t, Tensor)}
-        for t in made:
-            if isinstance(t, Tensor) and t.untyped_storage()._cdata not in storages:
-                name = getattr(func, "__name__", str(func))
-                raise NotRecordableError(f"{name} computes in PyTorch, not in a native op")
+        given = {_memory(t) for t in itertools.chain(args, kwargs.values()) if isinstance(t, Tensor)} - {None}
+        if any(isinstance(t, Tensor) and _memory(t) not in given for t in made):
+            name = getattr(func, "__name__", str(func))
+            raise NotRecordableError(f"{name} computes in PyTorch, not in a native op")
         return result
 
     # --- Memory. ---

@@ -81,6 +81,17 @@ def test_encode_and_decode(run, tiny, photos, tmp_path):
         assert nearly_equal(pixels(tmp_path / "out" / f"{name}.png"), to_uint8(image))
 
 
+def test_encode_shards_with_none_readable(run, tiny, photos, tmp_path):
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes((photos / name).read_bytes())
+    (tmp_path / "0.png").write_text("no image")
+    code, out, err = run("encode", tmp_path, "-o", tmp_path / "z", "--shard-size", 1)
+    assert code == 0 and "2 x 4 x 8 x 8" in out and "1 of 3 images could not be read" in err
+    assert load_latents(tmp_path / "z/000000.safetensors").z.shape == (0, 4, 8, 8)
+    z = load_latents(tmp_path / "z/000002.safetensors").z
+    torch.testing.assert_close(z, tiny.encode(inputs(photos)[1:]), rtol=1e-4, atol=1e-4)
+
+
 def test_decode_in_bfloat16(run, tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("MSDD_FAST_CPU_BF16", "1")
     from msdd_fast.io.latents import Latents, save_latents

@@ -10,11 +10,11 @@ import shutil
 import subprocess
 import tarfile
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from msdd_fast.errors import InputError
-from msdd_fast.io.images import IMAGE_SUFFIXES, find_image_files
+from msdd_fast.io.images import find_image_files, is_searched, no_images, passed_over, report_passed_over, walk
 
 
 class ImageRef(NamedTuple):
@@ -36,6 +36,9 @@ class ImageRef(NamedTuple):
 def find_images(sources: Sequence[str | Path], cache: str | Path | None = None) -> list[ImageRef]:
     """Every image in the given folders (recursive) and .tar shards, in a fixed order.
 
+    A folder gives the images in it, then those of the shards in it. Hidden files, folders and members of shards, such
+    as macOS's ``._NAME`` and ``__MACOSX``, are left out.
+
     A source may name many shards, ``train-{000..146}.tar``. It may also be a command that writes a shard to its
     standard output, ``pipe:curl -sf https://host/train-{000..146}.tar``. The command runs once; its shard stays in the
     folder ``cache``.
@@ -47,8 +50,8 @@ def find_images(sources: Sequence[str | Path], cache: str | Path | None = None) 
         if source.startswith("pipe:"):
             refs += _tar_images(fetch(source.removeprefix("pipe:"), cache), source)
         elif Path(source).is_dir():
-            refs += [ImageRef(p) for p in find_image_files(source)]
-        elif source.endswith(".tar") and Path(source).is_file():
+            refs += _folder_images(source)
+        elif source.lower().endswith(".tar") and Path(source).is_file():
             refs += _tar_images(Path(source), source)
         else:
             raise InputError(f"data must be folders or .tar shards, got {source}")
@@ -105,16 +108,23 @@ def fetch(command: str, cache: str | Path | None) -> Path:
     return target
 
 
+def _folder_images(source: str) -> list[ImageRef]:
+    folder, tar = Path(source), frozenset({".tar"})
+    named = (p for p in walk(folder) if p.suffix.lower() in tar)
+    shards = sorted(p for p in named if is_searched(p.relative_to(folder), tar) and p.is_file())
+    refs = [ImageRef(p) for p in find_image_files(folder, required=not shards)]
+    return refs + [ref for shard in shards for ref in _tar_images(shard, str(shard))]
+
+
 def _tar_images(path: Path, name: str) -> list[ImageRef]:
     try:
         with tarfile.open(path, "r:") as tar:
-            refs = [
-                ImageRef(path, m.offset_data, m.size)
-                for m in tar
-                if m.isfile() and Path(m.name).suffix.lower() in IMAGE_SUFFIXES
-            ]
+            members = [(PurePosixPath(m.name), m) for m in tar if m.isfile() and not m.issparse()]
     except (tarfile.TarError, OSError) as e:
         raise InputError(f"data shard {name} is not a readable, uncompressed tar file: {e}") from e
+    refs = [ImageRef(path, m.offset_data, m.size) for member, m in members if is_searched(member)]
+    others = passed_over(member for member, _ in members)
     if not refs:
-        raise InputError(f"data shard {name} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+        raise InputError(f"data shard {name} holds {no_images(others)}")
+    report_passed_over(name, others)
     return refs

@@ -3,6 +3,7 @@
 import io
 import random
 import shutil
+import struct
 import tarfile
 
 import numpy as np
@@ -53,6 +54,63 @@ def test_folders_and_shards(folder, shard):
     for i, ref in enumerate(refs[5:]):
         stored = Image.open(io.BytesIO(ref.read()))
         assert np.array_equal(np.asarray(stored), np.asarray(picture(100 + i)))
+
+
+def png(seed, **options):
+    buffer = io.BytesIO()
+    picture(seed).save(buffer, "PNG", **options)
+    return buffer.getvalue()
+
+
+def make_tar(path, members):
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def test_hidden_companions_are_no_images_in_shards_either(tmp_path, caplog):
+    """What macOS's tar adds; and images of other formats are counted."""
+    members = {f"./{i}.png": png(i) for i in range(3)}
+    fork = b"\0\5\x16\7\0\2\0\0Mac OS X        " + bytes(100)
+    members |= {"./._0.png": fork, "__MACOSX/1.png": fork, "a/__MACOSX/._1.png": fork, "a/.cache/x.png": fork}
+    members |= {"../3.PNG": png(3), "a/x.heic": b"", "a/y.HEIC": b"", "a/z.jfif": b"", "a/._w.gif": b""}
+    refs = find_images([make_tar(tmp_path / "shard.TAR", members)])
+    assert [r.read() for r in refs] == [png(i) for i in range(4)]
+    assert "shard.TAR: passed over 2 .heic, 1 .jfif; read are .bmp, " in caplog.text
+    only = make_tar(tmp_path / "only.tar", {"a.avif": b"", "._b.png": b""})
+    with pytest.raises(InputError, match=r"data shard .*only.tar holds no images \(.*\); passed over: 1 \.avif"):
+        find_images([only])
+
+
+def test_a_folder_of_shards(tmp_path, shard):
+    folder = tmp_path / "data"
+    (folder / "more").mkdir(parents=True)
+    shutil.copy(shard, folder / "b.TAR")
+    make_tar(folder / "more" / "a.tar", {"x.png": png(5)})
+    (folder / "._b.tar").write_bytes(b"no tar")
+    expected = [r.read() for r in find_images([shard])] + [png(5)]
+    assert [r.read() for r in find_images([folder])] == expected
+    (folder / "z.png").write_bytes(png(6))
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "y.png").write_bytes(png(7))
+    (folder / "linked").symlink_to(tmp_path / "elsewhere")
+    (folder / "more" / "loop").symlink_to(folder)
+    assert [r.read() for r in find_images([folder])] == [png(7), png(6), *expected]  # images first, then shards
+    data = ImageDataset(find_images([folder]), 16, seed=0)
+    assert not [bad for g in range(len(data)) for bad in data.sample(g).unreadable]
+
+
+def test_odd_metadata_ends_no_training(tmp_path):
+    """A camera's EXIF field of the wrong type is no reason to stop, or to pass the image over."""
+    entries = [(0x0112, 3, 1, b"\6\0\0\0"), (0x011A, 2, 4, b"72\0\0"), (0x0128, 2, 4, b"in\0\0")]
+    ifd = struct.pack("<H", 3) + b"".join(struct.pack("<HHI", *e[:3]) + e[3] for e in sorted(entries)) + bytes(4)
+    exif = b"Exif\0\0II*\0" + struct.pack("<I", 8) + ifd
+    Image.fromarray(np.zeros((40, 80, 3), np.uint8)).save(tmp_path / "a.jpg", exif=exif)
+    sample = ImageDataset(find_images([tmp_path]), 16, seed=0).sample(0)
+    assert not sample.unreadable and sample.image.shape == (3, 16, 16)
 
 
 def test_every_epoch_is_a_permutation_of_its_own(folder):
