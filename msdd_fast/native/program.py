@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import bisect
 import ctypes
-import itertools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -35,10 +34,10 @@ class NotRecordableError(MsddFastError, RuntimeError):
 
 
 class Arena:
-    """Memory for tensors, taken from PyTorch in chunks and never given back while the arena lives."""
+    """Memory for tensors, in chunks that live as long as the arena or a tensor in them does."""
 
     def __init__(self) -> None:
-        self._chunks: list[Tensor] = []
+        self._chunks: dict[int, bytearray] = {}  # by address
         self._free: list[tuple[int, int]] = []  # (address, bytes), sorted, neighbours joined
         self._blocks: dict[int, weakref.ref[Any]] = {}
 
@@ -51,7 +50,8 @@ class Arena:
             return torch.empty(shape, dtype=dtype)
         size = -(-count * dtype.itemsize // ALIGNMENT) * ALIGNMENT
         address = self._take(size)
-        block = (ctypes.c_char * size).from_address(address)
+        begin = max(a for a in self._chunks if a <= address)
+        block = (ctypes.c_char * size).from_buffer(self._chunks[begin], address - begin)
         self._blocks[address] = weakref.ref(block, lambda _, a=address, n=size: self._give_back(a, n))
         flat = torch.frombuffer(block, dtype=dtype, count=count)
         if order == torch.channels_last:
@@ -61,15 +61,12 @@ class Arena:
 
     def memory(self) -> int:
         """Bytes of all chunks."""
-        return sum(chunk.nbytes for chunk in self._chunks)
+        return sum(map(len, self._chunks.values()))
 
     def _take(self, size: int) -> int:
         fitting = [i for i, (_, n) in enumerate(self._free) if n >= size]
         if not fitting:
-            chunk = torch.empty(max(CHUNK, size) + ALIGNMENT, dtype=torch.uint8)
-            self._chunks.append(chunk)
-            begin = -(-chunk.data_ptr() // ALIGNMENT) * ALIGNMENT
-            self._give_back(begin, chunk.data_ptr() + chunk.nbytes - begin)
+            self._add_chunk(size)
             fitting = [i for i, (_, n) in enumerate(self._free) if n >= size]
         i = min(fitting, key=lambda i: self._free[i][1])
         address, n = self._free[i]
@@ -78,6 +75,13 @@ class Arena:
         else:
             self._free[i] = (address + size, n - size)
         return address
+
+    def _add_chunk(self, size: int) -> None:
+        chunk = bytearray(max(CHUNK, size) + ALIGNMENT)
+        begin = ctypes.addressof(ctypes.c_char.from_buffer(chunk))
+        self._chunks[begin] = chunk
+        aligned = -(-begin // ALIGNMENT) * ALIGNMENT
+        self._give_back(aligned, begin + len(chunk) - aligned)
 
     def _give_back(self, address: int, size: int) -> None:
         self._blocks.pop(address, None)
@@ -131,12 +135,21 @@ def _copy(out: Tensor, x: Tensor | None) -> Tensor:
     return out
 
 
-def _memory(x: Tensor) -> int | None:
-    """What identifies the storage of a tensor; None if it has none, as in oneDNN's own layouts."""
-    return x.untyped_storage()._cdata if x.layout == torch.strided else None
-
-
-_READS_VALUES = frozenset({Tensor.item, Tensor.tolist, Tensor.__bool__, Tensor.__float__, Tensor.__int__, Tensor.numpy})
+# Functions that neither read nor write elements: metadata and views. Attributes (``__get__``) are of this kind, too.
+_VIEWS = frozenset(
+    {
+        *(Tensor.view, Tensor.transpose, Tensor.permute, Tensor.t, Tensor.expand, Tensor.unflatten, Tensor.detach),
+        *(Tensor.chunk, Tensor.split, Tensor.unbind, Tensor.narrow, Tensor.select, Tensor.squeeze, Tensor.unsqueeze),
+        *(Tensor.__getitem__, Tensor.size, Tensor.stride, Tensor.dim, Tensor.numel, Tensor.__len__, Tensor.data_ptr),
+        *(Tensor.is_contiguous, Tensor.storage_offset, Tensor.element_size, Tensor.is_floating_point),
+        *(torch.chunk, torch.unbind, torch.transpose, torch.permute, torch.is_floating_point),
+    }
+)
+# Kept here, since a test may replace them; a mode then sees either.
+_EMPTY, _EMPTY_LIKE, _NEW_EMPTY, _NEW_EMPTY_STRIDED = (
+    *(torch.empty, torch.empty_like),
+    *(Tensor.new_empty, Tensor.new_empty_strided),
+)
 
 
 class _Recording(TorchFunctionMode):
@@ -148,12 +161,13 @@ class _Recording(TorchFunctionMode):
         # Tensors made outside whose memory calls point at: constants that a function makes anew each time.
         self.kept: list[Tensor] = []
         self._handlers: dict[Any, Callable[..., Any]] = {
-            torch.empty: self._empty,
-            torch.empty_like: self._empty_like,
-            Tensor.new_empty: self._new_empty,
-            Tensor.new_empty_strided: self._new_empty_strided,
+            **dict.fromkeys((_EMPTY, torch.empty), self._empty),
+            **dict.fromkeys((_EMPTY_LIKE, torch.empty_like), self._empty_like),
+            **dict.fromkeys((_NEW_EMPTY, Tensor.new_empty), self._new_empty),
+            **dict.fromkeys((_NEW_EMPTY_STRIDED, Tensor.new_empty_strided), self._new_empty_strided),
             Tensor.copy_: lambda out, x, non_blocking=False: _copy(out, x),
             Tensor.zero_: lambda out: _copy(out, None),
+            Tensor.fill_: self._fill,
             Tensor.contiguous: self._contiguous,
             Tensor.reshape: self._reshape,
             Tensor.flatten: self._flatten,
@@ -169,18 +183,17 @@ class _Recording(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in _READS_VALUES:
-            raise NotRecordableError(f"{func.__name__} reads a value, which a replay could not see change")
+        name = getattr(func, "__name__", str(func))
         handler = self._handlers.get(func)
         if handler is not None:
             return handler(*args, **kwargs)
-        result = func(*args, **kwargs)
-        made = [result] if isinstance(result, Tensor) else result if isinstance(result, (tuple, list)) else ()
-        given = {_memory(t) for t in itertools.chain(args, kwargs.values()) if isinstance(t, Tensor)} - {None}
-        if any(isinstance(t, Tensor) and _memory(t) not in given for t in made):
-            name = getattr(func, "__name__", str(func))
-            raise NotRecordableError(f"{name} computes in PyTorch, not in a native op")
-        return result
+        if func in _VIEWS or name == "__get__":
+            return func(*args, **kwargs)
+        if not any(isinstance(a, Tensor) for a in (*args, *kwargs.values())):
+            result = func(*args, **kwargs)
+            if not isinstance(result, Tensor):  # a setting, such as whether gradients are enabled
+                return result
+        raise NotRecordableError(f"{name} computes in PyTorch, not in a native op")
 
     # --- Memory. ---
 
@@ -211,6 +224,11 @@ class _Recording(TorchFunctionMode):
 
     def _dense(self, x: Tensor, order: torch.memory_format = torch.contiguous_format) -> Tensor:
         return _copy(self.arena.empty(x.shape, x.dtype, order), x)
+
+    def _fill(self, out: Tensor, value: float) -> Tensor:
+        constant = torch.tensor(value, dtype=out.dtype).view((1,) * out.ndim)
+        self.kept.append(constant)
+        return _copy(out, constant)
 
     def _contiguous(self, x: Tensor, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
         return x if x.is_contiguous(memory_format=memory_format) else self._dense(x, memory_format)
