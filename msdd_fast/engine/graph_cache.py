@@ -50,6 +50,7 @@ class GraphCache:
         self._program, self._device, self._example, self._stages = program, device, example, stages
         self._cost = assumed_cost(self.sizes)
         self._capturing, self._replaying = threading.Lock(), threading.Lock()
+        self._streaming = True
         self._exact = device.type == "cpu"  # one graph for each batch size that occurs, without padding
         self._recorder: graphs.Recorder | ProgramRecorder | None = None
         self._graphs: dict[Request, graphs.Graph] = {}
@@ -71,7 +72,7 @@ class GraphCache:
 
     def get_stages(self, request: Request) -> graphs.StageGraphs | None:
         """The same for a streaming request, one graph per stage."""
-        return self._get(request, self._stage_graphs, self._capture_stages)
+        return self._get(request, self._stage_graphs, self._capture_stages) if self._streaming else None
 
     def memory(self) -> dict[str, int]:
         """Bytes that the graphs of whole decodes hold; empty before the first capture."""
@@ -90,6 +91,9 @@ class GraphCache:
                 raise
             except RuntimeError as error:
                 reason = f"the capture of batch {request.shape[0]} failed: {error}"
+                if self._exact and request.streaming:  # stages have parts that decodes have not
+                    self._streaming = False
+                    return None
                 if self._required:
                     raise BackendUnavailableError(f"graphs=True, but {reason}") from error
                 self.enabled, self.reason = False, reason
