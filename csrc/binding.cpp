@@ -11,16 +11,20 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <type_traits>
 #include <utility>
 
 #include "msdd_fast/attention.h"
 #include "msdd_fast/cfg_euler.h"
 #include "msdd_fast/check.h"
 #include "msdd_fast/context_attention.h"
+#include "msdd_fast/copy.h"
 #include "msdd_fast/final_step.h"
 #include "msdd_fast/group_norm_modulate_silu.h"
+#include "msdd_fast/linear.h"
 #include "msdd_fast/norm_modulate.h"
 #include "msdd_fast/philox.h"
+#include "msdd_fast/program.h"
 #include "msdd_fast/qk_norm_rope.h"
 #include "msdd_fast/renoise_upsample.h"
 #include "msdd_fast/stage_transition.h"
@@ -77,6 +81,14 @@ struct pybind11::detail::type_caster<Tensor> {
 };
 
 namespace {
+
+// Keeps a parameter out of template argument deduction.
+template <class T>
+struct Identity {
+    using type = T;
+};
+template <class T>
+using Same = typename Identity<T>::type;
 
 using msdd_fast::expect;
 using Address = std::uintptr_t;
@@ -190,34 +202,73 @@ const std::int64_t* seeds_of(const Seeds& seeds, std::int64_t batch) {
 
 msdd_fast::Operand operand_of(const Tensor& x) { return {pointer<const void>(x.address), dtype_of(x.dtype)}; }
 
+// Calls the function; and adds the call to the program that this thread records, if it does.
+template <class... Parameters>
+void call(void (*function)(Parameters...), Same<std::decay_t<Parameters>>... arguments) {
+    function(arguments...);
+    if (msdd_fast::Program* const program = msdd_fast::recording())
+        program->add([function, arguments...] { function(arguments...); });
+}
+
 // --- The ops. Results come as addresses where their shape and order follow from the operands: dense, no gaps. ---
 
 void start_noise(Address out, int dtype, const Seeds& seeds, std::int64_t batch, std::int64_t channels,
                  std::int64_t height, std::int64_t width, int threads) {
-    msdd_fast::start_noise(pointer<void>(out), dtype_of(dtype), seeds_of(seeds, batch), batch, channels, height, width,
-                           threads);
+    call(&msdd_fast::start_noise, pointer<void>(out), dtype_of(dtype), seeds_of(seeds, batch), batch, channels, height,
+         width, threads);
 }
 
 void start_noise_rows(Address out, int dtype, const Seeds& seeds, std::int64_t batch, std::int64_t channels,
                       std::int64_t height, std::int64_t width, std::int64_t patch, int threads) {
-    msdd_fast::start_noise_rows(pointer<void>(out), dtype_of(dtype), seeds_of(seeds, batch), batch, channels, height,
-                                width, patch, threads);
+    call(&msdd_fast::start_noise_rows, pointer<void>(out), dtype_of(dtype), seeds_of(seeds, batch), batch, channels,
+         height, width, patch, threads);
 }
 
-void renoise_upsample(Address out, const Tensor& x, bool channels_last, const Seeds& seeds, float alpha, float beta,
+// A float32 in memory, read when the op runs: a recorded program sees what is there at each replay. 0 is absent.
+using Scalar = const float*;
+
+Scalar scalar(const char* name, Address address) {
+    if (address == 0) throw std::invalid_argument(std::string(name) + " is missing");
+    return pointer<const float>(address);
+}
+
+float value(Scalar scalar) { return scalar == nullptr ? 0.0f : *scalar; }
+
+struct RenoiseAt {
+    Scalar alpha, beta;
+    std::int64_t stage;
+    double correlation;
+
+    msdd_fast::RenoiseScalars values() const { return {value(alpha), value(beta), stage, correlation}; }
+};
+
+void renoise_upsample_at(void* out, const void* x, msdd_fast::DType dtype, bool channels_last,
+                         const std::int64_t* seeds, std::array<std::int64_t, 4> shape, RenoiseAt scalars, int threads) {
+    const auto& [batch, channels, height, width] = shape;
+    msdd_fast::renoise_upsample(out, x, dtype, channels_last, seeds, batch, channels, height, width, scalars.values(),
+                                threads);
+}
+
+void renoise_upsample(Address out, const Tensor& x, bool channels_last, const Seeds& seeds, Address alpha, Address beta,
                       std::int64_t stage, double correlation, int threads) {
     expect_image("x", x, channels_last);
     const auto* s = x.shape;
-    msdd_fast::renoise_upsample(pointer<void>(out), pointer<const void>(x.address), dtype_of(x.dtype), channels_last,
-                                seeds_of(seeds, s[0]), s[0], s[1], s[2], s[3], {alpha, beta, stage, correlation},
-                                threads);
+    call(&renoise_upsample_at, pointer<void>(out), pointer<const void>(x.address), dtype_of(x.dtype), channels_last,
+         seeds_of(seeds, s[0]), {s[0], s[1], s[2], s[3]},
+         {scalar("alpha", alpha), scalar("beta", beta), stage, correlation}, threads);
 }
 
 // Rows of a tensor: address (0: absent), dtype, stride between rows, elements of the tensor.
 using Rows = std::tuple<Address, int, std::int64_t, std::int64_t>;
 
+void cfg_euler_at(void* out, msdd_fast::DType dtype, const std::array<msdd_fast::Rows, 3>& operands, std::int64_t rows,
+                  std::int64_t columns, Scalar scale, Scalar dt, int threads) {
+    msdd_fast::cfg_euler(out, dtype, operands[0], operands[1], operands[2], rows, columns, value(scale), value(dt),
+                         threads);
+}
+
 void cfg_euler(Address out, int dtype, const Rows& x, const Rows& v_cond, const Rows& v_uncond, std::int64_t rows,
-               std::int64_t columns, float scale, float dt, int threads) {
+               std::int64_t columns, Address scale, Address dt, int threads) {
     const auto rows_of = [&](const char* name, const Rows& operand) -> msdd_fast::Rows {
         const auto& [address, kind, stride, elements] = operand;
         if (address != 0 && (elements != rows * columns || stride < 0))
@@ -225,8 +276,9 @@ void cfg_euler(Address out, int dtype, const Rows& x, const Rows& v_cond, const 
                    std::to_string(elements) + " elements, rows " + std::to_string(stride) + " apart");
         return {{pointer<const void>(address), dtype_of(kind)}, stride};
     };
-    msdd_fast::cfg_euler(pointer<void>(out), dtype_of(dtype), rows_of("x", x), rows_of("v_cond", v_cond),
-                         rows_of("v_uncond", v_uncond), rows, columns, scale, dt, threads);
+    call(&cfg_euler_at, pointer<void>(out), dtype_of(dtype),
+         {rows_of("x", x), rows_of("v_cond", v_cond), rows_of("v_uncond", v_uncond)}, rows, columns,
+         pointer<const float>(scale), pointer<const float>(dt), threads);
 }
 
 using PatchShape = std::array<std::int64_t, 4>;  // grid, batch, channels, patch
@@ -239,21 +291,46 @@ msdd_fast::PatchRows patch_rows_of(const char* name, const Tensor& x, const Patc
     return {pointer<const void>(x.address), dtype_of(x.dtype), x.strides[0], x.strides[1]};
 }
 
+// x, v and v_uncond of the end of a stage, with dt and, where there is guidance, its scale.
+struct EndOfStage {
+    msdd_fast::PatchRows x, v, v_uncond;
+    msdd_fast::PatchShape grid;
+    Scalar dt, scale;
+
+    msdd_fast::EulerScalars euler() const { return {value(dt), value(scale)}; }
+};
+
+EndOfStage end_of_stage(const Tensor& x, const Tensor& v, const Tensor& v_uncond, const PatchShape& shape, Address dt,
+                        Address scale) {
+    return {patch_rows_of("x", x, shape),
+            patch_rows_of("v", v, shape),
+            patch_rows_of("v_uncond", v_uncond, shape),
+            {shape[0], shape[1], shape[2], shape[3]},
+            scalar("dt", dt),
+            pointer<const float>(scale)};
+}
+
+void stage_transition_at(void* out, const EndOfStage& end, const std::int64_t* seeds, RenoiseAt scalars, int threads) {
+    msdd_fast::stage_transition(out, end.x, end.v, end.v_uncond, end.grid, end.euler(), seeds, scalars.values(),
+                                threads);
+}
+
 void stage_transition(Address out, const Tensor& x, const Tensor& v, const Tensor& v_uncond, const PatchShape& shape,
-                      float dt, float scale, const Seeds& seeds, float alpha, float beta, std::int64_t stage,
+                      Address dt, Address scale, const Seeds& seeds, Address alpha, Address beta, std::int64_t stage,
                       double correlation, int threads) {
-    msdd_fast::stage_transition(pointer<void>(out), patch_rows_of("x", x, shape), patch_rows_of("v", v, shape),
-                                patch_rows_of("v_uncond", v_uncond, shape), {shape[0], shape[1], shape[2], shape[3]},
-                                {dt, scale}, seeds_of(seeds, shape[1]), {alpha, beta, stage, correlation}, threads);
+    call(&stage_transition_at, pointer<void>(out), end_of_stage(x, v, v_uncond, shape, dt, scale),
+         seeds_of(seeds, shape[1]), {scalar("alpha", alpha), scalar("beta", beta), stage, correlation}, threads);
+}
+
+void final_step_at(void* out, msdd_fast::PixelType type, bool channels_last, const EndOfStage& end, int threads) {
+    msdd_fast::final_step(out, type, channels_last, end.x, end.v, end.v_uncond, end.grid, end.euler(), threads);
 }
 
 void final_step(Address out, int type, bool channels_last, const Tensor& x, const Tensor& v, const Tensor& v_uncond,
-                const PatchShape& shape, float dt, float scale, int threads) {
+                const PatchShape& shape, Address dt, Address scale, int threads) {
     expect(type >= 0 && type <= 3, "type must be 0 to 3, got " + std::to_string(type));
-    msdd_fast::final_step(pointer<void>(out), static_cast<msdd_fast::PixelType>(type), channels_last,
-                          patch_rows_of("x", x, shape), patch_rows_of("v", v, shape),
-                          patch_rows_of("v_uncond", v_uncond, shape), {shape[0], shape[1], shape[2], shape[3]},
-                          {dt, scale}, threads);
+    call(&final_step_at, pointer<void>(out), static_cast<msdd_fast::PixelType>(type), channels_last,
+         end_of_stage(x, v, v_uncond, shape, dt, scale), threads);
 }
 
 void norm_modulate(Address h, Address x_new, const Tensor& x, const Tensor& y, const Tensor& gate, const Tensor& shift,
@@ -272,9 +349,9 @@ void norm_modulate(Address h, Address x_new, const Tensor& x, const Tensor& y, c
         expect_inner(name, table, 1);
         return {operand_of(table), table.strides[0]};
     };
-    msdd_fast::norm_modulate(pointer<void>(h), pointer<void>(x_new), pointer<const void>(x.address), dtype_of(x.dtype),
-                             operand_of(y), table_of("gate", gate), table_of("shift", shift), table_of("scale", scale),
-                             {width == 0 ? 0 : x.elements() / width, width, run, groups, eps}, threads);
+    call(&msdd_fast::norm_modulate, pointer<void>(h), pointer<void>(x_new), pointer<const void>(x.address),
+         dtype_of(x.dtype), operand_of(y), table_of("gate", gate), table_of("shift", shift), table_of("scale", scale),
+         {width == 0 ? 0 : x.elements() / width, width, run, groups, eps}, threads);
 }
 
 void qk_norm_rope(const Tensor& out, const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& cos,
@@ -302,10 +379,10 @@ void qk_norm_rope(const Tensor& out, const Tensor& x, const Tensor& weight, cons
     const msdd_fast::HeadsTables tables{table_of("weight", weight, weights), table_of("bias", bias, weights),
                                         table_of("cos", cos, angles),
                                         sin.address == 0 ? nullptr : table_of("sin", sin, angles)};
-    msdd_fast::qk_norm_rope(
-        pointer<void>(out.address), pointer<const void>(x.address), dtype_of(x.dtype), tables,
-        {batch, tokens, parts, heads, static_cast<int>(size), x.strides[0], x.strides[1], token_major, split, eps},
-        threads);
+    call(&msdd_fast::qk_norm_rope, pointer<void>(out.address), pointer<const void>(x.address), dtype_of(x.dtype),
+         tables,
+         {batch, tokens, parts, heads, static_cast<int>(size), x.strides[0], x.strides[1], token_major, split, eps},
+         threads);
 }
 
 void swiglu(Address out, const Tensor& a, const Tensor& b, int threads) {
@@ -314,8 +391,47 @@ void swiglu(Address out, const Tensor& a, const Tensor& b, int threads) {
     expect_like("b", b, a);
     expect_dtype("b", b, a.dtype);
     expect_inner("b", b, 1);
-    msdd_fast::swiglu(pointer<void>(out), pointer<const void>(a.address), pointer<const void>(b.address),
-                      dtype_of(a.dtype), a.shape[0], a.shape[1], a.strides[0], b.strides[0], threads);
+    call(&msdd_fast::swiglu, pointer<void>(out), pointer<const void>(a.address), pointer<const void>(b.address),
+         dtype_of(a.dtype), a.shape[0], a.shape[1], a.strides[0], b.strides[0], threads);
+}
+
+std::tuple<std::int64_t, int> linear_packed_size(std::int64_t out, std::int64_t in, bool swiglu, int dtype,
+                                                 const std::string& level) {
+    const auto [elements, type] = msdd_fast::linear_packed_size({out, in, swiglu}, dtype_of(dtype), level);
+    return {elements, static_cast<int>(type)};
+}
+
+void expect_packed(const Tensor& packed, const msdd_fast::LinearShape& shape, int dtype, const std::string& level) {
+    const auto [elements, type] = msdd_fast::linear_packed_size(shape, dtype_of(dtype), level);
+    expect_shape("packed", packed, {elements});
+    expect_dtype("packed", packed, static_cast<int>(type));
+    expect_contiguous("packed", packed);
+    expect(packed.address % 64 == 0, "packed must be aligned to 64 bytes");
+}
+
+void linear_pack(const Tensor& packed, const Tensor& weight, bool swiglu, const std::string& level, int threads) {
+    expect_dimensions("weight", weight, 2);
+    expect_inner("weight", weight, 1);
+    const msdd_fast::LinearShape shape{weight.shape[0], weight.shape[1], swiglu};
+    expect_packed(packed, shape, weight.dtype, level);
+    msdd_fast::linear_pack(pointer<void>(packed.address), operand_of(weight), weight.strides[0], shape, level, threads);
+}
+
+void linear(const Tensor& out, const Tensor& x, const Tensor& packed, const Tensor& bias, std::int64_t features,
+            bool swiglu, const std::string& level, int threads) {
+    expect_dimensions("x", x, 2);
+    expect_inner("x", x, 1);
+    const msdd_fast::LinearShape shape{features, x.shape[1], swiglu};
+    expect_packed(packed, shape, x.dtype, level);
+    expect_shape("out", out, {x.shape[0], swiglu ? features / 2 : features});
+    expect_inner("out", out, 1);
+    if (bias.address != 0) {
+        expect_shape("bias", bias, {features});
+        expect_contiguous("bias", bias);
+    }
+    call(&msdd_fast::linear, pointer<void>(out.address), dtype_of(out.dtype), out.strides[0],
+         {operand_of(x), x.strides[0]}, x.shape[0], pointer<const void>(packed.address), operand_of(bias), shape, level,
+         threads);
 }
 
 // A tensor of heads of this shape and dtype.
@@ -333,11 +449,10 @@ void attention(const Tensor& out, const Tensor& q, const Tensor& k, const Tensor
     const std::int64_t batch = q.shape[0], queries = q.shape[1], keys = k.shape[1], heads = q.shape[2];
     const std::int64_t size = q.shape[3];
     const std::initializer_list<std::int64_t> ours = {batch, queries, heads, size}, theirs = {batch, keys, heads, size};
-    msdd_fast::attention(
-        heads_of("out", out, q.dtype, ours), heads_of("q", q, q.dtype, ours), heads_of("k", k, q.dtype, theirs),
-        heads_of("v", v, q.dtype, theirs),
-        accumulate.address == 0 ? msdd_fast::HeadsView{} : heads_of("accumulate", accumulate, q.dtype, ours),
-        dtype_of(q.dtype), {batch, queries, keys, heads, size}, level, threads);
+    call(&msdd_fast::attention, heads_of("out", out, q.dtype, ours), heads_of("q", q, q.dtype, ours),
+         heads_of("k", k, q.dtype, theirs), heads_of("v", v, q.dtype, theirs),
+         accumulate.address == 0 ? msdd_fast::HeadsView{} : heads_of("accumulate", accumulate, q.dtype, ours),
+         dtype_of(q.dtype), {batch, queries, keys, heads, size}, level, threads);
 }
 
 void group_norm_modulate_silu(Address out, const Tensor& x, const Tensor& weight, const Tensor& bias,
@@ -359,10 +474,9 @@ void group_norm_modulate_silu(Address out, const Tensor& x, const Tensor& weight
         expect_shape(name, cells, {batch, channels, rows, columns});
         return {operand_of(cells), cells.strides[0], cells.strides[1], cells.strides[2], cells.strides[3]};
     };
-    msdd_fast::group_norm_modulate_silu(
-        pointer<void>(out), pointer<const void>(x.address), dtype_of(x.dtype), operand_of(weight), operand_of(bias),
-        cells_of("scale", scale), cells_of("shift", shift),
-        {batch, channels, x.shape[2], x.shape[3], groups, rows, columns, channels_last, silu, eps}, threads);
+    call(&msdd_fast::group_norm_modulate_silu, pointer<void>(out), pointer<const void>(x.address), dtype_of(x.dtype),
+         operand_of(weight), operand_of(bias), cells_of("scale", scale), cells_of("shift", shift),
+         {batch, channels, x.shape[2], x.shape[3], groups, rows, columns, channels_last, silu, eps}, threads);
 }
 
 void window_attention(const Tensor& out, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& table,
@@ -374,10 +488,38 @@ void window_attention(const Tensor& out, const Tensor& q, const Tensor& k, const
     expect_dimensions("table", table, 3);
     const std::int64_t window = (table.shape[0] + 1) / 2;
     expect_shape("table", table, {2 * window - 1, 2 * window - 1, heads});
-    msdd_fast::window_attention(heads_of("out", out, q.dtype, shape), heads_of("q", q, q.dtype, shape),
-                                heads_of("k", k, q.dtype, shape), heads_of("v", v, q.dtype, shape),
-                                {operand_of(table), table.strides[0], table.strides[1], table.strides[2]},
-                                dtype_of(q.dtype), {batch, height, width, heads, size, window}, threads);
+    call(&msdd_fast::window_attention, heads_of("out", out, q.dtype, shape), heads_of("q", q, q.dtype, shape),
+         heads_of("k", k, q.dtype, shape), heads_of("v", v, q.dtype, shape),
+         {operand_of(table), table.strides[0], table.strides[1], table.strides[2]}, dtype_of(q.dtype),
+         {batch, height, width, heads, size, window}, threads);
+}
+
+void copy(const Tensor& out, const Tensor& x, int threads) {
+    expect_present("out", out);
+    msdd_fast::CopyShape shape;
+    shape.dimensions = out.dimensions;
+    if (x.address != 0) {
+        expect_dimensions("x", x, out.dimensions);
+        for (int d = 0; d < x.dimensions; ++d)
+            if (x.shape[d] != out.shape[d] && x.shape[d] != 1)
+                refuse("x", "broadcastable to " + text(out.shape, out.dimensions), text(x.shape, x.dimensions));
+    }
+    for (int d = 0; d < out.dimensions; ++d) {
+        shape.sizes[d] = out.shape[d];
+        shape.to[d] = out.strides[d];
+        shape.from[d] = x.address == 0 || (x.shape[d] == 1 && out.shape[d] != 1) ? 0 : x.strides[d];
+    }
+    call(&msdd_fast::copy, pointer<void>(out.address), dtype_of(out.dtype), pointer<const void>(x.address),
+         dtype_of(x.dtype), shape, threads);
+}
+
+void begin(msdd_fast::Program& program) {
+    expect(msdd_fast::recording() == nullptr, "this thread records a program already");
+    msdd_fast::recording() = &program;
+}
+
+void end(msdd_fast::Program& program) {
+    if (msdd_fast::recording() == &program) msdd_fast::recording() = nullptr;
 }
 
 #ifdef MSDD_FAST_CUDA
@@ -409,6 +551,15 @@ PYBIND11_MODULE(_C, m) {
     // pybind11 turns std::invalid_argument into ValueError, after the GIL is taken back.
     const py::call_guard<py::gil_scoped_release> no_gil;
 
+    py::class_<msdd_fast::Program>(m, "Program", "Calls of this module, recorded to be replayed; see program.h.")
+        .def(py::init<>())
+        .def("begin", &begin, "Calls of this thread are added to the program from now on.")
+        .def("end", &end, "The end of that.")
+        .def("replay", &msdd_fast::Program::replay, no_gil, py::arg("threads"), "Runs all calls in order.")
+        .def("__len__", &msdd_fast::Program::size);
+
+    m.def("copy", &copy, no_gil, py::arg("out"), py::arg("x"), py::arg("threads") = 1,
+          "out[...] = x, broadcast and rounded to out's dtype; None for x is zero; see copy.h.");
     m.def("philox", &philox, py::arg("counter"), py::arg("key"), "The four words of Philox4x32-10.");
     m.def("start_noise", &start_noise, no_gil, py::arg("out"), py::arg("dtype"), py::arg("seeds"), py::arg("batch"),
           py::arg("channels"), py::arg("height"), py::arg("width"), py::arg("threads") = 1,
@@ -427,6 +578,14 @@ PYBIND11_MODULE(_C, m) {
           "Per-head LayerNorm and rotary embedding of all parts of x but the last; see qk_norm_rope.h.");
     m.def("swiglu", &swiglu, no_gil, py::arg("out"), py::arg("a"), py::arg("b"), py::arg("threads") = 1,
           "silu(a) * b; see swiglu.h.");
+    m.def("linear", &linear, no_gil, py::arg("out"), py::arg("x"), py::arg("packed"), py::arg("bias"),
+          py::arg("features"), py::arg("swiglu"), py::arg("level") = "", py::arg("threads") = 1,
+          "x W^T + bias, or swiglu of its halves, of a packed weight; see linear.h.");
+    m.def("linear_pack", &linear_pack, no_gil, py::arg("packed"), py::arg("weight"), py::arg("swiglu"),
+          py::arg("level") = "", py::arg("threads") = 1, "Packs a weight for `linear`; see linear.h.");
+    m.def("linear_packed_size", &linear_packed_size, py::arg("out"), py::arg("inputs"), py::arg("swiglu"),
+          py::arg("dtype"), py::arg("level") = "", "Elements and dtype of a packed weight.");
+    m.def("linear_level", &msdd_fast::linear_level, "The SIMD level that linear uses on this machine.");
     m.def("attention", &attention, no_gil, py::arg("out"), py::arg("q"), py::arg("k"), py::arg("v"),
           py::arg("accumulate"), py::arg("level") = "", py::arg("threads") = 1,
           "softmax(q k^T / sqrt(d)) v (+ accumulate); see attention.h.");

@@ -1,4 +1,8 @@
-"""The graphs of one engine: captured when first asked for, and what each batch size costs."""
+"""The graphs of one engine: captured when first asked for, and what each batch size costs.
+
+On a GPU these are CUDA graphs, on a CPU recorded programs (engine/programs.py). A program takes about one decode to
+record, so it is made for every batch size that occurs; the least recently used are dropped.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +14,11 @@ import torch
 
 from msdd_fast.engine import graphs
 from msdd_fast.engine.batching import Chunk, assumed_cost, split_by_cost, split_evenly
+from msdd_fast.engine.programs import ProgramRecorder, can_record
 from msdd_fast.errors import BackendUnavailableError, InputError
 from msdd_fast.layers.request import DecodeProgram, Inputs, Request
 
+MAX_PROGRAMS = 16
 G = TypeVar("G", graphs.Graph, graphs.StageGraphs)
 
 
@@ -44,13 +50,15 @@ class GraphCache:
         self._program, self._device, self._example, self._stages = program, device, example, stages
         self._cost = assumed_cost(self.sizes)
         self._capturing, self._replaying = threading.Lock(), threading.Lock()
-        self._recorder: graphs.Recorder | None = None
+        self._streaming = True
+        self._exact = device.type == "cpu"  # one graph for each batch size that occurs, without padding
+        self._recorder: graphs.Recorder | ProgramRecorder | None = None
         self._graphs: dict[Request, graphs.Graph] = {}
         self._stage_graphs: dict[Request, graphs.StageGraphs] = {}
 
     def chunks(self, batch: int, graphed: bool) -> list[Chunk]:
         """How to run ``batch`` images; ``graphed`` with batches of the captured sizes."""
-        if graphed and self.enabled:
+        if graphed and self.enabled and not self._exact:
             return split_by_cost(batch, self._cost)
         return split_evenly(batch, max(self.sizes))
 
@@ -64,7 +72,7 @@ class GraphCache:
 
     def get_stages(self, request: Request) -> graphs.StageGraphs | None:
         """The same for a streaming request, one graph per stage."""
-        return self._get(request, self._stage_graphs, self._capture_stages)
+        return self._get(request, self._stage_graphs, self._capture_stages) if self._streaming else None
 
     def memory(self) -> dict[str, int]:
         """Bytes that the graphs of whole decodes hold; empty before the first capture."""
@@ -72,6 +80,8 @@ class GraphCache:
 
     def _get(self, request: Request, known: dict[Request, G], capture: Callable[[Request], G]) -> G | None:
         with self._capturing:
+            if request in known:
+                known[request] = known.pop(request)  # the most recently used is the last
             if request in known or not self.enabled:
                 return known.get(request)
             try:
@@ -81,15 +91,20 @@ class GraphCache:
                 raise
             except RuntimeError as error:
                 reason = f"the capture of batch {request.shape[0]} failed: {error}"
+                if self._exact and request.streaming:  # stages have parts that decodes have not
+                    self._streaming = False
+                    return None
                 if self._required:
                     raise BackendUnavailableError(f"graphs=True, but {reason}") from error
                 self.enabled, self.reason = False, reason
                 self._graphs.clear()
                 self._stage_graphs.clear()
+            if self._exact and len(known) > MAX_PROGRAMS:
+                del known[next(iter(known))]
             return known.get(request)
 
     def _capture(self, request: Request) -> graphs.Graph:
-        self._recorder = self._recorder or graphs.Recorder(self._device)
+        self._recorder = self._recorder or self._new_recorder()
         with self._replaying:  # the graphs' pool is in use while one is captured
             return graphs.Graph(
                 self._recorder,
@@ -98,9 +113,12 @@ class GraphCache:
                 lambda inputs: self._program.decode(inputs, request),
             )
 
+    def _new_recorder(self) -> graphs.Recorder | ProgramRecorder:
+        return ProgramRecorder() if self._exact else graphs.Recorder(self._device)
+
     def _capture_stages(self, request: Request) -> graphs.StageGraphs:
         return graphs.StageGraphs(
-            graphs.Recorder(self._device),
+            self._new_recorder(),
             self._example(request),
             lambda inputs: self._program.stream(inputs, request),
             self._stages,
@@ -113,6 +131,7 @@ def use_graphs(wanted: str | bool, device: torch.device) -> tuple[bool, str]:
         raise InputError(f"graphs must be 'auto', True or False, got {wanted!r}")
     if device.type == "cuda":
         return bool(wanted), "one per batch size" if wanted else "not wanted (graphs=False)"
-    if wanted is True:
-        raise BackendUnavailableError(f"graphs=True needs a CUDA device, but the tokenizer is on {device}")
-    return False, "only on a GPU"
+    can, reason = can_record() if device.type == "cpu" else (False, f"needs a CUDA device or a CPU, got {device}")
+    if wanted is True and not can:
+        raise BackendUnavailableError(f"graphs=True cannot be had: {reason}")
+    return (can and bool(wanted)), reason if wanted else "not wanted (graphs=False)"

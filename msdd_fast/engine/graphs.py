@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, TypeVar
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -58,11 +58,23 @@ class Recorder:
         return sum(s["total_size"] for s in segments if s.get("segment_pool_id") == self._pool)
 
 
+class AnyRecorder(Protocol):
+    """What graphs need of a recorder: this file's, or that of engine/programs.py."""
+
+    def stream(self) -> AbstractContextManager[None]: ...
+
+    def warm_up(self, run: Callable[[], Any]) -> None: ...
+
+    def record(self, run: Callable[[], T]) -> tuple[Callable[[], None], T]: ...
+
+    def memory(self) -> int: ...
+
+
 class Graph:
     """A whole decode of one batch size."""
 
     def __init__(
-        self, recorder: Recorder, lock: threading.Lock, example: Inputs, decode: Callable[[Inputs], Tensor]
+        self, recorder: AnyRecorder, lock: threading.Lock, example: Inputs, decode: Callable[[Inputs], Tensor]
     ) -> None:
         """``lock`` is shared by all graphs of the recorder; it is not taken here."""
         self.inputs, self._recorder, self._lock = _buffers(example), recorder, lock
@@ -85,7 +97,7 @@ class StageGraphs:
     """A decode of one batch size, one graph per stage, in a pool of their own: decodes may run between its stages."""
 
     def __init__(
-        self, recorder: Recorder, example: Inputs, stages: Callable[[Inputs], Iterator[StageImages]], count: int
+        self, recorder: AnyRecorder, example: Inputs, stages: Callable[[Inputs], Iterator[StageImages]], count: int
     ) -> None:
         """``stages`` yields ``count`` results."""
         self.inputs, self._recorder = _buffers(example), recorder

@@ -34,6 +34,11 @@ class Packer:
         """Weight and bias of a norm in float32."""
         return self.tensor(module.weight, torch.float32), self.tensor(module.bias, torch.float32)
 
+    def modulation(self, module: Any) -> tuple[Tensor, Tensor]:
+        """A norm as ``norm_modulate`` takes it: shift and scale (1, D), float32, its bias and its weight minus one."""
+        weight, bias = self.pair32(module)
+        return bias[None], weight[None] - 1
+
     def linear(self, *modules: nn.Module) -> Linear:
         """Linears side by side, by ``make``. 1 x 1 convolutions are linears of pixels."""
         return self.make(*self._joined(modules))

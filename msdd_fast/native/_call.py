@@ -82,6 +82,13 @@ def operand(x: Tensor) -> tuple[int, int, tuple[int, ...], tuple[int, ...]]:
     return x.data_ptr(), *metadata("x", x)
 
 
+def check_scalars(**scalars: Tensor | None) -> None:
+    """Float32 tensors of one element on the CPU, which the extension reads at their address. Raises InputError."""
+    for name, x in scalars.items():
+        if x is not None and (x.dtype != torch.float32 or x.numel() != 1 or x.device.type != "cpu"):
+            raise InputError(f"{name} must be one float32 on the CPU, got {x.dtype} {tuple(x.shape)} on {x.device}")
+
+
 def check_seeds(seeds: Tensor) -> int:
     """The number of seeds, int64 (B,) on the CPU and contiguous. Raises InputError for anything else."""
     if not isinstance(seeds, Tensor) or seeds.dtype != torch.int64 or seeds.ndim != 1 or seeds.device.type != "cpu":

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from msdd_fast.errors import InputError
 from msdd_fast.layout import RowLayout, memory_order, row_layout
-from msdd_fast.native._call import DTYPES, Native, entry, metadata
+from msdd_fast.native._call import DTYPES, Native, check_scalars, entry, metadata
 
 _ABSENT = (0, 0, 0, 0)
 
@@ -25,6 +25,7 @@ def cfg_euler(
     """
     if (x is None) != (dt is None) or (v_uncond is None) != (scale is None):
         raise InputError("x and dt, v_uncond and scale must be given or left out together")
+    check_scalars(scale=scale, dt=dt)
     call, given = entry("cfg_euler"), {"x": x, "v_cond": v_cond, "v_uncond": v_uncond}
     codes = {name: metadata(name, t)[0] for name, t in given.items() if t is not None}
     first = v_cond if x is None else x
@@ -42,8 +43,8 @@ def cfg_euler(
         x = (first.data_ptr(), *of_x) if of_x is not None else _ABSENT
         v_cond = ((next(rest) if steps else first).data_ptr(), *of_cond)  # type: ignore[misc]
         v_uncond = (next(rest).data_ptr(), *of_uncond) if of_uncond is not None else _ABSENT
-        scale = next(rest).item() if of_uncond is not None else 0.0
-        dt = next(rest).item() if steps else 0.0
+        scale = next(rest).data_ptr() if of_uncond is not None else 0
+        dt = next(rest).data_ptr() if steps else 0
         out = torch.empty_like(first, memory_format=order)
         call(out.data_ptr(), code, x, v_cond, v_uncond, rows, columns, scale, dt)
         return out

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from msdd_fast.errors import InputError
-from msdd_fast.native._call import PIXEL_TYPES, Native, dense_layout, entry
+from msdd_fast.native._call import PIXEL_TYPES, Native, check_scalars, dense_layout, entry
 from msdd_fast.native._patches import patch_operands
 
 
@@ -24,6 +24,7 @@ def final_step(
     channels_last: bool,
 ) -> Callable[..., Tensor]:
     """The last Euler step of patch rows (N, B, C*p*p), as an image (B, C, H, H) of a float dtype or uint8."""
+    check_scalars(dt=dt, scale=scale)
     call = entry("final_step")
     of_x, of_v, of_uncond, shape = patch_operands(x, v, v_uncond, scale, patch_size)
     if out_dtype not in PIXEL_TYPES:
@@ -45,8 +46,8 @@ def final_step(
                 (v.data_ptr(), *of_v),
                 None if v_uncond is None or of_uncond is None else (v_uncond.data_ptr(), *of_uncond),
                 shape,
-                dt.item(),
-                0.0 if scale is None else scale.item(),
+                dt.data_ptr(),
+                0 if scale is None else scale.data_ptr(),
             )
         return out
 

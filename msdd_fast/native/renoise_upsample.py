@@ -9,7 +9,7 @@ from torch import Tensor
 
 from msdd_fast.errors import InputError
 from msdd_fast.layout import memory_order
-from msdd_fast.native._call import Native, check_seeds, dense_layout, entry, metadata
+from msdd_fast.native._call import Native, check_scalars, check_seeds, dense_layout, entry, metadata
 
 
 @Native
@@ -20,6 +20,7 @@ def renoise_upsample(
 
     x (B, C, H, W), contiguous or channels-last; alpha and beta of one element; seeds int64 (B,), contiguous.
     """
+    check_scalars(alpha=alpha, beta=beta)
     call, of_x, count = entry("renoise_upsample"), metadata("x", x), check_seeds(seeds)
     if x.ndim != 4:
         raise InputError(f"x must be (B, C, H, W), got {tuple(x.shape)}")
@@ -29,7 +30,7 @@ def renoise_upsample(
 
     def run(x: Tensor, alpha: Tensor, beta: Tensor, seeds: Tensor) -> Tensor:
         out = x.new_empty_strided(*layout)
-        noise = (alpha.item(), beta.item(), stage, correlation)
+        noise = (alpha.data_ptr(), beta.data_ptr(), stage, correlation)
         call(out.data_ptr(), (x.data_ptr(), *of_x), last, (seeds.data_ptr(), count), *noise)
         return out
 

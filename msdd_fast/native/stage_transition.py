@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from msdd_fast.errors import InputError
-from msdd_fast.native._call import Native, check_seeds, dense_layout, entry
+from msdd_fast.native._call import Native, check_scalars, check_seeds, dense_layout, entry
 from msdd_fast.native._patches import patch_operands
 
 
@@ -29,6 +29,7 @@ def stage_transition(
 
     The last dimension of every tensor is contiguous; scalars of one element; seeds int64 (B,), contiguous; p even.
     """
+    check_scalars(dt=dt, alpha=alpha, beta=beta, scale=scale)
     call = entry("stage_transition")
     of_x, of_v, of_uncond, shape = patch_operands(x, v, v_uncond, scale, patch_size)
     count, layout = check_seeds(seeds), dense_layout((4 * x.shape[0], *x.shape[1:]))
@@ -55,11 +56,11 @@ def stage_transition(
                 (v.data_ptr(), *of_v),
                 None if v_uncond is None or of_uncond is None else (v_uncond.data_ptr(), *of_uncond),
                 shape,
-                dt.item(),
-                0.0 if scale is None else scale.item(),
+                dt.data_ptr(),
+                0 if scale is None else scale.data_ptr(),
                 (seeds.data_ptr(), count),
-                alpha.item(),
-                beta.item(),
+                alpha.data_ptr(),
+                beta.data_ptr(),
                 stage,
                 correlation,
             )

@@ -57,7 +57,7 @@ def convert(x, dtype):
     """Through the extension: cfg_euler with nothing but v_cond."""
     x, out = x.contiguous(), torch.empty(x.shape, dtype=dtype)
     none, source = (0, 0, 0, 0), (x.data_ptr(), DTYPES[x.dtype], 0, x.numel())
-    backends.load_extension().cfg_euler(out.data_ptr(), DTYPES[dtype], none, source, none, 1, x.numel(), 0.0, 0.0)
+    backends.load_extension().cfg_euler(out.data_ptr(), DTYPES[dtype], none, source, none, 1, x.numel(), 0, 0)
     return out
 
 
@@ -225,8 +225,14 @@ def test_threads_change_nothing():
 def work(threads):
     """A checksum of work for several threads."""
     out, x, seeds = torch.zeros(4, 3, 128, 128), torch.ones(4, 3, 64, 64), torch.arange(4)
+    alpha, beta = torch.tensor(0.5), torch.tensor(1.0)
     backends.load_extension().renoise_upsample(
-        *(out.data_ptr(), operand(x), False, (seeds.data_ptr(), len(seeds))), 0.5, 1.0, 1, 0.0, threads
+        *(out.data_ptr(), operand(x), False, (seeds.data_ptr(), len(seeds))),
+        alpha.data_ptr(),
+        beta.data_ptr(),
+        1,
+        0.0,
+        threads,
     )
     return out
 

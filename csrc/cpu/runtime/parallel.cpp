@@ -2,6 +2,8 @@
 
 #include <atomic>
 #include <condition_variable>
+#include <cstdint>
+#include <exception>
 #include <mutex>
 #include <system_error>
 #include <thread>
@@ -122,9 +124,128 @@ std::atomic<bool> forked{false};
 });
 #endif
 
+// --- A team that stands by: its helpers spin, so that they see new tasks at once. ---
+
+void pause() {
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+}
+
+// Spins for about 20 us, then lets other threads have the core, as they must where there are more threads than cores.
+class Patience {
+  public:
+    void wait() {
+        if (++spins_ < SPINS)
+            pause();
+        else
+            std::this_thread::yield();
+    }
+
+  private:
+    static constexpr int SPINS = 500;
+    int spins_ = 0;
+};
+
+class Team {
+  public:
+    // The leader's: all tasks, by it and by the helpers that come in time.
+    void run(std::int64_t count, const std::function<void(std::int64_t)>& task) {
+        task_.store(&task, std::memory_order_relaxed);
+        count_.store(count, std::memory_order_relaxed);
+        finished_.store(0, std::memory_order_relaxed);
+        const std::uint64_t round = (ticket_.load(std::memory_order_relaxed) >> INDEX_BITS) + 1;
+        ticket_.store(round << INDEX_BITS, std::memory_order_release);
+        work(round);
+        Patience patience;
+        while (finished_.load(std::memory_order_acquire) != count) patience.wait();
+    }
+
+    void dismiss() { dismissed_.store(true, std::memory_order_release); }
+
+    void help() {
+        std::uint64_t seen = 0;
+        Patience patience;
+        while (!dismissed_.load(std::memory_order_acquire)) {
+            const std::uint64_t round = ticket_.load(std::memory_order_acquire) >> INDEX_BITS;
+            if (round == seen) {
+                patience.wait();
+                continue;
+            }
+            seen = round;
+            work(round);
+            patience = Patience();
+        }
+    }
+
+  private:
+    static constexpr int INDEX_BITS = 32;
+    static constexpr std::uint64_t INDEX_MASK = (std::uint64_t{1} << INDEX_BITS) - 1;
+
+    // Takes tasks of one round until none is left. A ticket holds the round and the next index: a helper that is late
+    // cannot take a ticket of a later round for a task of its own.
+    void work(std::uint64_t round) {
+        const auto* const task = task_.load(std::memory_order_relaxed);
+        const std::int64_t count = count_.load(std::memory_order_relaxed);
+        std::uint64_t ticket = ticket_.load(std::memory_order_acquire);
+        while (ticket >> INDEX_BITS == round && static_cast<std::int64_t>(ticket & INDEX_MASK) < count) {
+            if (!ticket_.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acq_rel)) continue;
+            (*task)(static_cast<std::int64_t>(ticket & INDEX_MASK));
+            finished_.fetch_add(1, std::memory_order_release);
+            ticket = ticket_.load(std::memory_order_acquire);
+        }
+    }
+
+    alignas(64) std::atomic<std::uint64_t> ticket_{0};
+    alignas(64) std::atomic<std::int64_t> finished_{0};
+    alignas(64) std::atomic<const std::function<void(std::int64_t)>*> task_{nullptr};
+    std::atomic<std::int64_t> count_{0};
+    std::atomic<bool> dismissed_{false};
+};
+
+// The team that the code of this thread leads, if any.
+thread_local Team* led = nullptr;
+
+// One leader and its helpers: whoever comes first leads.
+struct Session {
+    explicit Session(const std::function<void()>& todo) : body(todo) {}
+
+    void enter() {
+        if (taken.exchange(true)) return team.help();
+        led = &team;
+        try {
+            body();
+        } catch (...) {
+            failure = std::current_exception();
+        }
+        led = nullptr;
+        team.dismiss();
+    }
+
+    const std::function<void()>& body;
+    Team team;
+    std::atomic<bool> taken{false};
+    std::exception_ptr failure;
+};
+
 }  // namespace
 
+bool leads_a_team() { return led != nullptr; }
+
+void run_on_team(int threads, const std::function<void()>& body) {
+    if (led != nullptr) return body();
+    Session session(body);
+    if (threads <= 1)
+        session.enter();
+    else
+        run_tasks(threads, [&session](std::int64_t) { session.enter(); });
+    if (session.failure) std::rethrow_exception(session.failure);
+}
+
 void run_tasks(std::int64_t count, const std::function<void(std::int64_t)>& task) {
+    if (led != nullptr) return led->run(count, task);
     static const Parallel team = find_team();
     if (team == nullptr || forked) return pool().run(count, task);
     Shared shared{task, count};

@@ -16,10 +16,21 @@ namespace msdd_fast {
 // done. `task` must not throw.
 void run_tasks(std::int64_t count, const std::function<void(std::int64_t)>& task);
 
+// Runs `body` on the caller while up to threads - 1 other threads stand by for the tasks that it starts: run_tasks then
+// costs about a microsecond, not a fork and a join. An exception of `body` is thrown on once the others have left.
+void run_on_team(int threads, const std::function<void()>& body);
+
+// Whether the calling thread leads a team that stands by.
+bool leads_a_team();
+
+// A team that stands by is worth smaller parts than a fork and a join are.
+constexpr std::int64_t TEAM_GRAIN_DIVISOR = 16;
+
 // Calls body(begin, end) on contiguous parts of [0, count), at least `grain` items each, on at most `threads`
 // threads, the caller's included. `body` must not throw.
 template <class Body>
 void parallel_for(std::int64_t count, std::int64_t grain, int threads, const Body& body) {
+    if (leads_a_team()) grain = std::max<std::int64_t>(1, grain / TEAM_GRAIN_DIVISOR);
     const std::int64_t parts = std::min<std::int64_t>(threads, count / grain);
     if (parts <= 1) return body(std::int64_t{0}, count);
     run_tasks(parts, [&](std::int64_t part) { body(count * part / parts, count * (part + 1) / parts); });

@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from msdd_fast import profiling
@@ -44,7 +43,7 @@ class Network:
         if not self.w.contexts:
             return Context(rows.view(length, b, -1), [])
         assert self.w.context_norm is not None
-        rows = F.layer_norm(rows, rows.shape[-1:], *self.w.context_norm, eps=NORM_EPS)
+        rows = self.ops.norm_modulate(rows, *self.w.context_norm, None, NORM_EPS)
         keys_values = []
         for c in self.w.contexts:
             kv = c.kv(rows).view(length, b, 2, -1, self.head_dim).transpose(0, 1)

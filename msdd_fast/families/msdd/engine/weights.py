@@ -87,7 +87,7 @@ def pack(decoder: Decoder, dtype: torch.dtype, device: torch.device, make: MakeL
     return Weights(
         patch_embed=packer.dense_of(embed.weight.flatten(1), embed.bias),
         context_embed=packer.dense(decoder.context_embed),
-        context_norm=packer.pair(decoder.context_norm) if cross else None,
+        context_norm=packer.modulation(decoder.context_norm) if cross else None,
         context_null=packer.tensor(decoder.context_null),
         context_rope=context_rope,
         blocks=[_block(packer, b) for b in blocks],

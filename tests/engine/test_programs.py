@@ -1,0 +1,163 @@
+"""Recorded programs in the engine: a decode on a CPU is one native call, with the same bits as without."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+from msdd_fast import Tokenizer
+from msdd_fast import accelerate as accelerate_auto
+from msdd_fast.backends import extension_status
+from msdd_fast.engine.graph_cache import MAX_PROGRAMS
+from msdd_fast.errors import BackendUnavailableError
+from tests.engine.test_parity import FLOAT32, latents
+from tests.perturbed import perturbed
+
+if not extension_status()[0]:
+    pytest.skip(f"msdd_fast._C {extension_status()[1]}", allow_module_level=True)
+
+
+def accelerate(tok, **options):
+    """With the C++ attention, which `auto` takes for head sizes that were measured only."""
+    return accelerate_auto(tok, backend="auto,attention=cpu,context_attention=cpu", **options)
+
+
+@pytest.fixture(autouse=True)
+def native_products(monkeypatch):
+    """All products by the extension: PyTorch's cannot be recorded."""
+    monkeypatch.setenv("MSDD_FAST_NATIVE_LINEAR", "1")
+
+
+@pytest.mark.parametrize("bf16", ["0", "1"])
+def test_the_same_bits_as_without(tok, bf16, monkeypatch):
+    """Every kind of model, batch size, guidance and output; twice, since the second decode is the replay."""
+    monkeypatch.setenv("MSDD_FAST_CPU_BF16", bf16)
+    fast, plain = accelerate(tok, graphs=True), accelerate(tok, graphs=False)
+    z = latents(tok, 9)
+    for _ in range(2):
+        for batch in (1, 3, 9):
+            for options in ({}, {"cfg_scale": 1.7}, {"cfg_scale": 0.3, "out_dtype": torch.uint8}):
+                images = fast.decode(z[:batch], 5, **options)
+                assert torch.equal(images, plain.decode(z[:batch], 5, **options)), (batch, options)
+        seeds = [3, 2**63 - 1, 0]
+        assert torch.equal(fast.decode(z[:3], seeds), plain.decode(z[:3], seeds))
+    if bf16 == "0":
+        assert (fast.decode(z[:2]) - tok.decode(z[:2])).abs().max() < FLOAT32
+
+
+def test_several_steps(cross):
+    fast, plain = accelerate(cross, steps=3, graphs=True), accelerate(cross, steps=3, graphs=False)
+    z = latents(cross, 2)
+    assert torch.equal(fast.decode(z, cfg_scale=2.0), plain.decode(z, cfg_scale=2.0))
+
+
+def test_nothing_of_pytorch_runs_in_a_replay(cross):
+    """The profiler sees the copies of inputs and output, and no other operator."""
+    fast = accelerate(cross, graphs=True)
+    z = latents(cross, 2)
+    fast.decode(z)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        fast.decode(z)
+    names = {e.name for e in profiler.events() if e.name.startswith("aten::")}
+    computing = {
+        "aten::mm",
+        "aten::addmm",
+        "aten::add",
+        "aten::mul",
+        "aten::native_layer_norm",
+        "aten::cat",
+        "aten::silu",
+    }
+    assert "aten::copy_" in names and not names & computing
+
+
+def test_results_are_copies_unless_copy_is_false(cross):
+    fast = accelerate(cross, graphs=True)
+    a = fast.decode(latents(cross, 1))
+    kept = a.clone()
+    b = fast.decode(latents(cross, 1, seed=1), copy=False)
+    assert torch.equal(a, kept) and fast.decode(latents(cross, 1), copy=False).data_ptr() == b.data_ptr()
+    out = torch.empty_like(a)
+    assert fast.decode(latents(cross, 1), out=out) is out and torch.equal(out, kept)
+
+
+def test_explicit_noise_runs_without_a_program(cross):
+    fast = accelerate(cross, graphs=True)
+    shapes = cross.config.stage_shapes((1,))
+    noise = [torch.randn(1, *s, generator=torch.Generator().manual_seed(s[1])) for s in shapes]
+    z = latents(cross, 1)
+    assert (fast.decode(z, noise=noise) - cross.decode(z, noise=noise)).abs().max() < FLOAT32
+    assert fast.graph_memory() == {}
+
+
+def test_few_programs_are_kept(cross):
+    """The least recently used goes first; memory is that of the largest, not of all."""
+    fast = accelerate(cross, graphs=True, batch_sizes=(32,))
+    for batch in range(1, MAX_PROGRAMS + 6):
+        fast.decode(latents(cross, batch))
+        fast.decode(latents(cross, 1))
+    programs = list(fast.cache._graphs)
+    assert len(programs) == MAX_PROGRAMS
+    assert {p.shape[0] for p in programs} == {1, *range(7, MAX_PROGRAMS + 6)}
+
+
+def test_what_cannot_be_recorded_runs_without_and_says_why(cross, monkeypatch):
+    monkeypatch.setenv("MSDD_FAST_NATIVE_LINEAR", "0")
+    fast = accelerate(cross, dtype=torch.float32)
+    z = latents(cross, 2)
+    assert (fast.decode(z) - cross.decode(z)).abs().max() < FLOAT32
+    assert "graphs  no: the capture of batch 2 failed: addmm computes in PyTorch, not in a native op" in str(
+        fast.report()
+    )
+    with pytest.raises(BackendUnavailableError, match="graphs=True, but the capture of batch 2 failed: addmm"):
+        accelerate(cross, dtype=torch.float32, graphs=True).decode(z)
+
+
+def test_a_stream_that_cannot_be_recorded_leaves_decodes_alone(cross):
+    fast = accelerate(cross)
+    z, expected = latents(cross, 8), []
+    fast.decode(z)
+    cross.decode(z, stage_callback=lambda r: expected.append(r.clean))
+    images = [s.images for s in fast.stream(z)]
+    assert all((a - b).abs().max() < FLOAT32 for a, b in zip(images, expected, strict=True))
+    assert fast.graphs and "graphs  yes: one program per batch size" in str(fast.report())
+
+
+def test_the_other_family_says_that_convolutions_are_in_the_way():
+    tok = perturbed("tiny-ssdd")
+    fast = accelerate_auto(tok, dtype=torch.float32)
+    z = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert (fast.decode(z) - tok.decode(z)).abs().max() < 1e-4
+    assert "the capture of batch 1 failed: " in fast.graphs_reason and "not in a native op" in fast.graphs_reason
+
+
+def test_threads_share_an_engine(cross):
+    fast = accelerate(cross, graphs=True)
+    z = [latents(cross, 1 + i % 3, seed=i) for i in range(8)]
+    expected = [fast.decode(x, i) for i, x in enumerate(z)]
+    wrong = []
+
+    def work(i):
+        for _ in range(10):
+            if not torch.equal(fast.decode(z[i], i), expected[i]):
+                wrong.append(i)
+
+    workers = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    for w in workers:
+        w.start()
+    for w in workers:
+        w.join()
+    assert wrong == []
+
+
+def test_training_on_changes_no_program(cross):
+    tok = Tokenizer(cross.config)
+    tok.load_state_dict(cross.state_dict())
+    fast, z = accelerate(tok, graphs=True), latents(cross, 1)
+    before = fast.decode(z)
+    with torch.no_grad():
+        for p in tok.parameters():
+            p.add_(1)
+    assert torch.equal(fast.decode(z), before)

@@ -1,0 +1,243 @@
+"""Recorded programs: the arena, what can be recorded, replays with new values, threads, forks."""
+
+from __future__ import annotations
+
+import gc
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from msdd_fast import backends, ops
+from msdd_fast.engine.bound_ops import bind
+from msdd_fast.errors import InputError
+
+if not backends.extension_status()[0]:
+    pytest.skip(f"msdd_fast._C {backends.extension_status()[1]}", allow_module_level=True)
+
+from msdd_fast.native.program import CHUNK, Arena, NotRecordableError, record
+
+
+def randn(*shape, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+def recorded(run, *keep):
+    """(replay, result) of a function after a warm-up, as an engine does it."""
+    expected = run()
+    program, result = record(run, Arena(), keep)
+    assert torch.equal(result, expected)
+    return program, result
+
+
+# --- The arena. ---
+
+
+def test_blocks_are_reused_as_soon_as_nothing_refers_to_them():
+    arena = Arena()
+    a = arena.empty((100,), torch.float32)
+    address = a.data_ptr()
+    view = a[10:20]
+    del a
+    assert arena.empty((100,), torch.float32).data_ptr() != address  # the view is still there
+    del view
+    assert arena.empty((50,), torch.float64).data_ptr() == address
+    assert arena.memory() < 2 * CHUNK
+
+
+def test_the_arena_joins_free_neighbours():
+    arena = Arena()
+    parts = [arena.empty((CHUNK // 8,), torch.uint8) for _ in range(8)]
+    first = min(p.data_ptr() for p in parts)
+    del parts
+    assert arena.empty((CHUNK,), torch.uint8).data_ptr() == first and arena.memory() < 2 * CHUNK
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (0,), (3, 0, 2), (2, 3, 4, 5)])
+def test_shapes_and_alignment(shape):
+    for order in (torch.contiguous_format, *((torch.channels_last,) if len(shape) == 4 else ())):
+        x = Arena().empty(shape, torch.bfloat16, order)
+        assert x.shape == shape and x.is_contiguous(memory_format=order) and x.data_ptr() % 64 == 0
+
+
+def test_a_tensor_outlives_the_arena():
+    arena = Arena()
+    x = arena.empty((1000,), torch.float32)
+    x.fill_(3)
+    del arena
+    gc.collect()
+    others = [bytearray(CHUNK + 64) for _ in range(4)]  # would take the chunk's place
+    assert float(x.sum()) == 3000 and len(others) == 4
+
+
+# --- What can be recorded. ---
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_copies_are_native(dtype):
+    """Every way in which the networks copy, with odd sizes; a replay sees new inputs."""
+    x, y = randn(3, 5, 7).to(dtype), randn(2, 5, 7).to(torch.float32)
+
+    def run():
+        both = torch.cat([x, y.to(dtype)])
+        out = both.new_empty(10, 5, 7)
+        out[:5] = both
+        out[5:].unflatten(0, (1, 5)).copy_(both[None])
+        out[3:4].zero_()
+        turned = out.transpose(0, 1).contiguous().reshape(5, -1).repeat(2, 3).flatten()
+        return turned.view(2, -1).float().to(dtype).clone()
+
+    program, result = recorded(run, x, y)
+    x.neg_()
+    y.add_(1)
+    program.replay()
+    assert torch.equal(result, run())
+
+
+def test_ops_see_new_values_scalars_included():
+    x, v, u, seeds = randn(4, 2, 12), randn(4, 2, 12), randn(4, 2, 12), torch.tensor([1, 2])
+    dt, scale, alpha, beta = (torch.tensor(s) for s in (-0.5, 1.5, 0.7, 0.3))
+
+    bound = bind("cpu")
+
+    def run():
+        state = bound.cfg_euler(x, v, u, scale, dt)
+        rows = bound.stage_transition(state, v, dt, alpha, beta, seeds, 1, 2, 0.0, u, scale)
+        return bound.final_step(rows, rows, dt, 2, torch.uint8)
+
+    program, result = recorded(run, x, v, u, seeds, dt, scale, alpha, beta)
+    for tensor, value in ((x, 0.3), (dt, -0.2), (scale, 3.0), (alpha, 0.1), (beta, 0.9)):
+        tensor.fill_(value)
+    seeds.add_(7)
+    program.replay()
+    assert torch.equal(result, run())
+
+
+@pytest.mark.parametrize(
+    ("run", "name"),
+    [
+        (lambda x: x + 1, "add"),
+        (lambda x: x @ x, "matmul"),
+        (lambda x: F.layer_norm(x, (4,)), "layer_norm"),
+        (lambda x: x.new_zeros(3), "new_zeros"),
+        (lambda x: x * float(x[0, 0]), "__float__"),
+        (lambda x: x.view(-1) if x.sum() > 0 else x, "sum"),
+        (lambda x: x.add_(1), "add_"),
+        (lambda x: x[0, 0].item(), "item"),
+        (lambda x: x[0].tolist(), "tolist"),
+        (lambda x: x[x > 0], "gt"),
+    ],
+)
+def test_what_a_replay_could_not_repeat_is_refused_by_name(run, name):
+    x = torch.ones(4, 4)
+    with pytest.raises(NotRecordableError, match=name):
+        record(lambda: run(x), Arena())
+    assert torch.equal(x, torch.ones(4, 4))  # refused before it ran
+    program, result = record(lambda: x.clone(), Arena(), x)
+    assert len(program) == 1 and torch.equal(result, x)
+
+
+def test_one_recording_at_a_time_in_a_thread():
+    program = backends.load_extension().Program()
+    program.begin()
+    try:
+        with pytest.raises(ValueError, match="records a program already"):
+            backends.load_extension().Program().begin()
+    finally:
+        program.end()
+
+
+def test_an_error_in_an_op_ends_the_recording():
+    x, y = torch.ones(2, 2), torch.ones(2, 3)
+    with pytest.raises(InputError):
+        record(lambda: ops.swiglu(x, y), Arena())
+    assert torch.equal(record(x.clone, Arena(), x)[1], x)
+
+
+# --- Replays. ---
+
+
+def chain(calls=40):
+    x, shift = randn(37, 64), torch.zeros(1, 64)
+
+    def run():
+        h = x
+        for _ in range(calls):
+            h = ops.norm_modulate(ops.swiglu(h, h, backend="cpu"), shift, shift, backend="cpu")
+        return h
+
+    return run, (x, shift)
+
+
+def test_replays_are_equal_to_the_bit():
+    run, keep = chain()
+    program, result = recorded(run, *keep)
+    expected = result.clone()
+    for _ in range(2000):
+        program.replay()
+    assert torch.equal(result, expected) and expected.abs().max() > 1
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_any_number_of_threads_gives_the_same_bits(threads):
+    run, keep = chain()
+    program, result = recorded(run, *keep)
+    expected, before = result.clone(), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for _ in range(20):
+            result.zero_()
+            program.replay()
+            assert torch.equal(result, expected)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_programs_of_several_threads_at_once():
+    programs = [(*recorded(*_flat(chain())), i) for i in range(4)]
+    expected = [result.clone() for _, result, _ in programs]
+    wrong = []
+
+    def work(program, result, index):
+        for _ in range(50):
+            program.replay()
+        if not torch.equal(result, expected[index]):
+            wrong.append(index)
+
+    workers = [threading.Thread(target=work, args=p) for p in programs]
+    for w in workers:
+        w.start()
+    for w in workers:
+        w.join()
+    assert wrong == []
+
+
+def _flat(pair):
+    run, keep = pair
+    return (run, *keep)
+
+
+def test_a_forked_child_replays():
+    code = """
+import os, sys
+sys.path.insert(0, os.getcwd())
+from tests.native.test_program import chain, recorded
+run, keep = chain()
+program, result = recorded(run, *keep)
+expected = result.clone()
+program.replay()
+child = os.fork()
+if child == 0:
+    result.zero_()
+    program.replay()
+    os._exit(0 if bool((result == expected).all()) else 1)
+status = os.waitpid(child, 0)[1]
+program.replay()
+sys.exit(status)
+"""
+    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=root, timeout=120)
