@@ -8,6 +8,7 @@ from msdd_fast.native.cfg_euler import cfg_euler
 from msdd_fast.native.final_step import final_step
 from msdd_fast.native.gate_residual_norm_modulate import gate_residual_norm_modulate
 from msdd_fast.native.group_norm_modulate_silu import group_norm_modulate_silu
+from msdd_fast.native.linear import linear, pack_linear
 from msdd_fast.native.norm_modulate import norm_modulate
 from msdd_fast.native.qk_norm_rope import qk_norm_rope
 from msdd_fast.native.renoise_upsample import renoise_upsample
@@ -22,7 +23,9 @@ __all__ = [
     "final_step",
     "gate_residual_norm_modulate",
     "group_norm_modulate_silu",
+    "linear",
     "norm_modulate",
+    "pack_linear",
     "qk_norm_rope",
     "renoise_upsample",
     "stage_transition",

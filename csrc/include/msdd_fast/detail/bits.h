@@ -19,6 +19,12 @@
 #define MSDD_INLINE inline
 #endif
 
+#if defined(__GNUC__)
+#define MSDD_NOINLINE __attribute__((noinline))
+#else
+#define MSDD_NOINLINE
+#endif
+
 namespace msdd_fast {
 namespace detail {
 

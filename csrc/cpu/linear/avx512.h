@@ -1,0 +1,23 @@
+// Vectors of AVX-512: 6 x 64 sums in 24 of the 32 registers. MSDD_SIMD is the level's attribute.
+// gcc 12 takes the deliberately undefined registers inside its own intrinsics for mistakes (GCC bug 105593).
+#if !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace msdd_fast {
+namespace {
+
+using Vec = __m512;
+constexpr int LANES = 16;
+constexpr std::int64_t PANEL = PANEL_AVX512, ROWS = 6;
+
+MSDD_SIMD inline Vec load(const float* from) { return _mm512_loadu_ps(from); }
+MSDD_SIMD inline void store(float* to, Vec a) { _mm512_storeu_ps(to, a); }
+MSDD_SIMD inline Vec zero() { return _mm512_setzero_ps(); }
+
+}  // namespace
+}  // namespace msdd_fast

@@ -1,0 +1,122 @@
+// A part of a product: tile by tile, the sums of up to ROWS rows of x with a panel of the weight, then what follows.
+// Each SIMD level's file defines these and then includes this:
+//
+//   MSDD_SIMD           attribute of functions that use the level's instructions
+//   Element, STEP       of x as the tiles read it: float, 1; or BFloat16, 2
+//   PANEL, ROWS         columns and rows of a tile
+//   tile                (x, stride, rows, words of a panel, in, out): rows x PANEL sums; micro_kernel.h or one of its
+//   own begin_tiles, end_tiles MSDD_NARROW         if it has its own `narrow_sums` from float to bfloat16
+//
+// Everything has internal linkage, so levels do not clash.
+//
+// No include guard: each level includes this exactly once.
+
+#include <algorithm>
+#include <cstring>
+#include <type_traits>
+
+#include "job.h"
+#include "msdd_fast/detail/exp.h"
+#include "msdd_fast/detail/floats.h"
+#include "msdd_fast/detail/scratch.h"
+
+namespace msdd_fast {
+namespace {
+
+template <class T>
+MSDD_SIMD MSDD_INLINE void write(const float* values, std::int64_t count, T* out) {
+    if constexpr (std::is_same_v<T, float>) {
+        std::memcpy(out, values, static_cast<std::size_t>(count) * sizeof(float));
+    } else if constexpr (std::is_same_v<T, BFloat16>) {
+#ifdef MSDD_NARROW
+        narrow_sums(values, count, out);
+#else
+        narrow(values, count, out);
+#endif
+    } else {
+        narrow(values, count, out);
+    }
+}
+
+// One row of a tile: bias, activation, rounding. `count` columns exist, WIDTH are in the tile.
+template <class T, bool SWIGLU>
+MSDD_SIMD inline void finish_row(float* sums, const float* bias, std::int64_t count, T* out) {
+    constexpr std::int64_t WIDTH = SWIGLU ? PANEL / 2 : PANEL;
+    for (std::int64_t i = 0; i < PANEL; ++i) sums[i] += bias[i];
+    if constexpr (SWIGLU)
+        for (std::int64_t i = 0; i < WIDTH; ++i) sums[i] = sums[i] / (1.0f + exp_float(-sums[i])) * sums[i + WIDTH];
+    if (count == WIDTH)
+        write(sums, WIDTH, out);  // of a size that the compiler knows
+    else
+        write(sums, count, out);
+}
+
+template <class T, bool SWIGLU>
+MSDD_SIMD void run_panels(const LinearJob& job, const LinearPart& part, const Element* x, std::int64_t stride) {
+    alignas(64) float sums[ROWS * PANEL], bias[PANEL];
+    constexpr std::int64_t WIDTH = SWIGLU ? PANEL / 2 : PANEL;
+    // Tiles of nearly equal heights: a last one of a single row would cost as much as one of three.
+    const std::int64_t tiles = (part.rows + ROWS - 1) / ROWS;
+    for (std::int64_t panel = part.panel; panel < part.panel + part.panels; ++panel) {
+        const std::int64_t first = panel * WIDTH, count = std::min(WIDTH, job.width - first);
+        std::fill(bias, bias + PANEL, 0.0f);
+        if (job.bias.data != nullptr)
+            for (int half = 0; half <= (SWIGLU ? 1 : 0); ++half) {
+                float* const to = bias + half * WIDTH;
+                const float* from = floats(job.bias, first + half * job.width, count, to);
+                if (from != to) std::copy(from, from + count, to);
+            }
+        for (std::int64_t i = 0; i < tiles; ++i) {
+            const std::int64_t begin = part.rows * i / tiles, rows = part.rows * (i + 1) / tiles - begin;
+            tile(x + begin * stride, stride, rows, job.packed + panel * job.panel_words, job.in, sums);
+            for (std::int64_t r = 0; r < rows; ++r)
+                finish_row<T, SWIGLU>(sums + r * PANEL, bias, count,
+                                      static_cast<T*>(job.out) + (part.row + begin + r) * job.out_stride + first);
+        }
+    }
+}
+
+template <class T>
+MSDD_SIMD void run_as(const LinearJob& job, const LinearPart& part, const Element* x, std::int64_t stride) {
+    if (job.swiglu)
+        run_panels<T, true>(job, part, x, stride);
+    else
+        run_panels<T, false>(job, part, x, stride);
+}
+
+// Rows of x from `row` on, widened into scratch unless the tiles read their dtype; `stride` becomes that of the result.
+template <class E>
+MSDD_SIMD inline const E* rows_of(const LinearJob& job, const LinearPart& part, std::int64_t& stride) {
+    const std::int64_t begin = part.row * stride;
+    if constexpr (std::is_same_v<E, float>) {
+        if (job.x.values.dtype != DType::float32) {
+            float* const wide = scratch_of(part.rows * job.in);
+            for (std::int64_t r = 0; r < part.rows; ++r)
+                floats(job.x.values, begin + r * stride, job.in, wide + r * job.in);
+            stride = job.in;
+            return wide;
+        }
+    }
+    return static_cast<const E*>(job.x.values.data) + begin;
+}
+
+MSDD_SIMD void run_part(const LinearJob& job, const LinearPart& part) {
+    std::int64_t stride = job.x.stride;
+    const Element* const x = rows_of<Element>(job, part, stride);
+    begin_tiles();
+    switch (job.out_dtype) {
+        case DType::float32:
+            run_as<float>(job, part, x, stride);
+            break;
+        case DType::bfloat16:
+            run_as<BFloat16>(job, part, x, stride);
+            break;
+        case DType::float16:
+            run_as<Float16>(job, part, x, stride);
+            break;
+    }
+    end_tiles();
+}
+
+}  // namespace
+}  // namespace msdd_fast
