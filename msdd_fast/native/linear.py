@@ -46,7 +46,14 @@ def linear(
     ``out`` may be apart; ``out`` is new, in x's dtype, unless given, and then of any float dtype. Summed in float32,
     rounded once.
     """
-    if out is None:
+    operands = (x, packed) if bias is None else (x, packed, bias)
+    for name, t in zip(("x", "packed", "bias"), operands, strict=False):
+        _check_cpu(name, t)
+    if x.ndim != 2:
+        raise InputError(f"x must be (R, in), got {tuple(x.shape)}")
+    if out is not None:
+        _check_cpu("out", out)
+    else:
         out = torch.empty(len(x), features // 2 if swiglu else features, dtype=x.dtype, device="cpu")
     _call("linear", *map(_view, (out, x, packed, bias)), features, swiglu, level)
     return out

@@ -13,6 +13,7 @@ from msdd_fast.ops.euler_step import euler_step
 from msdd_fast.ops.final_step import final_step
 from msdd_fast.ops.gate_residual_norm_modulate import gate_residual_norm_modulate
 from msdd_fast.ops.group_norm_modulate_silu import group_norm_modulate_silu
+from msdd_fast.ops.linear import linear
 from msdd_fast.ops.norm_modulate import norm_modulate
 from msdd_fast.ops.qk_norm_rope import qk_norm_rope
 from msdd_fast.ops.quantize_rows import quantize_rows
@@ -31,6 +32,7 @@ __all__ = [
     "final_step",
     "gate_residual_norm_modulate",
     "group_norm_modulate_silu",
+    "linear",
     "norm_modulate",
     "qk_norm_rope",
     "quantize_rows",

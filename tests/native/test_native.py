@@ -180,6 +180,7 @@ def tensor(*shape, strides=None, dtype=0):
     return 16, dtype, shape, strides or torch.empty(shape, device="meta").stride()
 
 
+LINE = (64, 0, (128,), (1,))  # a packed weight of 8 x 16, at an aligned address
 IMAGE, HEADS = tensor(2, 4, 8, 8), tensor(1, 4, 2, 16)
 REFUSED = {
     "renoise_upsample": (
@@ -226,6 +227,25 @@ REFUSED = {
         (dict(b=tensor(4, 6, dtype=2)), "b must be float32, got float16"),
         (dict(a=tensor(4, 6, strides=(1, 4))), "a must be contiguous in its last dimension"),
         (dict(a=(0, 0, (4, 6), (6, 1))), "a is missing"),
+    ),
+    "linear": (
+        dict(out=tensor(3, 6), x=tensor(3, 8), packed=LINE, bias=tensor(6), features=6, swiglu=False, level="plain"),
+        (dict(packed=tensor(127)), r"packed must be of shape \(128\), got \(127\)"),
+        (dict(packed=(64, 1, (128,), (1,))), "packed must be float32, got bfloat16"),
+        (dict(packed=tensor(128)), "packed must be aligned to 64 bytes"),
+        (dict(x=tensor(3, 9)), r"packed must be of shape \(144\), got \(128\)"),
+        (dict(out=tensor(2, 6)), r"out must be of shape \(3, 6\), got \(2, 6\)"),
+        (dict(swiglu=True), r"out must be of shape \(3, 3\), got \(3, 6\)"),
+        (dict(bias=tensor(3)), r"bias must be of shape \(6\), got \(3\)"),
+        (dict(bias=tensor(6, strides=(2,))), "bias must be contiguous"),
+        (dict(features=-6), "sizes must not be negative"),
+        (dict(x=None), "x must be of 2 dimensions"),
+    ),
+    "linear_pack": (
+        dict(packed=LINE, weight=tensor(6, 8), swiglu=False, level="plain"),
+        (dict(weight=tensor(17, 8)), r"packed must be of shape \(256\), got \(128\)"),
+        (dict(weight=tensor(6, 8, strides=(1, 6))), "weight must be contiguous in its last dimension"),
+        (dict(packed=tensor(128)), "packed must be aligned to 64 bytes"),
     ),
     "attention": (
         dict(out=HEADS, q=HEADS, k=tensor(1, 7, 2, 16), v=tensor(1, 7, 2, 16), accumulate=None),

@@ -13,6 +13,7 @@ from msdd_fast.backends import choice, cpu
 from msdd_fast.backends.choice import backend_names, parse_choice, use_backend
 from msdd_fast.errors import BackendUnavailableError, InputError
 from msdd_fast.ops import _registry as _op
+from msdd_fast.ops.linear import pack_linear
 from tests.conftest import HAS_GPU
 
 SEEDS = torch.tensor([3, 4])
@@ -27,6 +28,8 @@ PATCHES = torch.randn(4, 2, 48, generator=torch.Generator().manual_seed(2))  # 2
 CONTEXT = torch.randn(2, 5, 4, 2, 64, generator=torch.Generator().manual_seed(1)).bfloat16().unbind(2)
 PIXELS = torch.randn(1, 4, 3, 1, 16, generator=torch.Generator().manual_seed(3)).unbind(2)  # a grid of 2 x 2, one head
 CELLS = X[:, :, :2, :3]
+WEIGHT = torch.randn(10, 24, generator=torch.Generator().manual_seed(4))
+PACKED = pack_linear(WEIGHT) if backends.extension_status()[0] else None
 ARGUMENTS = {
     "attention": QKV,
     "window_attention": (*PIXELS, torch.linspace(-1, 1, 9).view(3, 3, 1), 2, 2),
@@ -43,6 +46,7 @@ ARGUMENTS = {
     "gate_residual_norm_modulate": (ROWS, ROWS + 1, TABLE, TABLE + 1, TABLE - 1, None),
     "qk_norm_rope": (HEADS.contiguous(), NORM, NORM + 1, ANGLE, ANGLE, None),
     "swiglu": (X, X + 1),
+    "linear": (ROWS, WEIGHT, WEIGHT[:, 0].contiguous(), PACKED, False),
     "quantize_rows": (X.reshape(6, 24),),
 }
 
