@@ -1,36 +1,37 @@
-"""Calls the C++ ``linear``."""
+"""The C++ ``linear`` and the packing of its weights."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from msdd_fast.backends import load_extension
+from msdd_fast.backends.extension import load_extension
 from msdd_fast.errors import InputError
-from msdd_fast.native._call import _DTYPES, _call, _check_cpu, _view
+from msdd_fast.native._call import DTYPES, Native, entry, metadata, operand, optional_metadata
 
-_BY_CODE = {code: dtype for dtype, code in _DTYPES.items()}
+_BY_CODE = {code: dtype for dtype, code in DTYPES.items()}
 
 
 def pack_linear(weight: Tensor, swiglu: bool = False, level: str = "") -> Tensor:
-    """The weight (out, in) as ``linear`` reads it: one dimension; bfloat16, or float32 for what has no such products.
+    """The weight (out, in) as ``linear`` reads it, in one dimension.
 
-    Where ``level`` (linear.h, for tests) is empty, it is that of this machine. ``swiglu`` packs [w1; w3] so that their
-    products meet in registers.
+    bfloat16 stays so where the machine multiplies pairs of it; all else becomes float32. ``swiglu`` packs [w1; w3] so that both products of a column end in one tile. ``level`` (linear.h) is for tests.
     """
-    _check_cpu("weight", weight)
-    if weight.ndim != 2 or (weight.stride(1) != 1 and weight.shape[1] > 1):
-        expected = "(out, in) with adjacent elements in a row"
-        raise InputError(f"weight must be {expected}, got {tuple(weight.shape)}, strides {weight.stride()}")
+    code, shape, strides = metadata("weight", weight)
+    if len(shape) != 2 or (strides[1] != 1 and shape[1] > 1):
+        raise InputError(f"weight must be (out, in) with adjacent elements in a row, got {shape}, strides {strides}")
     try:
-        sizes = load_extension().linear_packed_size(*weight.shape, swiglu, _DTYPES[weight.dtype], level)
+        size, packed_code = load_extension().linear_packed_size(*shape, swiglu, code, level)
     except ValueError as error:
         raise InputError(f"linear_pack: {error}") from None
-    packed = torch.empty(sizes[0], dtype=_BY_CODE[sizes[1]], device="cpu")
-    _call("linear_pack", _view(packed), _view(weight), swiglu, level)
+    packed = torch.empty(size, dtype=_BY_CODE[packed_code], device="cpu")
+    entry("linear_pack")(operand(packed), operand(weight), swiglu, level)
     return packed
 
 
+@Native
 def linear(
     x: Tensor,
     packed: Tensor,
@@ -39,21 +40,33 @@ def linear(
     swiglu: bool = False,
     out: Tensor | None = None,
     level: str = "",
-) -> Tensor:
+) -> Callable[..., Tensor]:
     """x W^T + bias for rows x (R, in) and ``pack_linear(weight)`` of a weight (features, in) in x's dtype.
 
     With ``swiglu``, silu(x W1^T + b1) * (x W3^T + b3), (R, features / 2). bias (features,) or None. Rows of x and of
     ``out`` may be apart; ``out`` is new, in x's dtype, unless given, and then of any float dtype. Summed in float32,
     rounded once.
     """
-    operands = (x, packed) if bias is None else (x, packed, bias)
-    for name, t in zip(("x", "packed", "bias"), operands, strict=False):
-        _check_cpu(name, t)
-    if x.ndim != 2:
-        raise InputError(f"x must be (R, in), got {tuple(x.shape)}")
-    if out is not None:
-        _check_cpu("out", out)
-    else:
-        out = torch.empty(len(x), features // 2 if swiglu else features, dtype=x.dtype, device="cpu")
-    _call("linear", *map(_view, (out, x, packed, bias)), features, swiglu, level)
-    return out
+    call = entry("linear")
+    of_x, of_packed, of_bias = metadata("x", x), metadata("packed", packed), optional_metadata("bias", bias)
+    if len(of_x[1]) != 2:
+        raise InputError(f"x must be (R, in), got {of_x[1]}")
+    width = features // 2 if swiglu else features
+    of_out = (of_x[0], (of_x[1][0], width), (width, 1)) if out is None else metadata("out", out)
+
+    given = out is not None  # not the tensor itself, which would be kept
+
+    def run(x: Tensor, packed: Tensor, *rest: Tensor) -> Tensor:
+        to = rest[-1] if given else x.new_empty_strided(*of_out[1:])
+        call(
+            (to.data_ptr(), *of_out),
+            (x.data_ptr(), *of_x),
+            (packed.data_ptr(), *of_packed),
+            None if of_bias is None else (rest[0].data_ptr(), *of_bias),
+            features,
+            swiglu,
+            level,
+        )
+        return to
+
+    return run

@@ -10,19 +10,20 @@ reads it, in place of the weight, and only cpu needs it; without it ``auto`` tak
 
 eager is torch's own product, rounded after every operation as the dtype has it, and is differentiable. cpu sums in
 float32 and rounds once, also with ``swiglu``; its bits of a row depend neither on the other rows nor on the number of
-threads. Moves R in + out in + R out elements for R rows (with ``swiglu`` R out / 2 at the end) and does 2 R in out FLOP.
+threads. R rows move R in + out in + R out elements (with ``swiglu`` R out / 2 at the end) and take 2 R in out FLOP.
 """
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from msdd_fast.backends.cpu import can_use_cpu
+from msdd_fast import native
+from msdd_fast.backends.choice import Verdict
+from msdd_fast.backends.cpu import CPU
 from msdd_fast.errors import InputError
 from msdd_fast.ops._checks import FLOAT_DTYPES, check_device, check_floating
-from msdd_fast.ops._registry import Op, Verdict, both
+from msdd_fast.ops._registry import Op
 
 
 def linear(
@@ -57,8 +58,6 @@ def pack_linear(weight: Tensor, swiglu: bool = False) -> Tensor:
 
     Raises BackendUnavailableError without the extension.
     """
-    from msdd_fast import native
-
     return native.pack_linear(weight.detach(), swiglu)
 
 
@@ -76,8 +75,6 @@ def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, packed: Tensor | None,
 
 
 def _cpu(x: Tensor, weight: Tensor, bias: Tensor | None, packed: Tensor | None, swiglu: bool) -> Tensor:
-    from msdd_fast import native
-
     assert packed is not None
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
@@ -85,7 +82,7 @@ def _cpu(x: Tensor, weight: Tensor, bias: Tensor | None, packed: Tensor | None, 
     return y.view(*x.shape[:-1], y.shape[1])
 
 
-def _can_use(x: Tensor, weight: Tensor, bias: Tensor | None, packed: Tensor | None, swiglu: bool) -> Verdict:
+def _kernel_fits(x: Tensor, weight: Tensor, bias: Tensor | None, packed: Tensor | None, swiglu: bool) -> Verdict:
     if x.dtype not in FLOAT_DTYPES:
         return False, f"works in float32, bfloat16 and float16, got {x.dtype}"
     return packed is not None, "needs the weight in its own layout: packed=pack_linear(weight)"
@@ -97,4 +94,4 @@ OP = Op(
     linear_eager,
     _fake,
 )
-OP.register("cpu", _cpu, lambda x, *rest: both(can_use_cpu(x), _can_use(x, *rest)))
+OP.register(CPU, _cpu, _kernel_fits)
