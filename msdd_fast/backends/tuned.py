@@ -1,6 +1,8 @@
 """Which backend measured fastest: one table, shipped in backends/fastest.json, and one lookup.
 
-    {"machine": {"op": {"dtype": {"head size": {"queries": "backend"}}}}}
+    {"machine": {"op": {"dtype": {"size": {"rows": "backend"}}}}}
+
+The size of attention is its head size and its rows are queries; the size of linear is "in x out" ("256x768").
 
 ``msdd-fast tune`` measures the entry of its machine. What the file of MSDD_FAST_TUNED says of a machine replaces what
 is shipped about it. Without an entry there is no preference, and the op takes its first backend that can run.
@@ -20,23 +22,33 @@ from msdd_fast.backends._constant import constant_when_compiled
 from msdd_fast.backends.extension import extension_status, load_extension
 from msdd_fast.errors import InputError
 
+_LEVEL = {"attention": "attention_level", "linear": "linear_level"}
 SHIPPED = Path(__file__).resolve().with_name("fastest.json")
 
 
-def fastest(op: str, device: torch.device, dtype: torch.dtype, head_size: int, queries: int) -> str | None:
-    """Backend of the smallest measured number of queries that is at least this one, else of the largest; or None."""
+def fastest(op: str, device: torch.device, dtype: torch.dtype, size: int | str, rows: int) -> str | None:
+    """Backend of the smallest measured number of rows that is at least this one, else of the largest; or None."""
     name = None
-    for size, limit, backend in _measured(op, str(device), str(dtype).removeprefix("torch.")):
-        if size == head_size and (name is None or queries <= limit):
+    for measured_size, limit, backend in _measured(op, str(device), str(dtype).removeprefix("torch.")):
+        if measured_size == str(size) and (name is None or rows <= limit):
             name = backend
     return name
 
 
-def machine(device: str) -> str:
-    """What the table knows a device by: "cpu-avx2" (the extension's level), "cuda-sm90"; else the bare type."""
+def measured(op: str, device: torch.device, dtype: torch.dtype, size: int | str) -> set[str]:
+    """Every backend that is the fastest for some number of rows."""
+    found = _measured(op, str(device), str(dtype).removeprefix("torch."))
+    return {backend for measured_size, _, backend in found if measured_size == str(size)}
+
+
+def machine(device: str, op: str) -> str:
+    """What the table knows a device by: "cpu-avx2" (the extension's level), "cuda-sm90"; else the bare type.
+
+    linear has a level that attention has not, AMX.
+    """
     kind = torch.device(device).type
     if kind == "cpu":
-        return f"cpu-{load_extension().attention_level()}" if extension_status()[0] else kind
+        return f"cpu-{getattr(load_extension(), _LEVEL[op])()}" if extension_status()[0] and op in _LEVEL else kind
     if kind == "cuda" and torch.version.hip is None and torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability(device)
         return f"cuda-sm{major}{minor}"
@@ -62,13 +74,13 @@ def _table() -> dict[str, Any]:
 
 
 @functools.cache
-def _rows(op: str, device: str, dtype: str) -> tuple[tuple[int, int, str], ...]:
-    """(head size, queries, backend), the most queries first."""
-    sizes = _table().get(machine(device), {}).get(op, {}).get(dtype, {})
-    rows = [(int(size), int(queries), name) for size, row in sizes.items() for queries, name in row.items()]
+def _rows(op: str, device: str, dtype: str) -> tuple[tuple[str, int, str], ...]:
+    """(size, rows, backend), the most rows first."""
+    sizes = _table().get(machine(device, op), {}).get(op, {}).get(dtype, {})
+    rows = [(size, int(count), name) for size, row in sizes.items() for count, name in row.items()]
     return tuple(sorted(rows, reverse=True))
 
 
 @constant_when_compiled
-def _measured(op: str, device: str, dtype: str) -> tuple[tuple[int, int, str], ...]:
+def _measured(op: str, device: str, dtype: str) -> tuple[tuple[str, int, str], ...]:
     return _rows(op, device, dtype)

@@ -1,6 +1,6 @@
-"""Measure which attention backend is fastest on this machine, for the table of MSDD_FAST_TUNED.
+"""Measure what is fastest on this machine, for the table of MSDD_FAST_TUNED: attention backends, products on a CPU.
 
-Every backend that can run is timed in turn, round after round, and the medians are compared.
+All that can run are timed in turn, round after round, and the medians are compared.
 """
 
 from __future__ import annotations
@@ -16,15 +16,24 @@ from typing import Any
 
 import torch
 
+from msdd_fast.backends.extension import extension_status
 from msdd_fast.backends.tuned import machine
 from msdd_fast.commands.common import pick_device, positive_int
 from msdd_fast.io.files import atomic_write, require_writable
+from msdd_fast.layers.linear.dense import DenseLinear, Linear
+from msdd_fast.layers.linear.native import NativeLinear, size_of
 from msdd_fast.ops.attention import OP
 
 DTYPES = ("bfloat16", "float16", "float32")
 HEAD_SIZE = 64
 # Queries of the coarse scales alone, then tokens of the joint blocks at 32, 64, 128 and 256 px.
 QUERIES = (16, 64, 144, 192, 384, 1152)
+# Of linear: rows, and (in, out) of msdd-nano and msdd-d12.
+ROWS = (4, 16, 64, 256, 1024)
+SIZES = (
+    *((32, 256), (192, 256), (256, 192), (256, 256), (256, 512), (256, 768), (256, 1408), (704, 256)),
+    *((32, 768), (192, 768), (768, 192), (768, 768), (768, 1536), (768, 2304), (768, 4096), (2048, 768)),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +53,10 @@ def run(args: argparse.Namespace) -> None:
     for dtype in DTYPES:
         rows = {str(n): _fastest(n, args.heads, getattr(torch, dtype), device, args.rounds) for n in QUERIES}
         measured[dtype] = {str(HEAD_SIZE): rows}
-    text = json.dumps({machine(str(device)): {OP.name: measured}}, indent=2)
+    table = {machine(str(device), OP.name): {OP.name: measured}}
+    if device.type == "cpu" and extension_status()[0]:
+        table.setdefault(machine("cpu", "linear"), {})["linear"] = _linears(args.rounds)
+    text = json.dumps(table, indent=2)
     if args.out:
         with atomic_write(args.out) as temporary:
             Path(temporary).write_text(text + "\n")
@@ -60,6 +72,23 @@ def _fastest(queries: int, heads: int, dtype: torch.dtype, device: torch.device,
     usable = [name for name, implementation in OP.implementations.items() if implementation.can_use(q, k, v)[0]]
     times = medians({name: partial(OP, q, k, v, backend=name) for name in usable}, device, rounds)
     return min(times, key=lambda name: times[name])
+
+
+@torch.no_grad()
+def _linears(rounds: int) -> dict[str, Any]:
+    """{dtype: {size: {rows: "cpu" or "torch"}}}: the extension's product against what DenseLinear takes without it."""
+    measured: dict[str, Any] = {"bfloat16": {}, "float32": {}}
+    for name, sizes in measured.items():
+        for inputs, out in SIZES:
+            weight, bias = (torch.randn(shape).to(getattr(torch, name)) for shape in ((out, inputs), (out,)))
+            linears: dict[str, Linear] = {"cpu": NativeLinear(weight, bias)}
+            linears["torch"] = DenseLinear(weight, bias, {"torch"})
+            rows = sizes[size_of(weight)] = {}
+            for count in ROWS:
+                x = torch.randn(count, inputs).to(weight.dtype)
+                times = medians({n: partial(linear, x) for n, linear in linears.items()}, weight.device, rounds)
+                rows[str(count)] = min(times, key=lambda name: times[name])
+    return measured
 
 
 def medians(calls: dict[str, Callable[[], Any]], device: torch.device, rounds: int) -> dict[str, float]:

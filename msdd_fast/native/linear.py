@@ -17,7 +17,8 @@ _BY_CODE = {code: dtype for dtype, code in DTYPES.items()}
 def pack_linear(weight: Tensor, swiglu: bool = False, level: str = "") -> Tensor:
     """The weight (out, in) as ``linear`` reads it, in one dimension.
 
-    bfloat16 stays so where the machine multiplies pairs of it; all else becomes float32. ``swiglu`` packs [w1; w3] so that both products of a column end in one tile. ``level`` (linear.h) is for tests.
+    bfloat16 stays so where the machine multiplies pairs of it; all else becomes float32. ``swiglu`` packs [w1; w3] so
+    that both products of a column end in one tile. ``level`` (linear.h) is for tests.
     """
     code, shape, strides = metadata("weight", weight)
     if len(shape) != 2 or (strides[1] != 1 and shape[1] > 1):

@@ -12,6 +12,8 @@ from msdd_fast.errors import InputError
 from msdd_fast.ops.attention import OP
 
 CPU = torch.device("cpu")
+HAS_EXTENSION = backends.extension_status()[0]
+needs_extension = pytest.mark.skipif(not HAS_EXTENSION, reason=f"msdd_fast._C {backends.extension_status()[1]}")
 
 
 @pytest.fixture
@@ -36,17 +38,18 @@ def tuned(tmp_path, monkeypatch):
 
 
 def entry(**rows):
-    return {selection.machine("cpu"): {"attention": {"bfloat16": {"64": rows}}}}
+    return {selection.machine("cpu", "attention"): {"attention": {"bfloat16": {"64": rows}}}}
 
 
 def test_the_shipped_table_names_backends_that_exist():
     table = selection.read_table(selection.SHIPPED)
     assert table
+    known = {"attention": set(OP.implementations), "linear": {"cpu", "torch"}}
     for ops in table.values():
-        for dtypes in ops.values():
+        for op, dtypes in ops.items():
             for sizes in dtypes.values():
                 for rows in sizes.values():
-                    assert set(rows.values()) <= set(OP.implementations) and all(int(n) > 0 for n in rows)
+                    assert set(rows.values()) <= known[op] and all(int(n) > 0 for n in rows)
 
 
 def test_lookup(tuned):
@@ -60,7 +63,17 @@ def test_lookup(tuned):
     assert selection.fastest("attention", torch.device("meta"), torch.bfloat16, 64, 16) is None
 
 
-@pytest.mark.skipif(not backends.extension_status()[0], reason=f"msdd_fast._C {backends.extension_status()[1]}")
+@needs_extension
+def test_what_is_measured_of_a_size(tuned):
+    rows = {"4": "cpu", "64": "torch"}
+    tuned({selection.machine("cpu", "linear"): {"linear": {"float32": {"256x768": rows, "8x9": {"4": "torch"}}}}})
+    assert selection.measured("linear", CPU, torch.float32, "256x768") == {"cpu", "torch"}
+    assert selection.measured("linear", CPU, torch.float32, "8x9") == {"torch"}
+    assert selection.measured("linear", CPU, torch.float32, "768x256") == set()
+    assert [selection.fastest("linear", CPU, torch.float32, "256x768", n) for n in (4, 5)] == ["cpu", "torch"]
+
+
+@needs_extension
 def test_auto_takes_the_fastest_that_can_run(tuned):
     q = torch.zeros(1, 20, 2, 64, dtype=torch.bfloat16)
     for named, chosen in (("cpu", "cpu"), ("sdpa", "sdpa"), ("xformers", "sdpa")):
@@ -92,17 +105,27 @@ def test_a_missing_file_is_an_error(tuned):
 def test_tune(tuned, tmp_path, monkeypatch, capsys):
     """Also where the variable names a file that is not there yet: it is what the command writes."""
     monkeypatch.setattr("msdd_fast.commands.tune.QUERIES", (4, 30))
+    monkeypatch.setattr("msdd_fast.commands.tune.ROWS", (2, 7))
+    monkeypatch.setattr("msdd_fast.commands.tune.SIZES", ((8, 24), (24, 8)))
     small = ["tune", "--device", "cpu", "--heads", "1", "--rounds", "2"]
     file = tmp_path / "fastest.json"
     assert cli.main([*small, "--out", str(file)]) == 0
     assert f"export MSDD_FAST_TUNED={file}" in capsys.readouterr().out
-    (measured,) = json.loads(file.read_text()).values()
+    table = json.loads(file.read_text())
+    measured = table[selection.machine("cpu", "attention")]
     assert set(measured["attention"]) == {"bfloat16", "float16", "float32"}
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         rows = measured["attention"][str(dtype).removeprefix("torch.")]["64"]
         assert list(rows) == ["4", "30"]
         assert selection.fastest("attention", CPU, dtype, 64, 30) == rows["30"]
+    if HAS_EXTENSION:
+        linear = table[selection.machine("cpu", "linear")]["linear"]
+        assert set(linear) == {"bfloat16", "float32"}
+        for sizes in linear.values():
+            assert list(sizes) == ["8x24", "24x8"] and all(list(rows) == ["2", "7"] for rows in sizes.values())
+            assert {name for rows in sizes.values() for name in rows.values()} <= {"cpu", "torch"}
     assert cli.main(small) == 0
-    assert set(json.loads(capsys.readouterr().out)) == {selection.machine("cpu")}
+    ops = ("attention", "linear") if HAS_EXTENSION else ("attention",)
+    assert set(json.loads(capsys.readouterr().out)) == {selection.machine("cpu", op) for op in ops}
     assert cli.main([*small, "--out", str(tmp_path)]) == 1
     assert cli.main([*small[:1], "--device", "nonsense"]) == 1

@@ -1,0 +1,65 @@
+"""The extension's matrix product as a layer, and where it is taken."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from msdd_fast import native
+from msdd_fast.backends import tuned
+from msdd_fast.backends.extension import extension_status
+from msdd_fast.errors import InputError
+
+DEFAULT = "0"
+MAX_PLANS = 256
+
+
+class NativeLinear:
+    """y = x W^T + b by the C++ product (ops/linear.py), weights (out, in) packed once."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.packed = native.pack_linear(weight.contiguous())
+        self.bias, self.out_features = bias, weight.shape[0]
+        self._tensors = (self.packed,) if bias is None else (self.packed, bias)
+        self._plans: dict[Any, Callable[..., Tensor]] = {}
+
+    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """Rows x (R, in) in the weight's dtype; ``out`` (R, out) or None."""
+        key = x.dtype, x.shape, x.stride(), None if out is None else (out.dtype, out.shape, out.stride())
+        run = self._plans.get(key)
+        if run is None:
+            if len(self._plans) >= MAX_PLANS:
+                self._plans.clear()
+            run = native.linear.prepare(x, self.packed, self.bias, self.out_features, False, out)
+            self._plans[key] = run
+        return run(x, *self._tensors) if out is None else run(x, *self._tensors, out)
+
+    def memory(self) -> int:
+        """Bytes of the weights."""
+        return sum(t.nbytes for t in self._tensors)
+
+
+def products(weight: Tensor) -> set[str]:
+    """What multiplies with a weight: "cpu" is NativeLinear, "torch" is torch's own; both where it depends on the rows.
+
+    By the table of backends/tuned.py, in which a size that was not measured is torch's; MSDD_FAST_NATIVE_LINEAR = 1 or
+    0 takes the one or the other everywhere. Raises InputError for another value of it.
+    """
+    choice = os.environ.get("MSDD_FAST_NATIVE_LINEAR") or DEFAULT
+    if choice not in ("auto", "0", "1"):
+        raise InputError(f"MSDD_FAST_NATIVE_LINEAR must be auto, 0 or 1, got {choice!r}")
+    usual = weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16) and type(weight) is Tensor
+    if choice == "0" or not usual or not extension_status()[0]:
+        return {"torch"}
+    if choice == "1":
+        return {"cpu"}
+    return tuned.measured("linear", weight.device, weight.dtype, size_of(weight)) or {"torch"}
+
+
+def size_of(weight: Tensor) -> str:
+    """What the table calls a weight (out, in)."""
+    return f"{weight.shape[1]}x{weight.shape[0]}"
