@@ -7,9 +7,11 @@ instructions. Elsewhere it is torch's product again.
 import functools
 
 import torch
+from torch import Tensor
 
 from msdd_fast import ops
 from msdd_fast.backends import extension_status
+from msdd_fast.bench.ops.suite import Case, Measure
 from msdd_fast.layers.linear.dense import can_pack
 from msdd_fast.ops.linear import linear_eager, pack_linear
 
@@ -17,24 +19,26 @@ WIDTH, FEATURES = 768, 2304
 
 
 @functools.lru_cache(maxsize=1)
-def layout_of(weight):
-    return torch.ops.mkldnn._reorder_linear_weight(weight)
+def layout_of(weight: Tensor) -> Tensor:
+    layout: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight)
+    return layout
 
 
-def onednn(x, weight, bias):
+def onednn(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     if not can_pack(weight):
         return plain(x, weight, bias)
-    return torch.ops.mkldnn._linear_pointwise(x, layout_of(weight), bias, "none", [], "")
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, layout_of(weight), bias, "none", [], "")
+    return out
 
 
-def plain(x, weight, bias):
+def plain(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return linear_eager(x, weight, bias, None, False)
 
 
 BASELINES = {"plain": plain, "onednn": onednn}
 
 
-def test_linear(case, measure):
+def test_linear(case: Case, measure: Measure) -> None:
     x = case.randn(case.batch * case.tokens, WIDTH)
     weight, bias = case.randn(FEATURES, WIDTH) * WIDTH**-0.5, case.randn(FEATURES)
     packs = case.device.type == "cpu" and extension_status()[0]

@@ -20,7 +20,7 @@ from msdd_fast.backends.extension import extension_status
 from msdd_fast.backends.tuned import machine
 from msdd_fast.commands.common import pick_device, positive_int
 from msdd_fast.io.files import atomic_write, require_writable
-from msdd_fast.layers.linear.dense import DenseLinear
+from msdd_fast.layers.linear.dense import DenseLinear, Linear
 from msdd_fast.layers.linear.native import NativeLinear, size_of
 from msdd_fast.ops.attention import OP
 
@@ -81,7 +81,8 @@ def _linears(rounds: int) -> dict[str, Any]:
     for name, sizes in measured.items():
         for inputs, out in SIZES:
             weight, bias = (torch.randn(shape).to(getattr(torch, name)) for shape in ((out, inputs), (out,)))
-            linears = {"torch": DenseLinear(weight, bias, {"torch"}), "cpu": NativeLinear(weight, bias)}
+            linears: dict[str, Linear] = {"cpu": NativeLinear(weight, bias)}
+            linears["torch"] = DenseLinear(weight, bias, {"torch"})
             rows = sizes[size_of(weight)] = {}
             for count in ROWS:
                 x = torch.randn(count, inputs).to(weight.dtype)

@@ -239,7 +239,7 @@ REFUSED = {
         (dict(bias=tensor(3)), r"bias must be of shape \(6\), got \(3\)"),
         (dict(bias=tensor(6, strides=(2,))), "bias must be contiguous"),
         (dict(features=-6), "sizes must not be negative"),
-        (dict(x=None), "x must be of 2 dimensions"),
+        (dict(x=None), "x is missing"),
     ),
     "linear_pack": (
         dict(packed=LINE, weight=tensor(6, 8), swiglu=False, level="plain"),

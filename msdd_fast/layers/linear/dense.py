@@ -37,7 +37,7 @@ class DenseLinear:
 
     def __init__(self, weight: Tensor, bias: Tensor | None, taken: set[str] | None = None) -> None:
         """``taken``: the products to choose from, of "torch" and "cpu" (default: ``products(weight)``)."""
-        self.bias, self.out_features = bias, weight.shape[0]
+        self.bias, self.out_features, self.device = bias, weight.shape[0], weight.device
         taken = products(weight) if taken is None else taken
         self.native = NativeLinear(weight, bias) if "cpu" in taken else None
         self.packed = "torch" in taken and can_pack(weight)

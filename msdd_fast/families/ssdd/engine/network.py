@@ -43,7 +43,7 @@ class SSDDNetwork:
         width = weights.mid.proj_in.out_features
         blocks = [b for level in (*weights.down, *weights.up) for b in level.blocks]
         self._widths = [2 * b.conv1.weight.shape[1] for b in blocks]
-        self._ones = torch.ones(1, width, device=weights.image_in.weight.device)
+        self._ones = torch.ones(1, width, device=weights.mid.proj_in.device)
 
     def context(self, z: Tensor) -> SSDDContext:
         """Of latents (B, zc, h, w)."""
