@@ -42,7 +42,7 @@ INDEX_FILE = "model.safetensors.index.json"
 ASSETS = Path(__file__).parent / "assets"
 _SHARD = r"model-[0-9a-f]{16}\.safetensors"
 _WEIGHTS = re.compile(rf"model(-\d{{5}}-of-\d{{5}})?\.safetensors|{_SHARD}|model\.safetensors\.index\.json")
-_TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.(safetensors|json)")
+_TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.(safetensors|json)|\.tmp\w{6}")  # ours, and those of the safetensors package
 # What a directory may hold before its first checkpoint: a fresh clone, a mounted disk, or a save that was killed.
 _HARMLESS = re.compile(rf"\..*|README.*|LICEN[CS]E.*|lost\+found|{_SHARD}", re.IGNORECASE)
 _ATTEMPTS = 100
@@ -172,17 +172,15 @@ def _read_index(directory: Path) -> _Index:
         data = parse_json(read_limited(path))
         weight_map, metadata = data["weight_map"], data.get("metadata", {})
         files: dict[str, list[str] | None] = {}
-        for name, file in weight_map.items():
-            names = files.setdefault(str(file), [])
-            assert names is not None
-            names.append(name)
+        for file in sorted(set(weight_map.values())):
+            files[file] = [name for name, place in weight_map.items() if place == file]
         index = _Index(files, metadata.get("base"), dict(metadata.get("sha256", {})), metadata.get("config"))
     except FileNotFoundError:
         return _Index({WEIGHTS_FILE: None}, None, {}, None)
     except (OSError, ValueError, LookupError, AttributeError, TypeError) as e:
         raise CheckpointError(f"{path} is not a safetensors index: {e}") from e
     for file in index.files:
-        if Path(file).name != file or "\0" in file:
+        if not isinstance(file, str) or Path(file).name != file or "\0" in file:
             raise CheckpointError(f"{path}: shard names must be plain file names, got {file!r}")
     if index.base is not None and (index.base not in bundled_names() or ASSETS / index.base == directory):
         names = ", ".join(bundled_names())

@@ -53,7 +53,7 @@ def load_latents(path: str | os.PathLike[str]) -> Latents:
             metadata = f.metadata() or {}
     except FileNotFoundError as e:
         raise InputError(f"latents file {path} does not exist") from e
-    except (SafetensorError, OSError, ValueError) as e:
+    except (SafetensorError, OSError, ValueError, RuntimeError) as e:
         if isinstance(e, InputError):
             raise
         raise InputError(f"{path} is damaged or not a safetensors file: {e}") from e

@@ -35,14 +35,17 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
+    path = Path(path)
     try:
         if path.exists() and not path.is_file():
             raise ValueError("not a regular file")
         with safe_open(path, framework="pt") as f:
             yield f
-    except FileNotFoundError as e:
-        raise CheckpointError(f"{path} is missing") from e
-    except (SafetensorError, OSError, ValueError) as e:
+    except CheckpointError:
+        raise
+    except (SafetensorError, OSError, ValueError, RuntimeError) as e:  # PyTorch opens it once more, and raises its own
+        if not path.exists():
+            raise CheckpointError(f"{path} is missing") from e
         raise CheckpointError(f"{path} is damaged or not a safetensors file: {e}") from e
 
 

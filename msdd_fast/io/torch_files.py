@@ -136,7 +136,7 @@ def _flat(data: bytearray, dtype: torch.dtype, numel: int) -> Tensor:
     return torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
 
 
-class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined]
+class _Unpickler(pickle._Unpickler):
     """Python's own in Python: that in C fills tables as large as a file says."""
 
     def __init__(self, file: Any, storage: Callable[[torch.dtype, str, int], Tensor]) -> None:
@@ -176,7 +176,7 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined]
         elif isinstance(made, types.SimpleNamespace):
             vars(made).update(state)
 
-    dispatch: ClassVar[dict[int, Callable[..., None]]] = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: load_build}  # type: ignore[attr-defined]
+    dispatch: ClassVar[dict[int, Callable[..., None]]] = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: load_build}
 
 
 class _Maker:
@@ -218,7 +218,7 @@ class _DType:
         return np.frombuffer(data, self.dtype).reshape(shape)
 
 
-class _Array(np.ndarray):  # type: ignore[type-arg]
+class _Array(np.ndarray):
     """A NumPy array, empty until its state comes."""
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
@@ -256,7 +256,8 @@ def _parameter(data: Tensor, *_: Any) -> Tensor:
 
 def _sparse(layout: Any, data: Any) -> Tensor:
     """A sparse tensor without its values: whoever asks for the weights says which of them is not dense."""
-    return torch.sparse_coo_tensor(size=tuple(data[2]), check_invariants=False)
+    size = tuple(data[2])
+    return torch.sparse_coo_tensor(torch.empty(len(size), 0, dtype=torch.int64), torch.empty(0), size)
 
 
 def _without_data(_: Any, size: Any, *rest: Any) -> Tensor:
