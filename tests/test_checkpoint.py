@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -252,6 +253,130 @@ def test_failure_inside_a_file(tiny, other, saved, monkeypatch):
     assert_same_weights(load(saved), tiny)
 
 
+def test_into_the_working_directory_a_clone_and_a_mounted_disk(tiny, other, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git" / "HEAD").write_text("ref: refs/heads/main")
+    for name in (".gitattributes", "README.md", "LICENSE"):
+        (tmp_path / name).write_text("foreign")
+    (tmp_path / "lost+found").mkdir()
+    folder = os.stat(".").st_ino
+    for model in (tiny, other):
+        model.save_pretrained(".")
+        assert_same_weights(load("."), model)
+    assert os.stat(tmp_path).st_ino == folder  # the directory itself is never replaced
+    assert (tmp_path / ".git" / "HEAD").exists() and (tmp_path / "README.md").read_text() == "foreign"
+
+
+def test_nothing_is_written_beside_the_directory(tiny, other, saved, monkeypatch):
+    """Its parent may be read-only, or another file system."""
+    touched = set()
+    real = os.replace
+    monkeypatch.setattr(os, "replace", lambda a, b: (touched.update({Path(a).parent, Path(b).parent}), real(a, b)))
+    other.save_pretrained(saved)
+    assert touched == {saved}
+
+
+def test_a_directory_that_cannot_be_written(tiny, saved, monkeypatch):
+    def denied(self):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "iterdir", denied)
+    with pytest.raises(CheckpointError, match=r"cannot write .*ckpt: Permission denied"):
+        tiny.save_pretrained(saved)
+
+
+def change(model, name, tensor):
+    """``model.name`` becomes any tensor."""
+    part, _, leaf = name.rpartition(".")
+    module = model.get_submodule(part)
+    del module._parameters[leaf]
+    module.register_buffer(leaf, tensor)
+
+
+BIAS = "decoder.final_layer.linear.bias"
+FAULTS = [
+    (lambda t: t.index_fill(0, torch.tensor([3]), float("nan")), "has NaN or Inf"),
+    (lambda t: t.index_fill(0, torch.tensor([3]), float("-inf")), "has NaN or Inf"),
+    (lambda t: t.to_sparse(), "must be dense, got torch.sparse_coo"),
+    (lambda t: t.to(torch.complex64), "must be floating point, got torch.complex64"),
+    (lambda t: t > 0, "must be floating point, got torch.bool"),
+    (lambda t: t.to(torch.int32), "must be floating point, got torch.int32"),
+    (lambda t: t.to("meta"), "has no data"),
+    (lambda t: t[:-1], "the config asks for"),
+    (lambda t: t.double() * 1e300 + 1e300, "too large for torch.float32"),
+]
+
+
+@pytest.mark.parametrize(("fault", "message"), FAULTS, ids=[m for _, m in FAULTS])
+def test_weights_that_would_not_load_do_not_replace_a_good_checkpoint(tiny, saved, fault, message):
+    before = {p.name: p.read_bytes() for p in saved.iterdir()}
+    broken = make_tiny(1)
+    change(broken, BIAS, fault(broken.state_dict()[BIAS]))
+    with pytest.raises(CheckpointError, match=f"cannot save.*{BIAS}.*{message}"):
+        broken.save_pretrained(saved)
+    with pytest.raises(CheckpointError, match=f"state.*{BIAS}.*{message}"):
+        msdd_fast.Tokenizer.from_stored(tiny.config, broken.state_dict(), "state")
+    assert {p.name: p.read_bytes() for p in saved.iterdir()} == before
+
+
+def test_values_too_large_for_the_stored_dtype(saved):
+    broken = make_tiny(1)
+    with torch.no_grad():
+        broken.decoder.final_layer.linear.bias.fill_(1e6)
+    with pytest.raises(CheckpointError, match=f"{BIAS} has 1e.06, too large for torch.float16"):
+        broken.save_pretrained(saved, dtype=torch.float16)
+    broken.save_pretrained(saved, dtype=torch.bfloat16)
+
+
+def test_compiled_and_wrapped_models_are_saved_under_their_names(saved):
+    model = make_tiny(1)
+    expected = {name: t.clone() for name, t in model.state_dict().items()}
+    model.decoder = torch.compile(model.decoder)
+    model.encoder = torch.nn.DataParallel(model.encoder)
+    torch.compile(model).save_pretrained(saved)
+    got = load(saved).state_dict()
+    assert got.keys() == expected.keys() and all(torch.equal(got[n], t) for n, t in expected.items())
+
+
+def test_parametrizations_are_named(tiny, saved):
+    model = make_tiny(1)
+    torch.nn.utils.parametrizations.weight_norm(model.decoder.final_layer.linear)
+    with pytest.raises(CheckpointError, match=r"cannot save decoder\.final_layer.*remove parametrizations first"):
+        model.save_pretrained(saved)
+    assert_same_weights(load(saved), tiny)
+
+
+def test_tied_weights(saved):
+    model = make_tiny(1)
+    model.encoder.blocks[0].context.q_norm.weight = model.encoder.blocks[0].context.k_norm.weight
+    model.save_pretrained(saved)
+    assert_same_weights(load(saved), model)
+
+
+def test_readers_and_kills(tmp_path):
+    """The long version: python -m tests.checkpoint_stress"""
+    command = [sys.executable, "-m", "tests.checkpoint_stress", "60", "4"]
+    root = Path(__file__).parents[1]
+    done = subprocess.run(command, cwd=root, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_an_interrupted_change_of_config(tiny, saved):
+    """Until config.json has been replaced, the index has its content."""
+    text = (saved / "config.json").read_text()
+    other = dataclasses.replace(tiny.config, sampling=SamplingConfig(steps=3))
+    edit_json(saved / INDEX, lambda data: data["metadata"].update(config=other.to_dict()))
+    assert load(saved).config == other and checkpoint.load_config(saved) == other
+    tiny.save_pretrained(saved)
+    assert load(saved).config == tiny.config and (saved / "config.json").read_text() == text
+
+
+def test_a_config_edited_by_hand_counts(saved):
+    edit_json(saved / "config.json", lambda c: c["sampling"].update(steps=3))
+    assert load(saved).config.sampling.steps == 3
+
+
 def test_refused_destinations(tiny, tmp_path):
     file = tmp_path / "file"
     file.write_text("x")
@@ -434,6 +559,79 @@ def test_bundled_checkpoints_load():
     for name in checkpoint.bundled_names():
         z = load(name).encode(torch.zeros(1, 3, *[load(name).config.image_size] * 2))
         assert z.isfinite().all()
+
+
+@pytest.mark.parametrize("case", ["stray", "lacking", "two shards"])
+def test_shards_hold_what_the_index_says(sharded, case):
+    first, second = shards(sharded)[:2]
+    tensors, others = load_file(first), load_file(second)
+    name = sorted(tensors)[0]
+    if case == "stray":
+        tensors["extra"] = torch.zeros(1)
+        name, message = "extra", "is in it, but not in the index"
+    elif case == "lacking":
+        del tensors[name]
+        message = "is not in it, as the index says"
+    else:
+        others[name] = tensors[name] + 1
+        message = "is in it, but not in the index"
+    save_file(tensors, first)
+    save_file(others, second)
+    edit_json(sharded / INDEX, lambda data: data["metadata"].pop("sha256"))
+    with pytest.raises(CheckpointError, match=f"{name} {message}"):
+        load(sharded)
+
+
+def test_one_name_twice_in_the_index(sharded):
+    text = (sharded / INDEX).read_text()
+    (sharded / INDEX).write_text(text.replace('"weight_map": {', f'"weight_map": {{"{BIAS}": "other.safetensors",'))
+    with pytest.raises(CheckpointError, match=f"not a safetensors index: key '{BIAS}' is there twice"):
+        load(sharded)
+
+
+def test_a_config_that_asks_for_more_than_the_files_have(saved, monkeypatch):
+    """Refused before a module is built."""
+    edit_json(saved / "config.json", lambda c: c["decoder"].update(depth=1000))
+    monkeypatch.setattr(msdd_fast.Tokenizer, "from_stored", None)
+    with pytest.raises(CheckpointError, match=r"which asks for [\d,]+ parameters, got 416,096"):
+        load(saved)
+
+
+def test_a_path_is_never_asked_of_the_hub(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    for path in ("runs/mine", "~/mine", "./a/b", Path("owner/name")):
+        with pytest.raises(CheckpointError, match=r"no checkpoint '.*': expected a directory"):
+            load(path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    make_tiny(0).save_pretrained("mine")
+    load("~/mine")
+
+
+@pytest.mark.parametrize("name", [None, 3, b"nano", "", "a\0b", "x" * 5000, "a/" + "x" * 5000])
+def test_names_that_are_none(name, tiny):
+    with pytest.raises((InputError, CheckpointError), match=r"name_or_path must be a path, got|no checkpoint '"):
+        load(name)
+    with pytest.raises((InputError, CheckpointError), match=r"directory must be a path, got|cannot write "):
+        if name == "" or not isinstance(name, str) or len(name) < 10:
+            tiny.save_pretrained(name)
+        else:
+            tiny.save_pretrained(f"/tmp/{name}")
+
+
+def test_revision(monkeypatch, saved, tiny):
+    asked = []
+
+    def snapshot_download(repo, revision=None, allow_patterns=None):
+        asked.append((repo, revision))
+        return str(saved)
+
+    monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(snapshot_download=snapshot_download))
+    msdd_fast.Tokenizer.from_pretrained("owner/model", revision="v1")
+    assert asked == [("owner/model", "v1")]
+    with pytest.raises(InputError, match="revision is for checkpoints of the Hugging Face hub, got 'v1'"):
+        msdd_fast.Tokenizer.from_pretrained(saved, revision="v1")
 
 
 @pytest.mark.parametrize("path", ["./missing", "../missing", "/missing/dir", "a/b/c"])

@@ -143,6 +143,15 @@ def require_float(name: str, value: Any, least: float = -MAX_FLOAT, most: float 
     require(least <= value <= most, f"{name} must be in [{least:g}, {most:g}], got {_short(value)}")
 
 
+def require_correlation(schedule: ScheduleConfig) -> None:
+    """Raise ConfigError for a correlation that no 2x2 noise has."""
+    rho = schedule.block_correlation
+    require(
+        -1.0 / 3.0 - 1e-6 <= rho < 1.0,
+        f"schedule.block_correlation must be in [-1/3, 1), got {rho}: no 2x2 noise has it",
+    )
+
+
 def require_parameters(config: Config) -> None:
     """Raise ConfigError for a config of more weights than any memory holds."""
     count = config.num_parameters

@@ -15,6 +15,7 @@ from msdd_fast.diffusion.config import (
     SamplingConfig,
     ScheduleConfig,
     require,
+    require_correlation,
     require_float,
     require_int,
     require_parameters,
@@ -110,11 +111,7 @@ class TokenizerConfig(JsonConfig):
         require_float("rope.position_prior", self.rope.position_prior)
         stages = self.schedule.num_stages
         require(1 <= stages <= 10, f"schedule.num_stages must be 1 to 10, got {stages}")
-        rho = self.schedule.block_correlation
-        require(
-            -1.0 / 3.0 - 1e-6 <= rho < 1.0,
-            f"schedule.block_correlation must be in [-1/3, 1), got {rho}: no 2x2 noise has it",
-        )
+        require_correlation(self.schedule)
         coarsest = self.patch_size * 2 ** (stages - 1)
         require(
             self.image_size % coarsest == 0,

@@ -14,6 +14,7 @@ from msdd_fast.diffusion.config import (
     SamplingConfig,
     ScheduleConfig,
     require,
+    require_correlation,
     require_int,
     require_parameters,
 )
@@ -90,6 +91,7 @@ class SSDDConfig(JsonConfig):
             dec.heads >= 1 and dec.widths[3] % dec.heads == 0,
             f"decoder.heads must divide the last width {dec.widths[3]}, got {dec.heads}",
         )
+        require_correlation(self.schedule)
         stages = self.schedule.num_stages
         require(stages == 1, f"schedule.num_stages must be 1 for SSDD, got {stages}")
         cfg = self.sampling.cfg_scale
