@@ -56,7 +56,7 @@ def read_table(path: Path) -> dict[str, Any]:
 
 
 def _is_table(entry: Any, levels: int) -> bool:
-    """Whether ``entry`` is dicts of that many levels around names, the lower two of which have whole numbers as keys."""
+    """Whether ``entry`` is dicts of so many levels around names; keys of the lower two are whole numbers."""
     if levels == 0:
         return isinstance(entry, str)
     return isinstance(entry, dict) and all(

@@ -159,4 +159,10 @@ def require_parameters(config: Config) -> None:
 
 
 def _short(value: float) -> str:
-    return str(value) if abs(value) < 10**18 else f"{value:.1e}" if isinstance(value, float) else f"{value.bit_length()} bits"
+    return (
+        str(value)
+        if abs(value) < 10**18
+        else f"{value:.1e}"
+        if isinstance(value, float)
+        else f"{value.bit_length()} bits"
+    )
