@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from msdd_fast import _moved
-from msdd_fast.diffusion.config import Config
+from msdd_fast.diffusion.config import Config, num_parameters
 from msdd_fast.errors import CheckpointError, ConfigError, InputError
 from msdd_fast.families import config_from_dict, family_name, family_of
 from msdd_fast.io import safetensors
@@ -141,7 +141,7 @@ def read_directory(directory: Path) -> Stored:
         try:
             index = _read_index(directory)
             config, certain = _read_config(directory, index)
-            tensors = _read_weights(directory, index, config.num_parameters)
+            tensors = _read_weights(directory, index, num_parameters(config))
         except CheckpointError:
             if _stamp(directory) == stamp:
                 raise

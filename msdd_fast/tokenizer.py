@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from msdd_fast import checkpoint
 from msdd_fast.diffusion.checks import check_finite, check_floating_images, check_image_range, check_latents
-from msdd_fast.diffusion.config import Config
+from msdd_fast.diffusion.checks import check_finite, check_floating_images, check_latents
+from msdd_fast.diffusion.config import Config, num_parameters
 from msdd_fast.diffusion.schedule import StageSchedule
 from msdd_fast.errors import ConfigError, InputError
 from msdd_fast.families import families, family_of, get_family, get_preset
@@ -24,10 +25,11 @@ def check_memory(config: Config) -> None:
         there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):  # another system
         return
-    needed = 4 * config.num_parameters
+    count = num_parameters(config)
+    needed = 4 * count
     if torch.get_default_device().type == "cpu" and needed > there:
         raise ConfigError(
-            f"config asks for {config.num_parameters:,} parameters, {needed / 1e9:.0f} GB in float32, got a machine of "
+            f"config asks for {count:,} parameters, {needed / 1e9:.0f} GB in float32, got a machine of "
             f"{there / 1e9:.0f} GB"
         )
 
@@ -58,7 +60,7 @@ class Tokenizer(nn.Module):
             self.encoder, self.decoder = family_of(config).build()
         except (MemoryError, RuntimeError) as e:
             if isinstance(e, MemoryError) or "not enough memory" in str(e) or "out of memory" in str(e):
-                raise ConfigError(f"config: {config.num_parameters:,} parameters do not fit into memory") from e
+                raise ConfigError(f"config: {num_parameters(config):,} parameters do not fit into memory") from e
             raise
         self.schedule = StageSchedule(config.schedule)
 

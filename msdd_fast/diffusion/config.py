@@ -43,11 +43,6 @@ class Config(Protocol):
         ...
 
     @property
-    def num_parameters(self) -> int:
-        """Elements of all weights, counted without building a module."""
-        ...
-
-    @property
     def has_null_context(self) -> bool:
         """Whether the decoder knows a context for "no latents", which classifier-free guidance needs."""
         ...
@@ -152,17 +147,21 @@ def require_correlation(schedule: ScheduleConfig) -> None:
     )
 
 
+def num_parameters(config: Config) -> int:
+    """Elements of all weights, counted by the config's own ``num_parameters`` before any module is built.
+
+    0 for a family that does not count: its sizes are then compared with the files' when the model has been built.
+    """
+    return int(getattr(config, "num_parameters", 0))
+
+
 def require_parameters(config: Config) -> None:
     """Raise ConfigError for a config of more weights than any memory holds."""
-    count = config.num_parameters
+    count = num_parameters(config)
     require(count <= MAX_PARAMETERS, f"the sizes must give at most {MAX_PARAMETERS:.0e} parameters, got {count:.1e}")
 
 
 def _short(value: float) -> str:
-    return (
-        str(value)
-        if abs(value) < 10**18
-        else f"{value:.1e}"
-        if isinstance(value, float)
-        else f"{value.bit_length()} bits"
-    )
+    if isinstance(value, int) and abs(value) >= 10**18:
+        return f"{value.bit_length()} bits"
+    return str(value)
