@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from msdd_fast import checkpoint
 from msdd_fast.diffusion.checks import check_finite, check_floating_images, check_image_range, check_latents
-from msdd_fast.diffusion.checks import check_finite, check_floating_images, check_latents
 from msdd_fast.diffusion.config import Config, num_parameters
 from msdd_fast.diffusion.schedule import StageSchedule
 from msdd_fast.errors import ConfigError, InputError

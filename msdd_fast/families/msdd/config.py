@@ -99,7 +99,8 @@ class TokenizerConfig(JsonConfig):
                 require_int(f"{name}.{size}", getattr(part, size), MAX_SIZE)
             require(
                 part.head_dim % 4 == 0,
-                f"{name}.head_dim must be a multiple of 4 (two rotary axes), got {part.head_dim}",
+                f"{name}: hidden_size must be positive and head_dim a multiple of 4 (two rotary axes), "
+                f"got {part.hidden_size} and {part.head_dim}",
             )
             require(
                 part.hidden_size % part.head_dim == 0,
