@@ -11,11 +11,26 @@ from torch import Tensor, nn
 
 from msdd_fast import checkpoint
 from msdd_fast.diffusion.checks import check_finite, check_floating_images, check_image_range, check_latents
-from msdd_fast.diffusion.config import Config
+from msdd_fast.diffusion.config import Config, num_parameters
 from msdd_fast.diffusion.schedule import StageSchedule
-from msdd_fast.errors import InputError
+from msdd_fast.errors import ConfigError, InputError
 from msdd_fast.families import families, family_of, get_family, get_preset
 from msdd_fast.sampling import StageResult, VelocityModel, sample
+
+
+def check_memory(config: Config) -> None:
+    """Raise ConfigError if float32 weights of ``config`` cannot be in this machine's memory, where they would be."""
+    try:
+        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # another system
+        return
+    count = num_parameters(config)
+    needed = 4 * count
+    if torch.get_default_device().type == "cpu" and needed > there:
+        raise ConfigError(
+            f"config asks for {count:,} parameters, {needed / 1e9:.0f} GB in float32, got a machine of "
+            f"{there / 1e9:.0f} GB"
+        )
 
 
 class Tokenizer(nn.Module):
@@ -39,7 +54,13 @@ class Tokenizer(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
-        self.encoder, self.decoder = family_of(config).build()
+        check_memory(config)
+        try:
+            self.encoder, self.decoder = family_of(config).build()
+        except (MemoryError, RuntimeError) as e:
+            if isinstance(e, MemoryError) or "not enough memory" in str(e) or "out of memory" in str(e):
+                raise ConfigError(f"config: {num_parameters(config):,} parameters do not fit into memory") from e
+            raise
         self.schedule = StageSchedule(config.schedule)
 
     @classmethod
@@ -48,12 +69,15 @@ class Tokenizer(nn.Module):
         return cls(get_preset(config) if isinstance(config, str) else config).eval()
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str | os.PathLike[str]) -> Tokenizer:
+    def from_pretrained(cls, name_or_path: str | os.PathLike[str], *, revision: str | None = None) -> Tokenizer:
         """Load a bundled name ("msdd-nano"), a directory, or a Hugging Face hub id. In eval mode, float32.
+
+        A hub id is ``owner/name``; ``revision`` is its branch, tag or commit. What starts with ``.``, ``/`` or ``~``,
+        or with the name of a directory that exists here, is a directory.
 
         Raises CheckpointError if there is no such checkpoint, or it is damaged or contradicts its config.
         """
-        return cls.from_stored(*checkpoint.read_pretrained(name_or_path))
+        return cls.from_stored(*checkpoint.read_pretrained(name_or_path, revision))
 
     @classmethod
     def from_released_checkpoint(

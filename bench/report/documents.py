@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from msdd_fast.errors import InputError
-from msdd_fast.io.files import atomic_write
+from msdd_fast.io import files
 
 
 def write_json(document: Any, path: str | Path, indent: int | None = 1) -> None:
@@ -16,13 +16,13 @@ def write_json(document: Any, path: str | Path, indent: int | None = 1) -> None:
         text = json.dumps(document, separators=(",", ":")).replace('{"provider"', '\n{"provider"')
     else:
         text = json.dumps(document, indent=indent)
-    with atomic_write(Path(path)) as temporary:
+    with files.atomic_write(path) as temporary:
         temporary.write_text(text + "\n")
 
 
 def read_json(path: str | Path, what: str) -> Any:
     """Raises InputError, which says that ``path`` must be ``what``, for a file that is missing or not JSON."""
     try:
-        return json.loads(Path(path).read_text())
+        return files.read_json(path)
     except (OSError, ValueError) as error:
         raise InputError(f"{path} must be {what}: {error}") from error

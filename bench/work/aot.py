@@ -16,7 +16,6 @@ import re
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import msdd_fast.kernels
@@ -24,6 +23,7 @@ from msdd_fast.bench.report.documents import write_json
 from msdd_fast.bench.report.text import markdown_table
 from msdd_fast.bench.work.offsets import crossing_offsets
 from msdd_fast.bench.work.sass import disassemble, widest
+from msdd_fast.io.files import atomic_write
 from msdd_fast.kernels._aot import DTYPES, NVIDIA, TARGETS, AotCase
 
 INTRO = """# Kernel report
@@ -187,7 +187,8 @@ def main() -> None:
     if args.json:
         write_json([asdict(k) for k in kernels], args.json)
     if args.markdown:
-        Path(args.markdown).write_text(INTRO + table)
+        with atomic_write(args.markdown) as temporary:
+            temporary.write_text(INTRO + table)
 
 
 if __name__ == "__main__":

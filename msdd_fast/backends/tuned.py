@@ -60,11 +60,21 @@ def read_table(path: Path) -> dict[str, Any]:
     remedy = f"write it with: msdd-fast tune --out {path}"
     try:
         table = json.loads(path.read_text())
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise InputError(f"MSDD_FAST_TUNED: {path} cannot be read ({e}); {remedy}") from e
-    if not isinstance(table, dict) or not all(isinstance(entry, dict) for entry in table.values()):
+    if not _is_table(table, 5):
         raise InputError(f"MSDD_FAST_TUNED: {path} must hold a table of machines; {remedy}")
     return table
+
+
+def _is_table(entry: Any, levels: int) -> bool:
+    """Whether ``entry`` is dicts of so many levels around names; keys of the lower two are whole numbers."""
+    if levels == 0:
+        return isinstance(entry, str)
+    return isinstance(entry, dict) and all(
+        (levels > 2 or (key.isdecimal() and len(key) < 10)) and _is_table(value, levels - 1)
+        for key, value in entry.items()
+    )
 
 
 @functools.cache

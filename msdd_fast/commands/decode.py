@@ -1,13 +1,17 @@
 """Decode latent tokens to pictures. Resumable: pictures that are already there are skipped.
 
 Image i of the input has seed + i whatever the batch. A run that is continued with the same options gives the
-same files as one that was never interrupted.
+same files as one that was never interrupted. The options lie beside the pictures, in decode.json: a run with others is
+refused unless --overwrite is given.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -24,10 +28,14 @@ from msdd_fast.commands.common import (
 from msdd_fast.commands.encode import RECORD
 from msdd_fast.diffusion.checks import check_latents
 from msdd_fast.diffusion.noise import resolve_seeds
+from msdd_fast.engine import FastDecoder
 from msdd_fast.errors import InputError
-from msdd_fast.io.files import require_writable
+from msdd_fast.io.files import atomic_write, read_json, require_writable
 from msdd_fast.io.images import IMAGE_SUFFIXES, save_image, to_image
 from msdd_fast.io.latents import Latents, concatenate, load_latents
+from msdd_fast.tokenizer import Tokenizer
+
+OPTIONS = "decode.json"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,6 +60,8 @@ def run(args: argparse.Namespace) -> None:
     check_finite(latents)
     seeds = resolve_seeds(args.seed, len(latents.z))
     engine = load_engine(args, tokenizer, args.batch_size)
+    mine = options(latents, tokenizer, engine, args.seed, args.dtype)
+    record(mine, options_file(Path(args.output)), targets, args.overwrite)
     missing = [args.overwrite or not path.exists() for path in targets]
     if not all(missing):
         print(f"{len(targets) - sum(missing)} of {len(targets)} are already there")
@@ -68,6 +78,63 @@ def run(args: argparse.Namespace) -> None:
                     save_image(to_image(images[i - part.start]), targets[i])
                 bar.update(len(todo))
     print(f"wrote {sum(missing)} pictures to {args.output}")
+
+
+def options(latents: Latents, tokenizer: Tokenizer, engine: FastDecoder, seed: int, dtype: str) -> dict[str, Any]:
+    """Everything that the pictures depend on, other than by rounding."""
+    return {
+        "latents": _digest({"z": latents.z}, json.dumps(latents.names)),
+        "model": _digest(tokenizer.decoder.state_dict(), tokenizer.config.to_json()),
+        "seed": seed,
+        "steps": engine.steps,
+        "cfg_scale": engine.cfg_scale,
+        "dtype": dtype,
+        "computed_in": str(engine.dtype).removeprefix("torch."),
+    }
+
+
+def _digest(tensors: dict[str, torch.Tensor], text: str) -> str:
+    digest = hashlib.sha256(text.encode())
+    for name, tensor in tensors.items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def options_file(output: Path) -> Path:
+    """Beside the one picture, or in the folder."""
+    return output.with_name(f"{output.name}.json") if output.suffix.lower() in IMAGE_SUFFIXES else output / OPTIONS
+
+
+def record(mine: dict[str, Any], file: Path, targets: list[Path], overwrite: bool) -> None:
+    """Write the options down before the first picture.
+
+    Raises InputError if pictures are there that other options, or nobody knows which, have given. With ``overwrite``
+    those pictures are removed first: a run that is interrupted must not leave them to be taken for its own.
+    """
+    try:
+        theirs = read_json(file)
+    except FileNotFoundError:
+        theirs = None
+    except (OSError, ValueError) as e:
+        theirs = f"unreadable: {e}"
+    if theirs == mine:
+        return
+    there = [path for path in targets if path.exists()]
+    if there and not overwrite:
+        if isinstance(theirs, dict):
+            differ = [f"{k} {theirs.get(k)!r} instead of {v!r}" for k, v in mine.items() if theirs.get(k) != v]
+            reason = f"was decoded with {', '.join(differ) or 'other options'}"
+        else:
+            reason = f"is there, and {file} does not say how it was decoded"
+        raise InputError(f"{there[0]} {reason}; give --overwrite to decode again, or another --output")
+    try:
+        for path in there:
+            path.unlink()
+    except OSError as e:
+        raise InputError(f"cannot write {there[0]}: {e.strerror or e}") from e
+    with atomic_write(file) as temporary:
+        temporary.write_text(json.dumps(mine, indent=2) + "\n")
 
 
 def read(source: Path) -> Latents:

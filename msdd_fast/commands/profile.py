@@ -16,7 +16,7 @@ import torch
 
 from msdd_fast.commands.common import add_sampling, pick_device, positive_int
 from msdd_fast.errors import BackendUnavailableError
-from msdd_fast.io.files import require_writable
+from msdd_fast.io.files import atomic_write, require_writable
 
 NCU = ("ncu", "--set", "full", "--target-processes", "all", "--launch-skip", "2", "--launch-count", "1")
 
@@ -96,7 +96,8 @@ def run(args: argparse.Namespace) -> None:
         snapshot = Path(args.trace).with_suffix(".memory.pickle") if args.trace and device.type == "cuda" else None
         print(memory(call, device, snapshot))
     if args.trace:
-        profiler.export_chrome_trace(args.trace)
+        with atomic_write(args.trace) as temporary:
+            profiler.export_chrome_trace(str(temporary))
         print(f"wrote {args.trace}: open it at https://ui.perfetto.dev")
 
 

@@ -93,7 +93,7 @@ class ScheduleConfig:
             self.time_grid != "power" or self.num_stages == 1,
             f"schedule.time_grid 'power' is for one stage, got num_stages={self.num_stages}",
         )
-        require(self.time_power > 0, f"schedule.time_power must be positive, got {self.time_power}")
+        require(0 < self.time_power <= 100, f"schedule.time_power must be in (0, 100], got {self.time_power}")
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,65 @@ class SamplingConfig:
     steps: int = 1
     cfg_scale: float = 1.0
 
+    def __post_init__(self) -> None:
+        require_int("sampling.steps", self.steps, MAX_STEPS)
+        require_float("sampling.cfg_scale", self.cfg_scale, 0, MAX_FLOAT)
+
+
+# Far above any model that makes sense, and far below what overflows, or takes hours to refuse.
+MAX_SIZE = 2**16
+MAX_DEPTH = 1024
+MAX_STEPS = 10**5
+MAX_FLOAT = 1e9
+MAX_PARAMETERS = 10**11
+
 
 def require(ok: bool, message: str) -> None:
     if not ok:
         raise ConfigError(message)
+
+
+def require_int(name: str, value: Any, most: int, least: int = 1) -> None:
+    """Raise ConfigError unless ``value`` is an integer from ``least`` to ``most``."""
+    ok = isinstance(value, int) and not isinstance(value, bool)
+    require(ok, f"{name} must be an integer, got {value!r:.40}")
+    require(value >= least, f"{name} must be at least {least}, got {_short(value)}")
+    require(value <= most, f"{name} must be at most {most}, got {_short(value)}")
+
+
+def require_float(name: str, value: Any, least: float = -MAX_FLOAT, most: float = MAX_FLOAT) -> None:
+    """Raise ConfigError unless ``value`` is a number from ``least`` to ``most``; NaN is none."""
+    ok = isinstance(value, (int, float)) and not isinstance(value, bool)
+    require(ok, f"{name} must be a number, got {value!r:.40}")
+    if value < least and most == MAX_FLOAT:
+        raise ConfigError(f"{name} must be >= {least:g}, got {_short(value)}")
+    require(least <= value <= most, f"{name} must be in [{least:g}, {most:g}], got {_short(value)}")
+
+
+def require_correlation(schedule: ScheduleConfig) -> None:
+    """Raise ConfigError for a correlation that no 2x2 noise has."""
+    rho = schedule.block_correlation
+    require(
+        -1.0 / 3.0 - 1e-6 <= rho < 1.0,
+        f"schedule.block_correlation must be in [-1/3, 1), got {rho}: no 2x2 noise has it",
+    )
+
+
+def num_parameters(config: Config) -> int:
+    """Elements of all weights, counted by the config's own ``num_parameters`` before any module is built.
+
+    0 for a family that does not count: its sizes are then compared with the files' when the model has been built.
+    """
+    return int(getattr(config, "num_parameters", 0))
+
+
+def require_parameters(config: Config) -> None:
+    """Raise ConfigError for a config of more weights than any memory holds."""
+    count = num_parameters(config)
+    require(count <= MAX_PARAMETERS, f"the sizes must give at most {MAX_PARAMETERS:.0e} parameters, got {count:.1e}")
+
+
+def _short(value: float) -> str:
+    if isinstance(value, int) and abs(value) >= 10**18:
+        return f"{value.bit_length()} bits"
+    return str(value)

@@ -49,7 +49,10 @@ def _coerce(kind: Any, value: Any, where: str) -> Any:
     if origin is tuple:
         return _coerce_tuple(arguments, value, where)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        try:
+            value = float(value)
+        except OverflowError as e:
+            raise ConfigError(f"{where} must fit into a float, got {value.bit_length()} bits") from e
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise ConfigError(f"{where} must be of type {kind.__name__}, got {value!r}")
     if kind is float and not math.isfinite(value):

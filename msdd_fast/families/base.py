@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol
@@ -12,9 +13,10 @@ from torch import Tensor, nn
 
 from msdd_fast.diffusion.config import Config
 from msdd_fast.diffusion.schedule import StageSchedule
+from msdd_fast.errors import CheckpointError
 from msdd_fast.families.work import Work
-from msdd_fast.io.files import read_torch_file
-from msdd_fast.io.safetensors import read_safetensors
+from msdd_fast.io.files import check_path, read_torch_file
+from msdd_fast.io.safetensors import check_weights, read_safetensors
 from msdd_fast.layers.linear.dense import MakeLinear
 from msdd_fast.layers.request import DecodeProgram
 from msdd_fast.ops.protocol import Ops
@@ -153,8 +155,24 @@ def read_released(source: str | os.PathLike[str] | Mapping[str, Any]) -> tuple[s
     """
     if isinstance(source, Mapping):
         return "state dict", _copied(source)
+    check_path("source", source)
     path = Path(source)
     return str(path), read_safetensors(path) if path.suffix == ".safetensors" else read_torch_file(path)
+
+
+def strip_prefixes(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Names without the ``module.`` and ``_orig_mod.`` of parallel and compiled models.
+
+    Raises CheckpointError if two become one, or if one of the values cannot be a weight.
+    """
+    plain: dict[str, Any] = {}
+    for name, value in state.items():
+        short = re.sub(r"^((module|_orig_mod)\.)+", "", name)
+        if short in plain:
+            raise CheckpointError(f"{short} is there twice, once as {name}")
+        plain[short] = value
+    check_weights(plain, "weights")
+    return plain
 
 
 def _copied(value: Any) -> Any:

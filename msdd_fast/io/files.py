@@ -1,41 +1,89 @@
-"""Files written whole or not at all, and PyTorch files read without running anything in them."""
+"""The one way in which files are written, and how JSON and PyTorch files are read."""
 
 from __future__ import annotations
 
-import argparse
+import errno
+import json
 import os
 import re
+import shutil
+import stat
+import sys
 import tempfile
 import uuid
-import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 
-from msdd_fast.errors import CheckpointError, InputError
+from msdd_fast.errors import InputError
+from msdd_fast.io.torch_files import read_torch_file
+
+__all__ = [
+    "STDOUT",
+    "atomic_write",
+    "check_path",
+    "is_standard_output",
+    "parse_json",
+    "read_json",
+    "read_limited",
+    "read_torch_file",
+    "require_writable",
+    "temporary_sibling",
+]
+
+STDOUT = "-"
+"""The path that means standard output, wherever a single file is written."""
+_MAX_BYTES = 256 * 2**20
 
 
 @contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Gives a temporary path beside ``path``, of the same suffix; it becomes ``path`` if the block succeeds.
+    """Gives a temporary path of the same suffix, whose content becomes that of ``path`` if the block succeeds.
 
-    Folders are made as needed. Raises InputError if the file cannot be written; no part of it is left behind then.
+    A regular file is replaced in one step, after its content has reached the disk: a reader, or a machine that loses
+    its power, finds the old file or the new one. Symbolic links are followed, folders are made as needed, and the mode
+    follows the umask. Devices, FIFOs, open descriptors such as /dev/stdout, and ``-``, which is standard output, are
+    written into.
+
+    Raises InputError if the file cannot be written; nothing of it is left behind then.
     """
-    path = Path(path)
-    temporary = temporary_sibling(path)
+    check_path("path", path)
+    temporary = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        target, in_place = _destination(path)
+        if in_place:
+            temporary = Path(tempfile.gettempdir(), f"{uuid.uuid4().hex}{target.suffix}")
+        else:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            temporary = temporary_sibling(target)
+        # Made here rather than by the block, since only open() applies the umask: safetensors asks for mode 0600.
+        created = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        mode = stat.S_IMODE(os.fstat(created).st_mode)
+        os.close(created)
         yield temporary
-        os.replace(temporary, path)
+        if in_place:
+            _copy_into(temporary, path)
+            return
+        os.chmod(temporary, mode)
+        _sync(temporary)
+        try:
+            os.replace(temporary, target)
+        except OSError as e:
+            if e.errno != errno.EBUSY:
+                raise
+            _copy_into(temporary, target)  # the file itself is a mount point
+        with suppress(OSError):  # not every file system can
+            _sync(target.parent)
+    except BrokenPipeError:
+        raise
     except (OSError, SafetensorError) as e:
         raise InputError(f"cannot write {path}: {getattr(e, 'strerror', None) or e}") from e
     finally:
-        if temporary.exists():
-            temporary.unlink()
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
 
 
 def temporary_sibling(path: Path) -> Path:
@@ -44,12 +92,17 @@ def temporary_sibling(path: Path) -> Path:
 
 
 def require_writable(path: str | os.PathLike[str]) -> None:
-    """Fail before the work, not after it: InputError if ``path`` is a folder or its folder cannot be written."""
-    path = Path(path).absolute()
+    """Fail before the work, not after it: InputError if ``path`` is a folder or cannot be written."""
+    check_path("output", path)
     try:
-        if path.is_dir():
-            raise InputError(f"output must be a file, got the folder {path}")
-        folder = path.parent
+        target, in_place = _destination(path)
+        if in_place:
+            if not is_standard_output(path) and not os.access(target, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            return
+        if target.is_dir():
+            raise InputError(f"output must be a file, got the folder {target}")
+        folder = target.parent
         while not folder.exists():
             folder = folder.parent
         with tempfile.TemporaryFile(dir=folder):
@@ -58,21 +111,91 @@ def require_writable(path: str | os.PathLike[str]) -> None:
         raise InputError(f"cannot write {path}: {e.strerror or e}") from e
 
 
-def read_torch_file(path: str | os.PathLike[str]) -> Any:
-    """What ``torch.save`` wrote: tensors, plain containers and ``argparse.Namespace``, on the CPU.
+def is_standard_output(path: str | os.PathLike[str]) -> bool:
+    """Whether writing to ``path`` writes to standard output; then progress and messages belong on stderr."""
+    return os.fspath(path) in (STDOUT, "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
 
-    Raises CheckpointError if the file is missing, damaged, or holds anything else; nothing in it is run.
-    """
-    if not Path(path).is_file():
-        raise CheckpointError(f"{path} is not a file")
+
+def check_path(name: str, path: object) -> None:
+    """Raise InputError, naming the argument, unless ``path`` is text, or a path, that a file can have."""
+    text = os.fspath(path) if isinstance(path, (str, os.PathLike)) else path
+    if not isinstance(text, str):
+        raise InputError(f"{name} must be a path, got {type(path).__name__}")
+    if not text or "\0" in text:
+        raise InputError(f"{name} must be a path, got {text!r}")
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """The content of a JSON file. Raises as ``read_limited`` and ``parse_json``."""
+    return parse_json(read_limited(path))
+
+
+def read_limited(path: str | os.PathLike[str]) -> bytes:
+    """The content of a small file. Raises OSError if it cannot be read, ValueError if it has more than 256 MiB."""
+    with open(path, "rb") as f:
+        if os.fstat(f.fileno()).st_size > _MAX_BYTES:
+            raise ValueError(f"larger than {_MAX_BYTES} bytes")
+        return f.read(_MAX_BYTES)
+
+
+def parse_json(data: bytes) -> Any:
+    """What a JSON text says. Raises ValueError if it is none, is nested too deeply, or names one key twice."""
     try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
-            warnings.simplefilter("ignore")  # guesses about the pickle protocol of damaged files
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:  # a damaged file can raise nearly anything
-        foreign = re.search(r"GLOBAL (\S+)", str(e))
-        if foreign:
-            raise CheckpointError(
-                f"{path} refused: it holds {foreign[1]}, and may hold only tensors and plain data"
-            ) from e
-        raise CheckpointError(f"{path} is damaged or not a PyTorch file") from e
+        return json.loads(data, object_pairs_hook=_unique_keys)
+    except RecursionError as e:
+        raise ValueError("nested too deeply") from e
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"key {key!r} is there twice")
+        found[key] = value
+    return found
+
+
+def _destination(path: str | os.PathLike[str]) -> tuple[Path, bool]:
+    """The path behind all links, and whether it is to be written into rather than replaced."""
+    if os.fspath(path) == STDOUT or _is_descriptor(os.path.abspath(path)):
+        return Path(path), True
+    target = Path(os.path.realpath(path))
+    try:
+        mode = target.stat().st_mode
+    except FileNotFoundError:
+        return target, False
+    return target, not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
+
+
+def _is_descriptor(path: str) -> bool:
+    """Whether a path names an open descriptor, as /dev/stdout does: behind it may be a regular file, which whoever
+    redirected the output holds open and reads."""
+    for _ in range(40):  # as many links as Linux follows
+        folder = os.path.realpath(os.path.dirname(path))
+        if folder == "/dev/fd" or re.fullmatch(r"/proc/\d+(/task/\d+)?/fd", folder):
+            return True
+        if not os.path.islink(path):
+            return False
+        path = os.path.join(folder, os.readlink(path))
+    return False
+
+
+def _copy_into(source: Path, path: str | os.PathLike[str]) -> None:
+    """Append to what is written into, such as a terminal, or the redirected output; a regular file is rewritten."""
+    with open(source, "rb") as read:
+        if os.fspath(path) == STDOUT:
+            shutil.copyfileobj(read, sys.stdout.buffer)
+            sys.stdout.flush()
+            return
+        sys.stdout.flush()
+        replaced = os.O_TRUNC if os.path.isfile(path) and not _is_descriptor(os.path.abspath(path)) else os.O_APPEND
+        with os.fdopen(os.open(path, os.O_WRONLY | replaced), "wb") as written:
+            shutil.copyfileobj(read, written)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

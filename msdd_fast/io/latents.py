@@ -14,11 +14,11 @@ from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from msdd_fast.errors import InputError
-from msdd_fast.io.files import atomic_write
+from msdd_fast.io.files import check_path, parse_json
+from msdd_fast.io.safetensors import write_safetensors
 
 
 class Latents(NamedTuple):
@@ -29,10 +29,12 @@ class Latents(NamedTuple):
 
 
 def save_latents(latents: Latents, path: str | os.PathLike[str]) -> None:
-    """Write atomically. Raises InputError if a name would not load again or the file cannot be written."""
+    """Write atomically; ``-`` is standard output.
+
+    Raises InputError if a name would not load again or the file cannot be written.
+    """
     check_names(latents.names, len(latents.z), path)
-    with atomic_write(path) as temporary:
-        save_file({"latents": latents.z.contiguous().cpu()}, temporary, {"names": json.dumps(latents.names)})
+    write_safetensors({"latents": latents.z}, path, {"names": json.dumps(latents.names)})
 
 
 def load_latents(path: str | os.PathLike[str]) -> Latents:
@@ -40,7 +42,10 @@ def load_latents(path: str | os.PathLike[str]) -> Latents:
 
     Raises InputError for a missing, damaged or foreign file, and for names that point outside a folder.
     """
+    check_path("latents file", path)
     try:
+        if Path(path).exists() and not Path(path).is_file():
+            raise ValueError("not a regular file")
         with safe_open(path, framework="pt") as f:
             if "latents" not in f.keys():  # noqa: SIM118 (not a dict)
                 raise InputError(f"{path} must hold a tensor 'latents', got {', '.join(f.keys()) or 'nothing'}")
@@ -48,7 +53,7 @@ def load_latents(path: str | os.PathLike[str]) -> Latents:
             metadata = f.metadata() or {}
     except FileNotFoundError as e:
         raise InputError(f"latents file {path} does not exist") from e
-    except (SafetensorError, OSError, ValueError) as e:
+    except (SafetensorError, OSError, ValueError, RuntimeError) as e:
         if isinstance(e, InputError):
             raise
         raise InputError(f"{path} is damaged or not a safetensors file: {e}") from e
@@ -57,8 +62,8 @@ def load_latents(path: str | os.PathLike[str]) -> Latents:
             f"{path}: latents must be (N, tokens, dim) or (N, channels, height, width), got {tuple(z.shape)}"
         )
     try:
-        names = json.loads(metadata["names"]) if "names" in metadata else [f"{i:06d}" for i in range(len(z))]
-    except json.JSONDecodeError as e:
+        names = parse_json(metadata["names"].encode()) if "names" in metadata else [f"{i:06d}" for i in range(len(z))]
+    except ValueError as e:
         raise InputError(f"{path}: its list of names is not valid JSON: {e}") from e
     check_names(names, len(z), path)
     return Latents(z, names)

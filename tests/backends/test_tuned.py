@@ -90,7 +90,14 @@ def test_a_machine_that_the_file_does_not_name_keeps_what_is_shipped(tuned):
     assert selection._table() == {**selection.read_table(selection.SHIPPED), "cpu-of-tomorrow": {}}
 
 
-@pytest.mark.parametrize("content", ["[]", "{", '{"cpu": 1}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("[]", "{", '{"cpu": 1}', "[" * 100_000, '{"cpu": {"a": 3}}', '{"cpu": {"a": {"b": []}}}'),
+        *('{"cpu": {"a": {"b": {"64": {"x": "cpu"}}}}}', '{"cpu": {"a": {"b": {"64": {"16": 3}}}}}'),
+    ],
+    ids=lambda content: content[:40],
+)
 def test_a_damaged_file_is_an_error(tuned, content):
     file = tuned(content)
     with pytest.raises(InputError, match=f"MSDD_FAST_TUNED: {file} .*write it with: msdd-fast tune --out {file}"):

@@ -104,6 +104,13 @@ def tree(folder):
     return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
 
 
+def pictures(folder):
+    """The pictures that decode has written, and the options that lie beside them."""
+    names = tree(folder)
+    assert "decode.json" in names
+    return [name for name in names if name != "decode.json"]
+
+
 def pixels(path):
     return torch.from_numpy(np.asarray(Image.open(path)).copy()).permute(2, 0, 1)
 
@@ -194,7 +201,7 @@ def test_encode_then_decode(succeeds, tiny, photos, tmp_path):
     assert names == ["a", "b", "sub/c"]
     torch.testing.assert_close(z, tiny.encode(inputs(photos)), rtol=0, atol=1e-5)
     succeeds("decode", z_file, "-o", out, "--seed", 5, "--steps", 2, "--cfg-scale", 1.5)
-    assert tree(out) == ["a.png", "b.png", "sub/c.png"]
+    assert pictures(out) == ["a.png", "b.png", "sub/c.png"]
     expected = to_uint8(tiny.decode(z, seed=5, steps=2, cfg_scale=1.5))
     for i, name in enumerate(names):
         assert nearly_equal(pixels(out / f"{name}.png"), expected[i])
@@ -222,18 +229,72 @@ def test_sampling_defaults_come_from_the_checkpoint(tiny, z_file, latents, tmp_p
 def test_decode_resumes(succeeds, z_file, tmp_path):
     out = tmp_path / "out"
     succeeds("decode", z_file, "-o", out)
-    before = {name: (out / name).read_bytes() for name in tree(out)}
+    before = {name: (out / name).read_bytes() for name in pictures(out)}
     for name in before:
         os.utime(out / name, (1, 1))
     (out / "x.png").unlink()
     text = succeeds("decode", z_file, "-o", out)
     assert "4 of 5 are already there" in text and "wrote 1 pictures" in text
-    assert {name: (out / name).read_bytes() for name in tree(out)} == before
+    assert {name: (out / name).read_bytes() for name in pictures(out)} == before
     assert [name for name in before if (out / name).stat().st_mtime > 1] == ["x.png"]
     assert "wrote 0 pictures" in succeeds("decode", z_file, "-o", out)
     succeeds("decode", z_file, "-o", out, "--overwrite", "--seed", 1)
-    after = {name: (out / name).read_bytes() for name in tree(out)}
+    after = {name: (out / name).read_bytes() for name in pictures(out)}
     assert after.keys() == before.keys() and all(after[name] != before[name] for name in before)
+
+
+@pytest.mark.parametrize(
+    ("options", "differs"),
+    [
+        (("--seed", 1), "seed 0 instead of 1"),
+        (("--steps", 2), "steps 1 instead of 2"),
+        (("--cfg-scale", 2), "cfg_scale 1.0 instead of 2.0"),
+        (("--dtype", "float16"), "dtype 'float32' instead of 'float16'"),
+    ],
+)
+def test_pictures_of_other_options_are_not_taken_for_done(succeeds, fails, z_file, tmp_path, options, differs):
+    out = tmp_path / "out"
+    succeeds("decode", z_file, "-o", out, "--dtype", "float32")
+    before = {name: (out / name).read_bytes() for name in tree(out)}
+    dtype = () if options[0] == "--dtype" else ("--dtype", "float32")
+    message = fails("decode", z_file, "-o", out, *options, *dtype)
+    assert "v.png was decoded with" in message and differs in message and "--overwrite" in message
+    assert {name: (out / name).read_bytes() for name in tree(out)} == before
+    succeeds("decode", z_file, "-o", out, *options, *dtype, "--overwrite")
+    assert json.loads((out / "decode.json").read_text()) != json.loads(before["decode.json"])
+    succeeds("decode", z_file, "-o", out, *options, *dtype)
+
+
+def test_pictures_of_another_model_or_latents_or_of_nobody(succeeds, fails, tiny, latents, z_file, tmp_path, capsys):
+    out, other = tmp_path / "out", perturbed(seed=1)
+    other.save_pretrained(tmp_path / "other")
+    succeeds("decode", z_file, "-o", out)
+    args = ["decode", z_file, "-o", out, "--checkpoint", tmp_path / "other", "--device", "cpu"]
+    assert cli.main([str(a) for a in args]) == 1
+    assert "v.png was decoded with model '" in capsys.readouterr().err
+    save_latents(Latents(latents.z + 1, latents.names), z_file)
+    assert "v.png was decoded with latents '" in fails("decode", z_file, "-o", out)
+    (out / "decode.json").unlink()
+    assert "v.png is there, and " in fails("decode", z_file, "-o", out)
+    (out / "decode.json").write_text("[" * 100_000)
+    assert "does not say how it was decoded" in fails("decode", z_file, "-o", out)
+    save_latents(Latents(latents.z[:1], ["v"]), z_file)
+    succeeds("decode", z_file, "-o", tmp_path / "v.png")
+    assert "v.png was decoded with seed 0" in fails("decode", z_file, "-o", tmp_path / "v.png", "--seed", 3)
+
+
+def test_overwrite_that_is_interrupted_leaves_no_picture_of_the_older_options(
+    run, succeeds, z_file, tmp_path, monkeypatch
+):
+    out = tmp_path / "out"
+    succeeds("decode", z_file, "-o", out)
+
+    def interrupted(image, path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(decode_command, "save_image", interrupted)
+    assert run("decode", z_file, "-o", out, "--overwrite", "--seed", 1)[0] == 130
+    assert pictures(out) == []
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 8])
@@ -252,11 +313,11 @@ def test_interrupted_decode(run, succeeds, z_file, tmp_path, monkeypatch, batch_
     monkeypatch.setattr(decode_command, "save_image", interrupted)
     code, _, err = run("decode", z_file, "-o", out, *options)
     assert (code, err) == (130, "msdd-fast: interrupted\n")
-    assert tree(out) == ["v.png", "w.png", "x.png"]
+    assert pictures(out) == ["v.png", "w.png", "x.png"]
     monkeypatch.undo()
     assert "3 of 5 are already there" in succeeds("decode", z_file, "-o", out, *options)
-    assert tree(out) == tree(whole)
-    for name in tree(whole):
+    assert pictures(out) == pictures(whole)
+    for name in pictures(whole):
         assert (out / name).read_bytes() == (whole / name).read_bytes(), name
 
 
@@ -272,14 +333,14 @@ def test_interrupt_inside_a_write_leaves_no_half_picture(run, z_file, tmp_path, 
 
     monkeypatch.setattr(Image.Image, "save", half)
     assert run("decode", z_file, "-o", tmp_path / "out")[0] == 130
-    assert tree(tmp_path / "out") == ["v.png"]
+    assert pictures(tmp_path / "out") == ["v.png"]
     assert pixels(tmp_path / "out" / "v.png").shape == (3, SIZE, SIZE)
 
 
 def test_pictures_do_not_depend_on_the_batch(succeeds, z_file, tmp_path):
     for size in (1, 2, 5):
         succeeds("decode", z_file, "-o", tmp_path / str(size), "--batch-size", size, "--seed", 9)
-    for name in tree(tmp_path / "1"):
+    for name in pictures(tmp_path / "1"):
         one = pixels(tmp_path / "1" / name).int()
         for size in ("2", "5"):
             assert (pixels(tmp_path / size / name).int() - one).abs().max() <= 1
@@ -289,7 +350,7 @@ def test_decode_a_folder_of_files(succeeds, latents, tmp_path, tiny):
     save_latents(Latents(latents.z[:2], ["v", "w"]), tmp_path / "in" / "one.safetensors")
     save_latents(Latents(latents.z[2:], ["v", "y", "z"]), tmp_path / "in" / "two.safetensors")
     succeeds("decode", tmp_path / "in", "-o", tmp_path / "out")
-    assert tree(tmp_path / "out") == ["one/v.png", "one/w.png", "two/v.png", "two/y.png", "two/z.png"]
+    assert pictures(tmp_path / "out") == ["one/v.png", "one/w.png", "two/v.png", "two/y.png", "two/z.png"]
     third = pixels(tmp_path / "out" / "two" / "v.png")  # of all, so seed 2
     assert torch.equal(third, to_uint8(msdd_fast.accelerate(tiny, batch_sizes=(8,)).decode(latents.z))[2])
     assert (third.int() - to_uint8(tiny.decode(latents.z))[2].int()).abs().max() <= 1  # eager rounds in its own way
@@ -403,12 +464,12 @@ def test_latents_that_are_not_finite(fails, latents, tmp_path, bad):
 def test_weights_that_give_nan(tiny, z_file, tmp_path, capsys):
     broken = msdd_fast.Tokenizer.from_config("tiny")
     with torch.no_grad():
-        broken.decoder.final_layer.linear.bias.fill_(float("nan"))
+        broken.decoder.final_layer.linear.weight.fill_(3e38)
     broken.save_pretrained(tmp_path / "ckpt")
     args = ["decode", z_file, "-o", tmp_path / "out", "--checkpoint", tmp_path / "ckpt", "--device", "cpu"]
     assert cli.main([str(a) for a in args]) == 1
     assert capsys.readouterr().err == "msdd-fast: error: decoding gave NaN or Inf for one of v, w, x, y, z\n"
-    assert not (tmp_path / "out").exists()
+    assert pictures(tmp_path / "out") == []
 
 
 def test_bad_latents(fails, z_file, latents, tmp_path):

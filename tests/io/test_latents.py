@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from msdd_fast.errors import InputError
-from msdd_fast.io import latents as module
+from msdd_fast.io import safetensors as safetensors_io
 from msdd_fast.io.latents import Latents, concatenate, load_latents, save_latents, unique_names
 
 
@@ -87,7 +87,7 @@ def test_failed_write_leaves_the_old_file(path, monkeypatch):
         target.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module, "save_file", fail)
+    monkeypatch.setattr(safetensors_io, "save_file", fail)
     with pytest.raises(InputError, match=r"cannot write .*z\.safetensors: No space left on device"):
         save_latents(Latents(torch.ones(1, 4, 2), ["new"]), path)
     assert os.listdir(path.parent) == ["z.safetensors"]

@@ -7,7 +7,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from msdd_fast.diffusion.config import FloatName, JsonConfig, SamplingConfig, ScheduleConfig, require
+from msdd_fast.diffusion.config import (
+    MAX_DEPTH,
+    MAX_SIZE,
+    FloatName,
+    JsonConfig,
+    SamplingConfig,
+    ScheduleConfig,
+    require,
+    require_correlation,
+    require_float,
+    require_int,
+    require_parameters,
+)
 
 Conditioning = Literal["cross", "joint"]
 ImageRope = Literal["rotary", "cosine"]
@@ -80,11 +92,13 @@ class TokenizerConfig(JsonConfig):
 
     def __post_init__(self) -> None:
         for name in ("image_size", "patch_size", "num_latent_tokens", "latent_dim"):
-            require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+            require_int(name, getattr(self, name), MAX_SIZE)
         for name, part in (("encoder", self.encoder), ("decoder", self.decoder)):
-            require(part.depth >= 1, f"{name}.depth must be at least 1, got {part.depth}")
+            require_int(f"{name}.depth", part.depth, MAX_DEPTH)
+            for size in ("hidden_size", "head_dim", "mlp_multiple_of"):
+                require_int(f"{name}.{size}", getattr(part, size), MAX_SIZE)
             require(
-                part.hidden_size >= 1 and part.head_dim >= 4 and part.head_dim % 4 == 0,
+                part.head_dim % 4 == 0,
                 f"{name}: hidden_size must be positive and head_dim a multiple of 4 (two rotary axes), "
                 f"got {part.hidden_size} and {part.head_dim}",
             )
@@ -92,14 +106,13 @@ class TokenizerConfig(JsonConfig):
                 part.hidden_size % part.head_dim == 0,
                 f"{name}.hidden_size must be a multiple of head_dim={part.head_dim}, got {part.hidden_size}",
             )
-            require(part.mlp_multiple_of >= 1, f"{name}.mlp_multiple_of must be at least 1, got {part.mlp_multiple_of}")
+        require_float("encoder.register_std", self.encoder.register_std, 0)
+        require_float("decoder.gate_init", self.decoder.gate_init)
+        require_float("rope.base", self.rope.base, 1e-9)
+        require_float("rope.position_prior", self.rope.position_prior)
         stages = self.schedule.num_stages
         require(1 <= stages <= 10, f"schedule.num_stages must be 1 to 10, got {stages}")
-        rho = self.schedule.block_correlation
-        require(
-            -1.0 / 3.0 - 1e-6 <= rho < 1.0,
-            f"schedule.block_correlation must be in [-1/3, 1), got {rho}: no 2x2 noise has it",
-        )
+        require_correlation(self.schedule)
         coarsest = self.patch_size * 2 ** (stages - 1)
         require(
             self.image_size % coarsest == 0,
@@ -110,12 +123,26 @@ class TokenizerConfig(JsonConfig):
         require(
             start % 2 == 0, f"the first stage must have an even resolution (noise comes in 2x2 blocks), got {start}"
         )
-        require(self.sampling.steps >= 1, f"sampling.steps must be at least 1, got {self.sampling.steps}")
-        require(self.sampling.cfg_scale >= 0, f"sampling.cfg_scale must be >= 0, got {self.sampling.cfg_scale}")
+        require_parameters(self)
 
     @property
     def family(self) -> str:
         return "msdd"
+
+    @property
+    def num_parameters(self) -> int:
+        enc, dec, n, dim = self.encoder, self.decoder, self.num_latent_tokens, self.latent_dim
+        width, patch = enc.hidden_size, 3 * self.patch_size**2
+        encoder = width * (patch + 1) + n * width + dim * (width + 1)
+        encoder += (2 * enc.depth - 1) * _stream(enc, adaln=False) + _stream(enc, adaln=False, kv_only=True)
+        width = dec.hidden_size
+        decoder = width * (patch + 1) + _linear(256, width) + _linear(width, width) + _linear(dim, width) + n * dim
+        decoder += _linear(width, 2 * width) + _linear(width, patch) + dec.depth * _stream(dec, adaln=True)
+        if dec.conditioning == "joint":
+            decoder += (dec.depth - 1) * _stream(dec, adaln=True) + _stream(dec, adaln=True, kv_only=True)
+        else:
+            decoder += 2 * width + dec.depth * (_linear(width, 2 * width) + 2 * dec.head_dim)
+        return encoder + decoder
 
     @property
     def has_null_context(self) -> bool:
@@ -138,6 +165,25 @@ class TokenizerConfig(JsonConfig):
     def stage_shapes(self, latents: Sequence[int]) -> list[tuple[int, int, int]]:
         """Shape (3, H, W) of the state in every stage, for latents of a shape (B, ...)."""
         return [(3, r, r) for r in map(self.stage_resolution, range(self.schedule.num_stages))]
+
+
+def swiglu_hidden_size(hidden_size: int, multiple_of: int) -> int:
+    """int(2/3 * 4 * D) rounded up to a multiple (docs/spec.md#swiglu)."""
+    raw = int(2 * 4 * hidden_size / 3)
+    return -(-raw // multiple_of) * multiple_of
+
+
+def _linear(inputs: int, outputs: int) -> int:
+    return (inputs + 1) * outputs
+
+
+def _stream(part: EncoderConfig | DecoderConfig, *, adaln: bool, kv_only: bool = False) -> int:
+    """Parameters of a ``mmdit.Stream``."""
+    width, norms = part.hidden_size, 1 if kv_only else 2
+    inner = swiglu_hidden_size(width, part.mlp_multiple_of)
+    modulation = _linear(width, (2 if kv_only else 6) * width) if adaln else norms * 2 * width
+    rest = _linear(width, 2 * width) if kv_only else _linear(width, 4 * width) + 3 * width * inner
+    return modulation + rest + norms * 2 * part.head_dim
 
 
 def authors_choices(config: TokenizerConfig) -> TokenizerConfig:

@@ -14,18 +14,13 @@ from torch import Tensor, nn
 
 from msdd_fast import ops
 from msdd_fast.diffusion.rope import RopeTable
+from msdd_fast.families.msdd.config import swiglu_hidden_size
 from msdd_fast.ops.norm_modulate import NORM_EPS
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Softmax attention over (B, N, heads, head_dim), scale head_dim^-1/2 -> (B, N, heads * head_dim)."""
     return ops.attention(q, k, v).flatten(2)
-
-
-def swiglu_hidden_size(hidden_size: int, multiple_of: int) -> int:
-    """int(2/3 * 4 * D) rounded up to a multiple (docs/spec.md#swiglu)."""
-    raw = int(2 * 4 * hidden_size / 3)
-    return -(-raw // multiple_of) * multiple_of
 
 
 class SwiGLU(nn.Module):

@@ -13,9 +13,14 @@ from torch import Tensor
 
 from msdd_fast.diffusion.config import ScheduleConfig
 from msdd_fast.errors import CheckpointError, InputError, MsddFastError
-from msdd_fast.families.base import Option, Released, ReleasedFormat, read_released
-from msdd_fast.families.msdd.config import DecoderConfig, EncoderConfig, TokenizerConfig, authors_choices
-from msdd_fast.families.msdd.mmdit import swiglu_hidden_size
+from msdd_fast.families.base import Option, Released, ReleasedFormat, read_released, strip_prefixes
+from msdd_fast.families.msdd.config import (
+    DecoderConfig,
+    EncoderConfig,
+    TokenizerConfig,
+    authors_choices,
+    swiglu_hidden_size,
+)
 
 _log = logging.getLogger(__name__)
 _MLP_MULTIPLE = 256
@@ -48,8 +53,7 @@ def translate_authors(
 
     Raises InputError for a bad ``weights``, CheckpointError for tensors that are no MSDD tokenizer.
     """
-    state = _select_weights(data, weights)
-    state = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): tensor for name, tensor in state.items()}
+    state = strip_prefixes(_select_weights(data, weights))
     config = _infer_config(state, image_size, num_stages)
     depths = {"encoder": config.encoder.depth, "decoder": config.decoder.depth}
     tensors: dict[str, Tensor] = {}

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from msdd_fast.families.msdd.config import TokenizerConfig
+from msdd_fast.families.msdd.config import TokenizerConfig, swiglu_hidden_size
 from msdd_fast.families.msdd.embeddings import TimestepEmbedder
-from msdd_fast.families.msdd.mmdit import swiglu_hidden_size
 from msdd_fast.families.work import Work
 
 

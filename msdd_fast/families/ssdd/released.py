@@ -16,7 +16,7 @@ from torch import Tensor
 
 from msdd_fast.diffusion.config import SamplingConfig
 from msdd_fast.errors import CheckpointError, MsddFastError
-from msdd_fast.families.base import Option, Released, ReleasedFormat, read_released
+from msdd_fast.families.base import Option, Released, ReleasedFormat, read_released, strip_prefixes
 from msdd_fast.families.ssdd.config import KLEncoderConfig, SSDDConfig, UViTConfig
 
 _NEGATED = ("decoder.conv_out.weight", "decoder.conv_out.bias")
@@ -32,7 +32,7 @@ def translate_ssdd(state: object, image_size: int, steps: int, groups: int) -> t
         raise CheckpointError(f"not a state dict: expected names mapped to tensors, got {type(state).__name__}")
     if not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise CheckpointError("not a state dict: expected names mapped to tensors")
-    tensors = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): tensor for name, tensor in state.items()}
+    tensors = strip_prefixes(state)
     return _infer_config(tensors, image_size, steps, groups), _negate(tensors)
 
 

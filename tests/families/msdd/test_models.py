@@ -8,8 +8,8 @@ import torch
 from msdd_fast import Tokenizer
 from msdd_fast.diffusion.rope import apply_rope, image_grid_positions, latent_grid_shape, latent_positions, rope_table
 from msdd_fast.errors import InputError
-from msdd_fast.families.msdd.config import RopeConfig, TokenizerConfig
-from msdd_fast.families.msdd.mmdit import ContextKeyValue, CrossBlock, Stream, swiglu_hidden_size
+from msdd_fast.families.msdd.config import RopeConfig, TokenizerConfig, swiglu_hidden_size
+from msdd_fast.families.msdd.mmdit import ContextKeyValue, CrossBlock, Stream
 from msdd_fast.families.msdd.presets import PRESETS
 from tests.perturbed import perturbed
 

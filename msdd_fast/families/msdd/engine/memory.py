@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from msdd_fast.families.msdd.config import TokenizerConfig
+from msdd_fast.families.msdd.config import TokenizerConfig, swiglu_hidden_size
 from msdd_fast.families.msdd.engine.tables import StageTables
-from msdd_fast.families.msdd.mmdit import swiglu_hidden_size
 
 
 def tables_memory(tables: Sequence[StageTables]) -> int:
