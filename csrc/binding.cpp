@@ -434,44 +434,6 @@ void linear(const Tensor& out, const Tensor& x, const Tensor& packed, const Tens
          threads);
 }
 
-std::tuple<std::int64_t, int> linear_packed_size(std::int64_t out, std::int64_t in, bool swiglu, int dtype,
-                                                 const std::string& level) {
-    const auto [elements, type] = msdd_fast::linear_packed_size({out, in, swiglu}, dtype_of(dtype), level);
-    return {elements, static_cast<int>(type)};
-}
-
-void expect_packed(const Tensor& packed, const msdd_fast::LinearShape& shape, int dtype, const std::string& level) {
-    const auto [elements, type] = msdd_fast::linear_packed_size(shape, dtype_of(dtype), level);
-    expect_shape("packed", packed, {elements});
-    expect_dtype("packed", packed, static_cast<int>(type));
-    expect_contiguous("packed", packed);
-    expect(packed.address % 64 == 0, "packed must be aligned to 64 bytes");
-}
-
-void linear_pack(const Tensor& packed, const Tensor& weight, bool swiglu, const std::string& level, int threads) {
-    expect_dimensions("weight", weight, 2);
-    expect_inner("weight", weight, 1);
-    const msdd_fast::LinearShape shape{weight.shape[0], weight.shape[1], swiglu};
-    expect_packed(packed, shape, weight.dtype, level);
-    msdd_fast::linear_pack(pointer<void>(packed.address), operand_of(weight), weight.strides[0], shape, level, threads);
-}
-
-void linear(const Tensor& out, const Tensor& x, const Tensor& packed, const Tensor& bias, std::int64_t features,
-            bool swiglu, const std::string& level, int threads) {
-    expect_dimensions("x", x, 2);
-    expect_inner("x", x, 1);
-    const msdd_fast::LinearShape shape{features, x.shape[1], swiglu};
-    expect_packed(packed, shape, x.dtype, level);
-    expect_shape("out", out, {x.shape[0], swiglu ? features / 2 : features});
-    expect_inner("out", out, 1);
-    if (bias.address != 0) {
-        expect_shape("bias", bias, {features});
-        expect_contiguous("bias", bias);
-    }
-    msdd_fast::linear(pointer<void>(out.address), dtype_of(out.dtype), out.strides[0], {operand_of(x), x.strides[0]},
-                      x.shape[0], pointer<const void>(packed.address), operand_of(bias), shape, level, threads);
-}
-
 // A tensor of heads of this shape and dtype.
 msdd_fast::HeadsView heads_of(const char* name, const Tensor& x, int dtype, std::initializer_list<std::int64_t> shape) {
     expect_shape(name, x, shape);
