@@ -13,7 +13,8 @@ from msdd_fast import _moved
 
 if TYPE_CHECKING:
     from msdd_fast import errors, sampling
-    from msdd_fast.engine import FastDecoder, accelerate, explain
+    from msdd_fast.engine.decoder import FastDecoder, accelerate
+    from msdd_fast.engine.explain import explain
     from msdd_fast.families.msdd.config import TokenizerConfig
     from msdd_fast.tokenizer import Tokenizer
 

@@ -14,6 +14,7 @@ import ctypes
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -52,12 +53,15 @@ class Arena:
         address = self._take(size)
         begin = max(a for a in self._chunks if a <= address)
         block = (ctypes.c_char * size).from_buffer(self._chunks[begin], address - begin)
-        self._blocks[address] = weakref.ref(block, lambda _, a=address, n=size: self._give_back(a, n))
+        self._blocks[address] = weakref.ref(block, partial(self._release, address, size))
         flat = torch.frombuffer(block, dtype=dtype, count=count)
         if order == torch.channels_last:
             b, c, h, w = shape
             return flat.view(b, h, w, c).permute(0, 3, 1, 2)
         return flat.view(torch.Size(shape))
+
+    def _release(self, address: int, size: int, _: object) -> None:
+        self._give_back(address, size)
 
     def memory(self) -> int:
         """Bytes of all chunks."""
