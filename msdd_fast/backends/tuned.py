@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -67,13 +68,17 @@ def read_table(path: Path) -> dict[str, Any]:
     return table
 
 
+# The keys of the two lower levels: sizes and rows.
+_KEYS = {1: re.compile(r"\d{1,9}"), 2: re.compile(r"\d{1,9}(x\d{1,9})?")}
+
+
 def _is_table(entry: Any, levels: int) -> bool:
-    """Whether ``entry`` is dicts of so many levels around names; keys of the lower two are whole numbers."""
+    """Whether ``entry`` is dicts of so many levels around names of backends."""
     if levels == 0:
         return isinstance(entry, str)
+    pattern = _KEYS.get(levels)
     return isinstance(entry, dict) and all(
-        (levels > 2 or (key.isdecimal() and len(key) < 10)) and _is_table(value, levels - 1)
-        for key, value in entry.items()
+        (pattern is None or pattern.fullmatch(key)) and _is_table(value, levels - 1) for key, value in entry.items()
     )
 
 
