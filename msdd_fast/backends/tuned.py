@@ -42,7 +42,7 @@ def measured(op: str, device: torch.device, dtype: torch.dtype, size: int | str)
     return {backend for measured_size, _, backend in found if measured_size == str(size)}
 
 
-def machine(device: str, op: str) -> str:
+def machine(device: str, op: str = "attention") -> str:
     """What the table knows a device by: "cpu-avx2" (the extension's level), "cuda-sm90"; else the bare type.
 
     linear has a level that attention has not, AMX.

@@ -30,9 +30,9 @@ def linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    *,
     packed: Tensor | None = None,
     swiglu: bool = False,
+    *,
     backend: str | None = None,
 ) -> Tensor:
     """x W^T + b, or the SwiGLU of its halves; see the module. Raises InputError for what does not fit together."""

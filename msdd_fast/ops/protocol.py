@@ -61,6 +61,15 @@ class Ops(Protocol):
         silu: bool = True,
     ) -> Tensor: ...
 
+    def linear(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        packed: Tensor | None = None,
+        swiglu: bool = False,
+    ) -> Tensor: ...
+
     def norm_modulate(
         self, x: Tensor, shift: Tensor, scale: Tensor, split: int | None = None, eps: float = NORM_EPS
     ) -> Tensor: ...
