@@ -66,7 +66,7 @@ def test_the_command_line_has_the_last_word():
         ('{"data": "folder"}', r"data must be a list, got 'folder'"),
         ('{"val": 1}', r"val must be of type str, got 1"),
         ('{"crop": "left"}', "crop must be one of random, adm, center, got 'left'"),
-        ('{"loop": {"guard": {"after": 0}}}', r"guard.after and guard.max_in_a_row must be at least 1, got 0 and 20"),
+        ('{"loop": {"guard": {"after": 0}}}', r"guard\.after must be at least 1, got 0"),
     ],
 )
 def test_bad_files(tmp_path, content, message):

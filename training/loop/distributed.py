@@ -89,6 +89,15 @@ def try_on_all_ranks(build: Callable[[], T]) -> tuple[T | None, MsddFastError | 
     return result, None
 
 
+def gather(value: T) -> list[T]:
+    """The value of every process, in the order of the ranks, in every process."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def on_all_ranks(build: Callable[[], T]) -> T:
     """The result of ``build`` on every rank. If it fails on any, all stop; see ``try_on_all_ranks``."""
     result, error = try_on_all_ranks(build)

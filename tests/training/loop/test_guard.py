@@ -65,8 +65,8 @@ def test_unreadable_pictures_are_counted_and_named(images, tmp_path, capsys):
     run.run()  # 12 samples of 3 pictures: four times the bad one
     assert curve(run.out)[-1]["unreadable"] == run.unreadable == 4
     lines = [json.loads(line) for line in (run.out / "unreadable.jsonl").read_text().splitlines()]
-    assert len(lines) == 4 and all(line["image"].endswith("text.jpg") for line in lines)
-    assert "skipped: " in capsys.readouterr().err
+    assert len(lines) == 1 and lines[0]["image"].endswith("text.jpg")  # each image once
+    assert capsys.readouterr().err.count("skipped: ") == 1
     assert trainer("stage1", folder, tmp_path / "out", steps=3, batch_size=4).unreadable == 4
     with pytest.raises(InputError, match=r"text.jpg is not a readable image: its format is not known \(strict\)"):
         trainer("stage1", folder, tmp_path / "strict", steps=3, strict=True).run()

@@ -76,7 +76,7 @@ def test_a_foreign_or_damaged_state_is_refused(images, tmp_path):
 
 
 def test_no_steps(images, tmp_path):
-    with pytest.raises(ConfigError, match="steps and batch_size must be at least 1, got 0 and 4"):
+    with pytest.raises(ConfigError, match="steps must be at least 1, got 0"):
         trainer(images, tmp_path, 0)
 
 
