@@ -39,8 +39,8 @@ from msdd_fast.training.loop.distributed import (
 from msdd_fast.training.loop.draws import Draws
 from msdd_fast.training.loop.ema import Ema
 from msdd_fast.training.loop.guard import Guard
-from msdd_fast.training.loop.log import Clock, RunLog, progress_bar, progress_values
 from msdd_fast.training.loop.lock import RunLock
+from msdd_fast.training.loop.log import Clock, RunLog, progress_bar, progress_values
 from msdd_fast.training.loop.memory import prepare_blocks
 from msdd_fast.training.loop.objective import Critic, Loss, Objective, Recipe, distribute
 from msdd_fast.training.loop.optimizers import build_adamw, build_optimizers, set_learning_rate
