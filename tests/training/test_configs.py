@@ -136,3 +136,12 @@ def test_numbers_of_the_command_line(capsys):
         err = capsys.readouterr().err
         assert caught.value.code == 2 and "Traceback" not in err
         assert f"{option.split('.')[-1].strip('-').replace('-', '_')} must be " in err
+
+
+def test_a_device_that_is_not_there(images, tmp_path, capsys):
+    pytest.importorskip("tyro")
+    for device in ("nonsense", "meta", "cuda:99"):
+        given = ["train", "--preset=tiny", f"--data={images}", f"--out={tmp_path / 'out'}", f"--loop.device={device}"]
+        assert main(given) == 1
+        assert f"error: loop.device must name a torch device that works here, got '{device}'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -205,7 +205,7 @@ def test_damaged_states_count_for_nothing(tmp_path):
 
 
 def test_what_is_no_state(tmp_path):
-    for name in ("12", "x", "٠٠٠٠٠٠٠٥", "00000001.old"):
+    for name in ("12", "x", "\u0660" * 8, "00000001.old"):
         (tmp_path / name).mkdir()
     (tmp_path / "00000007").write_text("a file")
     store = StateStore(tmp_path, 1)

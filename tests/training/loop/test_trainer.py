@@ -180,7 +180,8 @@ def test_training_imports_where_posix_modules_are_missing():
     """As on Windows, which has neither fcntl nor resource."""
     code = (
         "import sys; sys.modules.update(fcntl=None, resource=None)\n"
-        "import msdd_fast.training.run, msdd_fast.training.recipes.ssdd_distill, msdd_fast.training.recipes.msdd_stage2\n"
+        "import msdd_fast.training.run\n"
+        "from msdd_fast.training.recipes import msdd_stage2, ssdd_distill\n"
         "from msdd_fast.training.loop.memory import memory_gib\n"
         "from msdd_fast.training.loop.lock import RunLock\n"
         "import pathlib, tempfile; RunLock.take(pathlib.Path(tempfile.mkdtemp()))\n"
