@@ -39,7 +39,7 @@ class Range(NamedTuple):
         return f"at most {self.high:g}" if self.high < math.inf else "finite"
 
 
-def check_numbers(config: Any, prefix: str = "", **ranges: Range) -> None:
+def check_numbers(config: Any, prefix: str = "", /, **ranges: Range) -> None:
     """Raise ConfigError for a field of the dataclass ``config`` that is outside its range or of another type.
 
     Fields are annotated as int or float, perhaps "| None", or as tuples of one of them.

@@ -53,7 +53,7 @@ class _StandIn:
         self.state = state
 
 
-class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined]  # in Python: no memory for what is not there
+class _Unpickler(pickle._Unpickler):  # in Python: it can be subclassed safely, and files are small
     def __init__(self, data: bytes) -> None:
         super().__init__(io.BytesIO(data))
         self._kinds: dict[str, type] = {}  # of this file alone, should it set attributes of them

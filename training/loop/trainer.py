@@ -117,7 +117,7 @@ class Trainer:
         self.store = StateStore(self.out / "state", loop.keep)
         self.load_state()
 
-    def _loss(self, images: Tensor, draws: Draws) -> Loss:
+    def _loss(self, images: Tensor, draws: Draws) -> Loss | tuple[Tensor, dict[str, Tensor]]:
         return self.recipe.loss(self.tokenizer, images, draws)
 
     def run(self) -> Tokenizer:
