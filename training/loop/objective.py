@@ -33,6 +33,9 @@ class Loss:
     def __iter__(self) -> Iterator[Any]:
         return iter((self.value, self.metrics))
 
+    def __getitem__(self, index: int) -> Any:
+        return (self.value, self.metrics)[index]
+
 
 class Recipe(Protocol):
     """An objective."""

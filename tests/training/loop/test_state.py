@@ -70,7 +70,7 @@ def test_every_flipped_bit_is_found(tmp_path):
             bad = bytearray(good)
             bad[place] ^= 1 << rng.randrange(8)
             file.write_bytes(bad)
-            with pytest.raises(CheckpointError, match="damaged|cannot be read"):
+            with pytest.raises(CheckpointError, match=r"damaged|cannot be read"):
                 verify(path)
         file.write_bytes(good[:-1])
         with pytest.raises(CheckpointError):
