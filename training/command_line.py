@@ -17,18 +17,18 @@ from msdd_fast.training.run import Command, find_spec, train
 def run_command(command: Command, description: str, arguments: Sequence[str]) -> None:
     """Run the training program of ``command`` for the family that the arguments name.
 
-    The family is that of ``--preset`` (train) or of the checkpoint ``--teacher`` (distill).
+    The family is that of the checkpoint ``--start``, else of ``--preset`` (train), or of ``--teacher`` (distill).
     """
     kind = find_spec(command, _family(command, arguments)).load()
     train(parse_config(kind, f"msdd-fast {command}", description, arguments))
 
 
 def _family(command: Command, arguments: Sequence[str]) -> str | None:
-    if command == "train":
-        preset = parse_option(arguments, "preset")
-        return None if preset is None else get_preset(preset).family
-    teacher = parse_option(arguments, "teacher")
-    return None if teacher is None else load_config(resolve_directory(teacher)).family
+    checkpoint = parse_option(arguments, "start" if command == "train" else "teacher")
+    if checkpoint is not None:
+        return load_config(resolve_directory(checkpoint)).family
+    preset = parse_option(arguments, "preset") if command == "train" else None
+    return None if preset is None else get_preset(preset).family
 
 
 def parse_config(kind: type[C], program: str, description: str, arguments: Sequence[str]) -> C:

@@ -13,6 +13,7 @@ from msdd_fast.diffusion.from_dict import from_dict
 from msdd_fast.errors import ConfigError
 from msdd_fast.tokenizer import Tokenizer
 from msdd_fast.training.loop.config import LoopConfig, OptimConfig
+from msdd_fast.training.loop.numbers import Range, check_numbers
 from msdd_fast.training.loop.objective import Critic, Recipe
 from msdd_fast.training.losses.perceptual import Perceptual, PerceptualName, make_perceptual
 
@@ -68,6 +69,9 @@ class RunConfig(abc.ABC):
     """LPIPS v0.1's vgg.pth, for perceptual "lpips-vgg"."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
+
+    def __post_init__(self) -> None:
+        check_numbers(self, min_crop=Range(0, 1, open_low=True))
 
     @abc.abstractmethod
     def build(self) -> Components:

@@ -20,7 +20,7 @@ from msdd_fast.tokenizer import Tokenizer
 from msdd_fast.training.config import RunConfig
 from msdd_fast.training.data.crop import CropConfig
 from msdd_fast.training.data.dataset import ImageDataset
-from msdd_fast.training.data.sources import find_images
+from msdd_fast.training.data.sources import ImageRefs, find_images
 from msdd_fast.training.loop.distributed import (
     is_rank0,
     on_all_ranks,
@@ -28,6 +28,7 @@ from msdd_fast.training.loop.distributed import (
     process_group,
     world_size,
 )
+from msdd_fast.training.loop.lock import RunLock
 from msdd_fast.training.loop.trainer import Trainer
 from msdd_fast.training.loop.validation import Validation
 
@@ -96,12 +97,11 @@ def make_trainer(config: RunConfig) -> Trainer:
     size, device = built.tokenizer.config.image_size, config.loop.device
     dataset = make_dataset(config, size)
 
-    def finish() -> tuple[Tensor, Validation | None]:
+    def finish() -> tuple[Tensor, Validation | None, RunLock | None]:
         preview, validation = preview_images(config, dataset, size).to(device), make_validation(config, size)
-        make_folder(config)
-        return preview, validation
+        return preview, validation, make_folder(config)
 
-    preview, validation = on_all_ranks(finish)
+    preview, validation, lock = on_all_ranks(finish)
     if is_rank0():
         count = sum(p.numel() for p in built.tokenizer.parameters() if p.requires_grad)
         print(
@@ -110,7 +110,7 @@ def make_trainer(config: RunConfig) -> Trainer:
             file=sys.stderr,
             flush=True,
         )
-    return Trainer(
+    trainer = Trainer(
         built.tokenizer,
         dataset,
         built.recipe,
@@ -122,12 +122,14 @@ def make_trainer(config: RunConfig) -> Trainer:
         validation=validation,
         preview=preview,
     )
+    del lock  # the trainer has it now
+    return trainer
 
 
 def make_dataset(config: RunConfig, size: int) -> ImageDataset:
     """The training data, listed by rank 0 for all."""
     crop = CropConfig(config.crop, config.min_crop, config.resize, config.flip)
-    refs = on_rank0_and_broadcast(lambda: find_images(config.data, config.cache))
+    refs = on_rank0_and_broadcast(lambda: ImageRefs(find_images(config.data, config.cache)))
     return ImageDataset(refs, size, config.loop.seed, crop)
 
 
@@ -146,18 +148,22 @@ def preview_images(config: RunConfig, dataset: ImageDataset, size: int) -> Tenso
     return load_batch(find_image_files(config.preview)[:8], size)
 
 
-def make_folder(config: RunConfig) -> None:
-    """Make the folder of the run and its config.json, on rank 0. Raises InputError if it cannot be written."""
+def make_folder(config: RunConfig) -> RunLock | None:
+    """Make the folder of the run and its config.json, on rank 0; the lock that keeps other runs out of it.
+
+    Raises InputError if it cannot be written or another run is writing into it.
+    """
     if not is_rank0():
-        return
+        return None
     out, content = Path(config.out), dataclasses.asdict(config)
     if world_size() > 1:
         content["loop"]["device"] = config.loop.device.split(":")[0]  # every process has its own
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        lock = RunLock.take(out)
         write_json(out / "config.json", content)
     except OSError as e:
         raise InputError(f"out must be a writable folder, got {out}: {e}") from e
+    return lock
 
 
 def provenance(config: RunConfig) -> dict[str, Any]:

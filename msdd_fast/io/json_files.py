@@ -25,16 +25,33 @@ def append_json_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
         raise InputError(f"cannot write {path}: {e.strerror or e}") from e
 
 
-def keep_json_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
-    """Rewrite the file, if there is one, without the lines that ``keep`` rejects and those that a kill cut off."""
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The mappings in the file, empty if there is none. Lines that hold no mapping are left out."""
+    return [value for _, value in _lines(path) if isinstance(value, dict)]
+
+
+def keep_json_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> int:
+    """Rewrite the file, if there is one, without the mappings that ``keep`` rejects and without other lines.
+
+    Returns how many whole lines held no mapping; a last line that a kill cut off is not counted.
+    """
+    lines = _lines(path)
+    kept = [line for line, value in lines if isinstance(value, dict) and keep(value)]
+    if len(kept) < len(lines):
+        with atomic_write(path) as temporary:
+            temporary.write_bytes(b"".join(kept))
+    return sum(line.endswith(b"\n") and not isinstance(value, dict) for line, value in lines)
+
+
+def _lines(path: Path) -> list[tuple[bytes, Any]]:
+    """Every line and what it holds, None if it is not JSON or is cut off."""
     if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            if keep(json.loads(line)):
-                kept.append(line + "\n")
-        except ValueError:
-            continue
-    with atomic_write(path) as temporary:
-        temporary.write_text("".join(kept))
+        return []
+    lines: list[tuple[bytes, Any]] = []
+    with open(path, "rb") as f:
+        for line in f:
+            try:
+                lines.append((line, json.loads(line) if line.endswith(b"\n") else None))
+            except (ValueError, RecursionError):
+                lines.append((line, None))
+    return lines

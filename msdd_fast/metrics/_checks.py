@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from msdd_fast.errors import InputError
@@ -13,3 +18,14 @@ def check_pair(x: Tensor, y: Tensor) -> None:
         raise InputError(
             f"images must be two tensors of one shape (B, 3, H, W), got {tuple(x.shape)} and {tuple(y.shape)}"
         )
+
+
+def in_float32(forward: Callable[[Any, Tensor, Tensor], Tensor]) -> Callable[[Any, Tensor, Tensor], Tensor]:
+    """Decorate a distance's ``forward``: the caller's autocast, which would round small distances, has no effect."""
+
+    @functools.wraps(forward)
+    def wrapped(self: Any, x: Tensor, y: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return forward(self, x, y)
+
+    return wrapped

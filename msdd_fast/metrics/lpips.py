@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from msdd_fast.metrics._checks import check_pair
+from msdd_fast.metrics._checks import check_pair, in_float32
 from msdd_fast.metrics._weights import copy_weight, read_weights
 
 
@@ -73,6 +73,7 @@ class LpipsVgg(nn.Module):
             out.append(x / (x.square().sum(dim=1, keepdim=True) + 1e-20).sqrt().add(1e-10))
         return out
 
+    @in_float32
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Distance per image (B,); 0 for equal images. Sides of at least 16 pixels."""
         check_pair(x, y)

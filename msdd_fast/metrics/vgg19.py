@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from msdd_fast.metrics._checks import check_pair
+from msdd_fast.metrics._checks import check_pair, in_float32
 from msdd_fast.metrics._weights import copy_weight, read_weights
 
 
@@ -55,6 +55,7 @@ class Vgg19Distance(nn.Module):
                 x = F.max_pool2d(x, 2)
         return out
 
+    @in_float32
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Distance per image (B,); 0 for equal images."""
         check_pair(x, y)

@@ -34,7 +34,11 @@ class CropConfig:
     """Mirror with probability 1/2."""
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.min_crop <= 1.0:
+        if (
+            isinstance(self.min_crop, bool)
+            or not isinstance(self.min_crop, (int, float))
+            or not 0.0 < self.min_crop <= 1.0
+        ):
             raise InputError(f"min_crop must be in (0, 1], got {self.min_crop}")
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from msdd_fast.errors import InputError
 from msdd_fast.io.images import load_image, to_tensor
 from msdd_fast.training.data.crop import CropConfig, crop_image
-from msdd_fast.training.data.sources import ImageRef
+from msdd_fast.training.data.sources import ImageRef, ImageRefs
 from msdd_fast.training.loop.draws import hash_seed
 
 RETRIES = 100
@@ -43,7 +43,7 @@ class ImageDataset(Dataset[Tensor]):
     The next image in the epoch's order replaces an unreadable one, in the same way in every run.
 
     Args:
-        refs: where the images are.
+        refs: where the images are; kept in a few arrays, which the data-loading workers share.
         size: pixels per side.
         seed: of order, crops and flips.
         crop: how a square is cut out of an image.
@@ -51,13 +51,17 @@ class ImageDataset(Dataset[Tensor]):
 
     def __init__(self, refs: Sequence[ImageRef], size: int, seed: int, crop: CropConfig | None = None) -> None:
         self.crop = CropConfig() if crop is None else crop
-        self.refs = list(refs)
+        self.refs = refs if isinstance(refs, ImageRefs) else ImageRefs(refs)
         self.size, self.seed = size, seed
         self._epoch = -1
         self._order = torch.empty(0, dtype=torch.int64)
 
     def __len__(self) -> int:
         return len(self.refs)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """How many images there are, and a hash of where they are, as plain data."""
+        return {"images": len(self.refs), "sha256": self.refs.sha256()}
 
     def index_of(self, sample: int) -> int:
         """Index in ``refs`` of global sample ``sample``."""

@@ -7,8 +7,8 @@ from typing import Literal
 
 import torch
 
-from msdd_fast.errors import ConfigError
 from msdd_fast.training.loop.guard import GuardConfig
+from msdd_fast.training.loop.numbers import MOST_IMAGES, MOST_STEPS, Range, check_numbers
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,18 @@ class AdamConfig:
     weight_decay: float = 0.0
     """Decoupled; applied to matrices only."""
     grad_clip: float = 1.0
-    """Largest norm of the gradient."""
+    """Largest norm of the gradient; 0: any."""
+
+    def __post_init__(self) -> None:
+        check_numbers(
+            self,
+            lr=Range(0, 1e3, open_low=True),
+            warmup_steps=Range(0, MOST_STEPS),
+            min_lr_ratio=Range(0, 1),
+            betas=Range(0, 1, open_high=True),
+            weight_decay=Range(0),
+            grad_clip=Range(0),
+        )
 
 
 @dataclass(frozen=True)
@@ -34,7 +45,11 @@ class OptimConfig(AdamConfig):
     optimizer: Literal["adamw", "muon"] = "adamw"
     """"muon" orthogonalises the updates of the blocks' matrices; all other parameters stay with AdamW."""
     ema_decay: float = 0.9999
-    """Upper bound; early on the decay is (1 + step) / (10 + step)."""
+    """Upper bound; early on the decay is (1 + step) / (10 + step). 0: no averaging."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_numbers(self, ema_decay=Range(0, 1))
 
 
 @dataclass(frozen=True)
@@ -57,11 +72,11 @@ class LoopConfig:
     """Data-loading processes."""
     seed: int = 0
     log_every: int = 10
-    """Steps between two lines of the log."""
+    """Steps between two lines of the log, which also has the first step and the last; 0: no log."""
     sample_every: int = 1000
-    """Steps between two sample grids and, with a validation folder, two validations."""
+    """Steps between two sample grids and, with a validation folder, two validations; 0: none."""
     checkpoint_every: int = 1000
-    """Steps between two saved states."""
+    """Steps between two saved states; 0: a state is saved only when the run is stopped."""
     keep: int = 2
     """How many of the newest states to keep, besides the one with the best validation metric."""
     strict: bool = False
@@ -71,7 +86,15 @@ class LoopConfig:
     guard: GuardConfig = field(default_factory=GuardConfig)
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.batch_size < 1:
-            raise ConfigError(f"steps and batch_size must be at least 1, got {self.steps} and {self.batch_size}")
-        if self.keep < 1:
-            raise ConfigError(f"keep must be at least 1, got {self.keep}")
+        check_numbers(
+            self,
+            steps=Range(1, MOST_STEPS),
+            batch_size=Range(1, MOST_IMAGES),
+            micro_batch=Range(1, MOST_IMAGES),
+            workers=Range(0, 4096),
+            seed=Range(0, 2**63 - 1),
+            log_every=Range(0, MOST_STEPS),
+            sample_every=Range(0, MOST_STEPS),
+            checkpoint_every=Range(0, MOST_STEPS),
+            keep=Range(1, MOST_STEPS),
+        )

@@ -38,11 +38,12 @@ def is_rank0() -> bool:
 def process_group(device: str, timeout_minutes: float = 30.0) -> Iterator[str]:
     """Join torchrun's process group, if there is one; yields the device of this process.
 
-    ``device`` "cuda" becomes "cuda:LOCAL_RANK". Raises ConfigError if a process has no GPU of its own or torchrun's
-    environment is incomplete.
+    ``device`` "cuda" becomes "cuda:LOCAL_RANK". Raises ConfigError if the device does not work here, a process has no
+    GPU of its own, or torchrun's environment is incomplete.
     """
     size = os.environ.get("WORLD_SIZE")
     if size is None or is_distributed():
+        _check_device(device)
         yield device
         return
     missing = [n for n in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if n not in os.environ]
@@ -52,10 +53,20 @@ def process_group(device: str, timeout_minutes: float = 30.0) -> Iterator[str]:
     backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
     dist.init_process_group(backend, timeout=datetime.timedelta(minutes=timeout_minutes))
     try:
+        if not gpu:
+            on_all_ranks(lambda: _check_device(device))
         yield on_all_ranks(_own_gpu) if gpu else device
         barrier()  # do not leave while another process still reads from this one
     finally:
         dist.destroy_process_group()
+
+
+def _check_device(name: str) -> None:
+    try:
+        torch.zeros(1, device=name).cpu()
+    except (RuntimeError, AssertionError, ImportError) as e:  # unknown, absent, or one that holds no data
+        reason = (str(e).splitlines() or [type(e).__name__])[0]
+        raise ConfigError(f"loop.device must name a torch device that works here, got {name!r}: {reason}") from e
 
 
 def _own_gpu() -> str:
@@ -87,6 +98,15 @@ def try_on_all_ranks(build: Callable[[], T]) -> tuple[T | None, MsddFastError | 
             kind, text = error
             return None, kind(text if process == 0 else f"{text} (process {process} of {world_size()})")
     return result, None
+
+
+def gather(value: T) -> list[T]:
+    """The value of every process, in the order of the ranks, in every process."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def on_all_ranks(build: Callable[[], T]) -> T:

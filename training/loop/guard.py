@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from msdd_fast.errors import ConfigError, TrainingError
+from msdd_fast.training.loop.numbers import MOST_STEPS, Range, check_numbers
 
 
 @dataclass(frozen=True)
@@ -21,12 +22,11 @@ class GuardConfig:
     """This many skipped steps in a row end the run."""
 
     def __post_init__(self) -> None:
-        if self.spike_factor != 0 and not self.spike_factor > 1:
+        check_numbers(
+            self, "guard.", spike_factor=Range(0), after=Range(1, MOST_STEPS), max_in_a_row=Range(1, MOST_STEPS)
+        )
+        if 0 < self.spike_factor <= 1:
             raise ConfigError(f"guard.spike_factor must be 0 or above 1, got {self.spike_factor}")
-        if self.after < 1 or self.max_in_a_row < 1:
-            raise ConfigError(
-                f"guard.after and guard.max_in_a_row must be at least 1, got {self.after} and {self.max_in_a_row}"
-            )
 
 
 class Guard:
@@ -70,6 +70,18 @@ class Guard:
     def state(self) -> dict[str, Any]:
         names = ("accepted", "skipped", "in_a_row", "means")
         return {name: getattr(self, name) for name in names}
+
+    @staticmethod
+    def is_state(state: dict[str, Any]) -> bool:
+        """Whether a mapping out of JSON has the form of ``state``."""
+        counts = [state.get(name) for name in ("accepted", "skipped", "in_a_row")]
+        means = state.get("means")
+        return (
+            state.keys() == {"accepted", "skipped", "in_a_row", "means"}
+            and all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in counts)
+            and isinstance(means, dict)
+            and all(isinstance(m, (int, float)) and not isinstance(m, bool) for m in means.values())
+        )
 
     def load(self, state: dict[str, Any]) -> None:
         for name, value in state.items():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -12,9 +14,12 @@ from typing import Any, NoReturn
 from tqdm import tqdm
 
 from msdd_fast.errors import ConfigError
-from msdd_fast.io.json_files import append_json_lines, keep_json_lines
+from msdd_fast.io.json_files import append_json_lines, keep_json_lines, read_json_lines
 from msdd_fast.training.loop.distributed import is_rank0
 from msdd_fast.training.loop.memory import memory_gib
+from msdd_fast.training.loop.state import is_count
+
+log = logging.getLogger(__name__)
 
 
 class RunLog:
@@ -29,6 +34,7 @@ class RunLog:
         self.metrics_file, self.unreadable_file = out / "log.jsonl", out / "unreadable.jsonl"
         self._tensorboard_folder = out / "tensorboard" if tensorboard else None
         self._tensorboard: Any = None
+        self._unreadable: set[str] = set()
 
     @contextmanager
     def opened(self) -> Iterator[None]:
@@ -45,24 +51,57 @@ class RunLog:
         """One line of log.jsonl, on rank 0. Raises InputError if it cannot be written."""
         if not is_rank0():
             return
-        append_json_lines(self.metrics_file, [{"step": step, **{k: round(v, 6) for k, v in metrics.items()}}])
+        append_json_lines(self.metrics_file, [{"step": step, **{k: rounded(v) for k, v in metrics.items()}}])
         if self._tensorboard is not None:
             for name, value in metrics.items():
                 self._tensorboard.add_scalar(name, value, step)
 
     def write_unreadable(self, step: int, images: Sequence[tuple[str, str]]) -> None:
-        """The images (name, reason) of this process that ``step`` skipped, in unreadable.jsonl and on stderr."""
-        if not images:
+        """The images (name, reason) of this process that ``step`` skipped, in unreadable.jsonl and on stderr.
+
+        Each image once, whichever process met it first.
+        """
+        if all(name in self._unreadable for name, _ in images):
             return
-        append_json_lines(self.unreadable_file, [{"step": step, "image": name, "why": why} for name, why in images])
-        for _, why in images:
+        self._unreadable |= {str(line.get("image")) for line in read_json_lines(self.unreadable_file)}
+        new = {name: why for name, why in images if name not in self._unreadable}
+        append_json_lines(self.unreadable_file, [{"step": step, "image": name, "why": w} for name, w in new.items()])
+        self._unreadable |= new.keys()
+        for why in new.values():
             tqdm.write(f"skipped: {why}", file=sys.stderr)
 
     def cut(self, step: int) -> None:
-        """Drop the lines of steps after ``step``, which are about to be repeated; on rank 0."""
-        if is_rank0():
-            for path in (self.metrics_file, self.unreadable_file):
-                keep_json_lines(path, lambda line: line["step"] <= step)
+        """Drop the lines that are about to be repeated: of steps after ``step``, and ``step``'s validation; on rank 0.
+
+        Lines that are none of ours are dropped with a warning.
+        """
+        if not is_rank0():
+            return
+
+        for path in (self.metrics_file, self.unreadable_file):
+            without_step = 0
+
+            def keep(line: dict[str, Any]) -> bool:
+                nonlocal without_step
+                there = line.get("step")
+                without_step += not is_count(there)
+                return is_count(there) and (there < step or (there == step and not is_validation(line)))
+
+            foreign = keep_json_lines(path, keep) + without_step
+            if foreign:
+                log.warning("%s: %d lines that are not JSON or have no step were dropped", path, foreign)
+
+
+def is_validation(line: dict[str, Any]) -> bool:
+    """Whether a line of log.jsonl has the metrics of held-out images."""
+    return any(name.startswith("val/") for name in line)
+
+
+def rounded(value: float) -> float | None:
+    """Six significant digits, for JSON: None, which is null, for NaN and Inf."""
+    if isinstance(value, int):
+        return value
+    return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
 class Clock:
@@ -82,17 +121,9 @@ class Clock:
 
 
 def progress_bar(step: int, total: int) -> tqdm[NoReturn]:
-    """Progress on rank 0's stderr; in a file, where every update is a line, a few updates a minute."""
-    interval = 0.1 if sys.stderr.isatty() else 20.0
-    return tqdm(
-        total=total,
-        initial=step,
-        unit="step",
-        dynamic_ncols=True,
-        disable=not is_rank0(),
-        mininterval=interval,
-        maxinterval=max(10.0, interval),
-    )
+    """Progress on rank 0's stderr if that is a terminal."""
+    shown = is_rank0() and sys.stderr is not None and sys.stderr.isatty()
+    return tqdm(total=total, initial=step, unit="step", dynamic_ncols=True, disable=not shown)
 
 
 def progress_values(metrics: dict[str, float]) -> dict[str, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import resource
+import math
 import sys
 from typing import Any
 
@@ -33,7 +33,14 @@ def prepare_blocks(tokenizer: Tokenizer, compiled: bool, checkpointed: bool) -> 
 
 
 def memory_gib(device: str) -> float:
-    """Peak memory so far, in GiB: that of the GPU, or on a CPU the resident memory of this process."""
+    """Peak memory so far, in GiB: that of the GPU, or on a CPU the resident memory of this process.
+
+    NaN on a system without the module ``resource``, such as Windows.
+    """
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device) / 2**30
+    try:
+        import resource
+    except ImportError:
+        return math.nan
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)

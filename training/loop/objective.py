@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -16,8 +16,9 @@ from msdd_fast.training.loop.distributed import world_size
 from msdd_fast.training.loop.draws import Draws
 
 
-class Loss(NamedTuple):
-    """Loss of a micro-batch.
+@dataclass(frozen=True)
+class Loss:
+    """Loss of a micro-batch. Unpacks as ``value, metrics``, a pair that a recipe may return in its place.
 
     Attributes:
         value: scalar, a mean over the images.
@@ -29,11 +30,17 @@ class Loss(NamedTuple):
     metrics: dict[str, Tensor]
     for_critic: Any = None
 
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.value, self.metrics))
+
+    def __getitem__(self, index: int) -> Any:
+        return (self.value, self.metrics)[index]
+
 
 class Recipe(Protocol):
     """An objective."""
 
-    def loss(self, tokenizer: Tokenizer, images: Tensor, draws: Draws) -> Loss:
+    def loss(self, tokenizer: Tokenizer, images: Tensor, draws: Draws) -> Loss | tuple[Tensor, dict[str, Tensor]]:
         """Loss of images (B, 3, H, W) in [-1, 1]; every random number comes from ``draws``."""
         ...
 
@@ -55,12 +62,13 @@ class Critic:
 class Objective(nn.Module):
     """A loss as the forward pass of the module that it trains, which is what DistributedDataParallel wraps."""
 
-    def __init__(self, module: nn.Module, loss: Callable[..., Loss]) -> None:
+    def __init__(self, module: nn.Module, loss: Callable[..., Loss | tuple[Tensor, dict[str, Tensor]]]) -> None:
         super().__init__()
         self.module, self._loss = module, loss
 
     def forward(self, *args: Any) -> Loss:
-        return self._loss(*args)
+        loss = self._loss(*args)
+        return loss if isinstance(loss, Loss) else Loss(*loss)
 
 
 def distribute(objective: Objective) -> nn.Module:

@@ -8,8 +8,10 @@ contains the whole objective, the unrolled student included.
 
 from __future__ import annotations
 
+import logging
 import math
 import os
+import signal
 import sys
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
@@ -37,22 +39,26 @@ from msdd_fast.training.loop.distributed import (
 from msdd_fast.training.loop.draws import Draws
 from msdd_fast.training.loop.ema import Ema
 from msdd_fast.training.loop.guard import Guard
+from msdd_fast.training.loop.lock import RunLock
 from msdd_fast.training.loop.log import Clock, RunLog, progress_bar, progress_values
 from msdd_fast.training.loop.memory import prepare_blocks
 from msdd_fast.training.loop.objective import Critic, Loss, Objective, Recipe, distribute
 from msdd_fast.training.loop.optimizers import build_adamw, build_optimizers, set_learning_rate
 from msdd_fast.training.loop.signals import StopSignals
-from msdd_fast.training.loop.state import StateStore
+from msdd_fast.training.loop.state import StateStore, is_count, is_number
 from msdd_fast.training.loop.validation import Validation
 
 # Even gradient-free passes use plain PyTorch, so results do not depend on the machine's kernels.
 PLAIN = "eager,attention=sdpa,window_attention=sdpa"
 
+log = logging.getLogger(__name__)
+
 
 class Trainer:
     """Trains a tokenizer for ``loop.steps`` steps and keeps everything under ``out``.
 
-    Files: ``state/STEP/`` (to resume), ``log.jsonl`` (a line every ``log_every`` steps), ``samples/NNNNNN.png``,
+    Files: ``state/STEP/`` (to resume), ``log.jsonl`` (the first step, every ``log_every``-th and the last),
+    ``samples/NNNNNN.png``,
     ``checkpoint/`` (the averaged weights, for ``Tokenizer.from_pretrained``), ``unreadable.jsonl`` (skipped images).
     The newest state in ``out`` is resumed, on any number of processes.
 
@@ -68,7 +74,7 @@ class Trainer:
         preview: images (B, 3, H, W) in [-1, 1] of the sample grids.
 
     Raises ConfigError if the batch does not divide among the processes, CheckpointError if the newest state belongs to
-    another run.
+    another run, InputError if a run of another process is writing into ``out``.
     """
 
     def __init__(
@@ -87,6 +93,7 @@ class Trainer:
     ) -> None:
         self.micro, self.accumulate = on_all_ranks(lambda: batch_share(loop.batch_size, loop.micro_batch))
         self.out = Path(out)
+        self._lock = on_all_ranks(lambda: RunLock.take(self.out) if is_rank0() else None)
         self.optim, self.loop, self.recipe, self.dataset = optim, loop, recipe, dataset
         self.validation, self.preview, self.provenance = validation, preview, provenance or {}
         self.tokenizer = tokenizer.to(loop.device).train()
@@ -103,46 +110,66 @@ class Trainer:
         self.guard = Guard(loop.guard)
         self.unreadable = 0
         self.best: dict[str, Any] | None = None
-        self.improved = self.stopping = False
+        self.improved = False
+        self.stopping = 0
         self.stop = StopSignals()
         self.log = RunLog(self.out, loop.tensorboard)
         self.store = StateStore(self.out / "state", loop.keep)
         self.load_state()
 
-    def _loss(self, images: Tensor, draws: Draws) -> Loss:
+    def _loss(self, images: Tensor, draws: Draws) -> Loss | tuple[Tensor, dict[str, Tensor]]:
         return self.recipe.loss(self.tokenizer, images, draws)
 
     def run(self) -> Tokenizer:
         """Train to the end and return the averaged model.
 
-        SIGTERM saves the state and raises SystemExit(143); the same command continues from there.
+        SIGTERM saves the state and raises SystemExit(143); the same command continues from there. So does Ctrl-C, with
+        130; a second one raises KeyboardInterrupt at once.
         """
         if is_rank0():
             (self.out / "samples").mkdir(parents=True, exist_ok=True)
         bar, clock = progress_bar(self.step, self.loop.steps), Clock(self.step, self.loop.batch_size, self.loop.device)
         with self.stop, bar, self.log.opened(), closing(self.batches()) as steps:
+            if self.step and self._due(self.loop.sample_every):
+                self.show()  # the state was saved before
+                if self.improved:
+                    self._keep_best(saved=True)
             for batches in steps:
                 metrics = self.train_step(batches)
                 bar.update()
-                if self.step % self.loop.log_every == 0:
+                if self._due(self.loop.log_every) or (self.step == 1 and self.loop.log_every):
                     metrics |= clock.lap(self.step)
                     self.log.write(self.step, metrics)
                     bar.set_postfix(progress_values(metrics))
+                # Before the pictures and the validation: whatever fails there, the steps are not lost.
+                saved = self._due(self.loop.checkpoint_every) or self.stopping > 0
+                if saved:
+                    self.save_state()
                 if self._due(self.loop.sample_every):
                     self.show()
-                if self._due(self.loop.checkpoint_every) or self.stopping or self.improved:
-                    self.save_state()
+                if self.improved and self.loop.checkpoint_every:
+                    self._keep_best(saved)
                 if self.stopping:
                     break
         if self.step < self.loop.steps:
             if is_rank0():
                 print(f"stopped after step {self.step} and saved; the same command continues", file=sys.stderr)
-            raise SystemExit(143)
+            raise SystemExit(128 + self.stopping)
         on_all_ranks(self._export)
+        self._lock = None
         return self.ema.model
 
     def _due(self, every: int) -> bool:
-        return self.step % every == 0 or self.step == self.loop.steps
+        """Whether something that happens every so many steps, and after the last, happens now; 0: never."""
+        return every > 0 and (self.step % every == 0 or self.step == self.loop.steps)
+
+    def _keep_best(self, saved: bool) -> None:
+        """Have the state of this step, whose validation is the best so far, kept."""
+        if saved:
+            self.store.prune(self.step, self.step)
+        else:
+            self.save_state()
+        self.improved = False
 
     def _export(self) -> None:
         if is_rank0():
@@ -175,12 +202,18 @@ class Trainer:
                 (loss.value / len(batches)).backward()
             collected.append({"loss": loss.value.detach(), **loss.metrics})
             for_critic.append(loss.for_critic)
-        norm = nn.utils.clip_grad_norm_(self.tokenizer.parameters(), self.optim.grad_clip)
+        norm = nn.utils.clip_grad_norm_(self.tokenizer.parameters(), self.optim.grad_clip or math.inf)
         unreadable = [bad for batch in batches for bad in batch.unreadable]
         metrics = _mean_over_batch(
-            [*collected, {"grad_norm": norm}], {"unreadable": len(unreadable), "stop": float(self.stop.received)}
+            [*collected, {"grad_norm": norm}],
+            {
+                "unreadable": len(unreadable),
+                "terminated": self.stop.received == signal.SIGTERM,
+                "interrupted": self.stop.received == signal.SIGINT,
+            },
         )
-        self.stopping = metrics.pop("stop") > 0
+        terminated, interrupted = metrics.pop("terminated") > 0, metrics.pop("interrupted") > 0
+        self.stopping = int(signal.SIGTERM if terminated else signal.SIGINT if interrupted else 0)
         self.unreadable += round(metrics.pop("unreadable"))
         if unreadable and self.loop.strict:
             raise InputError(f"{unreadable[0][1]} (strict)")
@@ -206,7 +239,7 @@ class Trainer:
         with self._autocast():
             loss = self.critic_objective(for_critic)
         loss.value.backward()
-        norm = nn.utils.clip_grad_norm_(critic.module.parameters(), critic.optim.grad_clip)
+        norm = nn.utils.clip_grad_norm_(critic.module.parameters(), critic.optim.grad_clip or math.inf)
         metrics = _mean_over_batch([{**loss.metrics, "critic_grad_norm": norm}], {})
         if math.isfinite(metrics["critic_grad_norm"]):
             self.critic_optimizer.step()
@@ -228,8 +261,15 @@ class Trainer:
             save_image(preview_grid([self.preview, *columns]), self.out / "samples" / f"{self.step:06d}.png")
         if self.validation is None:
             return
-        metrics = self.validation.measure(self.ema.model)
+        try:
+            metrics = self.validation.measure(self.ema.model)
+        except InputError as e:  # in all processes: a file that was readable at the start
+            if is_rank0():
+                log.warning("no validation at step %d: %s", self.step, e)
+            return
         self.log.write(self.step, {f"val/{name}": value for name, value in metrics.items()})
+        if math.isnan(metrics["psnr_db"]):
+            return
         self.improved = self.best is None or metrics["psnr_db"] > self.best["psnr_db"]
         if self.improved:
             self.best = {"step": self.step, **metrics}
@@ -249,6 +289,7 @@ class Trainer:
             "guard": self.guard.state(),
             "unreadable": self.unreadable,
             "best": self.best,
+            "data": self.dataset.fingerprint(),
             "provenance": self.provenance,
         }
         self.store.save(self.step, tensors, metadata, None if self.best is None else self.best["step"])
@@ -263,9 +304,24 @@ class Trainer:
                     "numbers; choose another out folder"
                 )
             )
-        found = self.store.load(self._identity())
+        found = self.store.load(self._identity(), metadata_fault)
         if found is not None:
-            self._restore(*found)
+            try:
+                self._restore(*found)
+            except (RuntimeError, KeyError, ValueError, TypeError) as e:
+                reason = str(e).strip().splitlines()[0]
+                raise_on_rank0(
+                    CheckpointError(
+                        f"cannot resume from {self.store.path(self.step)}: its tensors are not this run's: {reason}"
+                    )
+                )
+            data, mine = found[1].get("data"), self.dataset.fingerprint()
+            if data is not None and data != mine and is_rank0():
+                count = data.get("images") if isinstance(data, dict) else data
+                log.warning(
+                    "the images are not those of %s (%s images there, %s now): the run goes on, with the new ones",
+                    self.store.path(self.step), count, mine["images"],
+                )  # fmt: skip
         self.log.cut(self.step)
 
     def _restore(self, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
@@ -300,6 +356,20 @@ class Trainer:
     def _named_optimizers(self) -> dict[str, torch.optim.Optimizer]:
         named = {f"optimizer{i}": optimizer for i, optimizer in enumerate(self.optimizers)}
         return named if self.critic is None else {**named, "critic_optimizer": self.critic_optimizer}
+
+
+def metadata_fault(metadata: dict[str, Any]) -> str | None:
+    """What is wrong with the types in a state's metadata, or None."""
+    guard, best = metadata.get("guard"), metadata.get("best")
+    if not is_count(metadata.get("step")) or not is_count(metadata.get("unreadable")):
+        return "step and unreadable must be integers of at least 0"
+    if not isinstance(guard, dict) or not Guard.is_state(guard):
+        return "guard must hold counts and means"
+    if best is not None and not (
+        isinstance(best, dict) and is_count(best.get("step")) and is_number(best.get("psnr_db"))
+    ):
+        return "best must be null or hold step and psnr_db"
+    return None
 
 
 def _zero_grad(optimizers: Iterable[torch.optim.Optimizer]) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
-from msdd_fast.io.images import load_batch
+from msdd_fast.errors import InputError
+from msdd_fast.io.images import load_batch, load_image
 from msdd_fast.metrics.image import psnr
 from msdd_fast.metrics.vgg19 import Vgg19Distance
 from msdd_fast.tokenizer import Tokenizer
@@ -23,6 +26,9 @@ class Validation:
         device: of the tokenizer.
         distance: optional perceptual distance.
         batch: images at a time.
+
+    Raises InputError, which names the first, if any of this process's files is not a readable image: before the first
+    step, and not hours later.
     """
 
     def __init__(
@@ -34,18 +40,44 @@ class Validation:
         batch: int = 16,
     ) -> None:
         self.files, self.size, self.device, self.distance, self.batch = list(files), size, device, distance, batch
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            bad = [error for error in pool.map(_error, [file for _, file in self._mine()]) if error]
+        if bad:
+            raise InputError(f"val has {len(bad)} unreadable image{'s' if len(bad) > 1 else ''}: {bad[0]}")
+
+    def _mine(self) -> list[tuple[int, Path]]:
+        return list(enumerate(self.files))[rank() :: world_size()]
 
     @torch.no_grad()
     def measure(self, tokenizer: Tokenizer) -> dict[str, float]:
-        """Means over all images, equal in all processes: psnr_db and, with a distance, vgg19_distance."""
-        sums = torch.zeros(3, dtype=torch.float64)
-        mine = list(enumerate(self.files))[rank() :: world_size()]
+        """Means over all images, equal in all processes: psnr_db and, with a distance, vgg19_distance.
+
+        Raises InputError in all processes if an image can no longer be read in one.
+        """
+        sums = torch.zeros(4, dtype=torch.float64)
+        mine = self._mine()
+        error: InputError | None = None
         for i in range(0, len(mine), self.batch):
             part = mine[i : i + self.batch]
-            x = load_batch([file for _, file in part], self.size).to(self.device)
+            try:
+                x = load_batch([file for _, file in part], self.size).to(self.device)
+            except InputError as e:
+                error, sums[3] = e, 1.0
+                break
             y = tokenizer.decode(tokenizer.encode(x), seed=[seed for seed, _ in part])
             distance = self.distance(y.clamp(-1, 1), x) if self.distance else torch.zeros(1)
-            sums += torch.tensor([len(part), float(psnr(y, x).double().sum()), float(distance.double().sum())])
-        count, *totals = sum_over_processes(sums).tolist()
+            sums[:3] += torch.tensor([len(part), float(psnr(y, x).double().sum()), float(distance.double().sum())])
+        count, *totals, failed = sum_over_processes(sums).tolist()
+        if failed:
+            raise error or InputError("an image of val can no longer be read by another process")
         names = ("psnr_db", "vgg19_distance") if self.distance else ("psnr_db",)
         return {name: total / count for name, total in zip(names, totals, strict=False)}
+
+
+def _error(file: Path) -> str | None:
+    """Why the file is not a readable image, or None."""
+    try:
+        load_image(file)
+    except InputError as e:
+        return str(e)
+    return None

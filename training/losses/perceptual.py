@@ -31,7 +31,8 @@ class Perceptual(nn.Module):
         self.name, self.distance = name, distance
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        out: Tensor = self.distance(x, y)
+        with torch.autocast(x.device.type, enabled=False):  # bfloat16 would round a small distance to nonsense
+            out: Tensor = self.distance(x.float(), y.float())
         return out
 
 

@@ -11,14 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from msdd_fast.diffusion.config import Config
 from msdd_fast.diffusion.noise import start_noise
 from msdd_fast.diffusion.schedule import NUM_TIMESTEPS, Stage
-from msdd_fast.errors import ConfigError
+from msdd_fast.errors import CheckpointError, ConfigError
 from msdd_fast.families import get_preset
 from msdd_fast.families.msdd.config import TokenizerConfig
 from msdd_fast.tokenizer import Tokenizer
 from msdd_fast.training.config import Components, RunConfig
 from msdd_fast.training.loop.draws import Draws, Purpose
+from msdd_fast.training.loop.numbers import Range, check_numbers
 from msdd_fast.training.loop.objective import Loss
 from msdd_fast.training.losses.perceptual import require_perceptual
 from msdd_fast.training.preview import stage_columns
@@ -40,6 +42,15 @@ class Stage1Config:
     """Weight of the perceptual distance of the clean estimate, last stage only."""
     stages_per_image: int = 1
     """Stages on which each image is trained per step; they share its encoding."""
+
+    def __post_init__(self) -> None:
+        check_numbers(
+            self,
+            start_fraction=Range(0, 1),
+            context_dropout=Range(0, 1, open_high=True),
+            perceptual_weight=Range(0),
+            stages_per_image=Range(1, 64),
+        )
 
 
 def image_pyramid(images: Tensor, num_stages: int) -> list[Tensor]:
@@ -161,17 +172,20 @@ class MSDDTrainConfig(RunConfig):
 
     preset: str = "msdd-nano"
     """Model: a preset name."""
+    start: str | None = None
+    """Checkpoint to start from, instead of the preset with random weights: a bundled name, a directory or a hub id."""
     image_size: int | None = None
-    """Pixels per side, if not the preset's."""
+    """Pixels per side, if not the model's."""
     num_stages: int | None = None
-    """Scales, each at half the resolution of the next, if not the preset's; 1 is single-scale flow matching."""
+    """Scales, each at half the resolution of the next, if not the model's; 1 is single-scale flow matching."""
     objective: Stage1Config = field(default_factory=Stage1Config)
 
-    def model(self) -> TokenizerConfig:
-        """The preset with this configuration's sizes. Raises ConfigError."""
-        config = get_preset(self.preset)
+    def model(self, base: Config | None = None) -> TokenizerConfig:
+        """``base``, by default the preset, with this configuration's sizes. Raises ConfigError."""
+        config = get_preset(self.preset) if base is None else base
         if not isinstance(config, TokenizerConfig):
-            raise ConfigError(f"preset must be of the family msdd, got {self.preset}")
+            where = f"preset must be of the family msdd, got {self.preset}"
+            raise ConfigError(where if base is None else f"start must be of the family msdd, got {self.start}")
         if self.image_size is not None:
             config = dataclasses.replace(config, image_size=self.image_size)
         if self.num_stages is not None:
@@ -180,7 +194,19 @@ class MSDDTrainConfig(RunConfig):
         return config
 
     def build(self) -> Components:
-        config = self.model()
+        start = None if self.start is None else Tokenizer.from_pretrained(self.start)
+        config = self.model(None if start is None else start.config)
+        if self.objective.stages_per_image > config.schedule.num_stages:
+            raise ConfigError(
+                f"stages_per_image must be at most the model's {config.schedule.num_stages} stages, got "
+                f"{self.objective.stages_per_image}"
+            )
         recipe = Stage1Recipe(self.objective, self.perceptual_distance(self.objective.perceptual_weight))
         torch.manual_seed(self.loop.seed)
-        return Components(Tokenizer(config), recipe, self.preset)
+        if start is None:
+            return Components(Tokenizer(config), recipe, self.preset)
+        try:
+            tokenizer = Tokenizer.from_stored(config, start.state_dict(), str(self.start))
+        except CheckpointError as e:
+            raise ConfigError(f"start has no weights for this image_size and num_stages: {e}") from e
+        return Components(tokenizer, recipe, f"from {self.start}")

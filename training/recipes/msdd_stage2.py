@@ -31,6 +31,7 @@ from msdd_fast.tokenizer import Tokenizer
 from msdd_fast.training.config import Components, RunConfig, replace_config
 from msdd_fast.training.loop.config import AdamConfig
 from msdd_fast.training.loop.draws import Draws, Purpose
+from msdd_fast.training.loop.numbers import Range, check_numbers
 from msdd_fast.training.loop.objective import Critic, Loss
 from msdd_fast.training.losses.adversarial import AdversarialLoss, adaptive_weight, discriminator_loss, generator_loss
 from msdd_fast.training.losses.augment import NUM_DRAWS
@@ -80,13 +81,13 @@ class Stage2Config:
         check_sampling(self.steps, self.teacher_cfg_scale)
         check_sampling(1, self.student_cfg_scale)
         names = ("reconstruction", "image", "perceptual", "adversarial", "distillation", "consistency")
-        for name in (f"{n}_weight" for n in names):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)}")
-        if not 0 <= self.context_dropout < 1:
-            raise ConfigError(f"context_dropout must be in [0, 1), got {self.context_dropout}")
-        if self.perceptual_crop is not None and self.perceptual_crop < 1:
-            raise ConfigError(f"perceptual_crop must be at least 1, got {self.perceptual_crop}")
+        check_numbers(
+            self,
+            **{f"{name}_weight": Range(0) for name in names},
+            context_dropout=Range(0, 1, open_high=True),
+            perceptual_crop=Range(1, 2**20),
+            teacher_steps=Range(1, 1000),
+        )
         if self.perceptual_target == "teacher" and self.perceptual_weight > 0 and not self.matches_teacher:
             raise ConfigError("perceptual_target 'teacher' needs recipe 'teacher-matching', got 'adversarial'")
         if self.perceives_teacher and self.reconstruction_weight == 0:

@@ -19,6 +19,7 @@ from msdd_fast.tokenizer import Tokenizer
 from msdd_fast.training.config import RunConfig
 from msdd_fast.training.loop.config import OptimConfig
 from msdd_fast.training.loop.draws import Draws, Purpose
+from msdd_fast.training.loop.numbers import Range, check_numbers
 from msdd_fast.training.loop.objective import Critic
 from msdd_fast.training.losses.perceptual import Perceptual, PerceptualName, require_perceptual
 from msdd_fast.training.recipes.ssdd_alignment import Aligned, Alignment
@@ -40,11 +41,8 @@ class SSDDObjective:
     """Euler steps of the teacher in distillation."""
 
     def __post_init__(self) -> None:
-        for name in ("perceptual_weight", "alignment_weight", "kl_weight"):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)}")
-        if self.teacher_steps < 1:
-            raise ConfigError(f"teacher_steps must be at least 1, got {self.teacher_steps}")
+        weights = {name: Range(0) for name in ("perceptual_weight", "alignment_weight", "kl_weight")}
+        check_numbers(self, **weights, teacher_steps=Range(1, 1000))
 
 
 @dataclass(frozen=True)

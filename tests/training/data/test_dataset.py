@@ -1,10 +1,17 @@
 """Training data: sources, order, augmentation, bad input."""
 
+import gc
 import io
+import multiprocessing
+import os
+import pickle
 import random
+import re
 import shutil
 import struct
+import sys
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +22,7 @@ from msdd_fast.errors import InputError
 from msdd_fast.training.data import CropConfig, ImageDataset, find_images
 from msdd_fast.training.data.crop import crop_image
 from msdd_fast.training.data.loader import MicroBatches
-from msdd_fast.training.data.sources import expand_braces
+from msdd_fast.training.data.sources import ImageRef, ImageRefs, expand_braces
 from msdd_fast.training.loop.draws import hash_seed
 
 
@@ -269,3 +276,62 @@ def test_a_shard_from_a_pipe(shard, tmp_path):
     assert not list(cache.glob("*.tmp"))
     with pytest.raises(InputError, match="data from a pipe needs cache, a folder for its shards, got none"):
         find_images([source])
+
+
+@pytest.mark.parametrize("keep", [100, 0.3, "without its end"])
+def test_only_shards_that_read_to_their_end_are_kept(shard, tmp_path, keep):
+    """A command that is cut off and still ends well: the shard is refused by name, and asked for again next time."""
+    whole = shard.read_bytes()
+    end = max(i for i in range(0, len(whole), 512) if any(whole[i : i + 512])) + 512
+    size = end if keep == "without its end" else keep if keep == 100 else int(end * keep)
+    (tmp_path / "cut.tar").write_bytes(whole[:size])
+    cache, source = tmp_path / "cache", f"pipe:cat {tmp_path}/cut.tar"
+    with pytest.raises(InputError, match=r"data shard pipe:cat .*cut.tar is not a readable, uncompressed tar file"):
+        find_images([source], cache)
+    assert [p.suffix for p in cache.iterdir()] == [".lock"]
+    (tmp_path / "cut.tar").write_bytes(whole)
+    assert len(find_images([source], cache)) == 3
+    (kept,) = cache.glob("*.tar")
+    kept.write_bytes(b"x" * 600)  # damaged later: the message names it
+    with pytest.raises(InputError, match=rf"kept as {kept}; delete that to run the command again"):
+        find_images([source], cache)
+
+
+def test_references_are_a_few_arrays(folder, shard):
+    refs = [*find_images([folder, shard]), ImageRef(Path(os.fsdecode(b"/\xff\xc3\xa4")), 2**40, 0)]
+    kept = ImageRefs(refs)
+    assert list(kept) == refs and len(kept) == len(refs) and kept[-1] == refs[-1] and kept[2:4] == refs[2:4]
+    assert kept.sha256() == ImageRefs(refs).sha256() != ImageRefs(refs[1:]).sha256()
+    assert list(pickle.loads(pickle.dumps(kept))) == refs and list(ImageRefs([])) == []
+    with pytest.raises(IndexError):
+        kept[len(refs)]
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="Linux")
+def test_a_workers_memory_is_flat():
+    """Looking up 100,000 images in a forked process copies none of what it shares with its parent."""
+    data = ImageDataset([ImageRef(Path(f"/data/{i:08d}.jpg")) for i in range(100_000)], 16, seed=0)
+    script = multiprocessing.get_context("fork").Process(target=_look_up, args=(data,))
+    script.start()
+    script.join()
+    assert script.exitcode == 0
+
+
+def _look_up(data):
+    def private():
+        found = re.search(r"Private_Dirty: +([0-9]+)", Path("/proc/self/smaps_rollup").read_text())
+        return int(found[1]) / 1024
+
+    data.index_of(0)
+    gc.collect()
+    before = private()
+    for g in range(len(data)):
+        data.refs[data.index_of(g)]
+    sys.exit(private() - before > 8)  # MiB; a list of objects needs 25
+
+
+def test_without_fcntl(monkeypatch, tmp_path):
+    """As on Windows: a pipe says what it lacks."""
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    with pytest.raises(InputError, match="data from a pipe needs Python's module fcntl, which this system lacks"):
+        find_images(["pipe:true"], tmp_path)

@@ -8,14 +8,17 @@ import resource
 import shutil
 import signal
 import time
+import warnings
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 
 from msdd_fast import Tokenizer
 from msdd_fast.commands.main import main
 from msdd_fast.errors import CheckpointError
 from msdd_fast.training.loop import state as state_module
+from msdd_fast.training.loop.state import read_tensors
 from tests.training.launch import TIMEOUT, command, curve, finish, start, trainer
 
 pytest.importorskip("tyro")
@@ -159,16 +162,27 @@ def test_damaged_and_foreign_states(images, tmp_path, caplog):
     run = trainer("stage1", images, tmp_path, 4)
     for run.step in (1, 2):
         run.save_state()
-    (newest,) = (tmp_path / "state/00000002").glob("*.distcp")
+    (newest,) = (tmp_path / "state/00000002").glob("*.safetensors")
     newest.write_bytes(newest.read_bytes()[:1000])
     assert trainer("stage1", images, tmp_path, 4).step == 1
     assert "00000002: it is damaged" in caplog.text and "continuing from the state before it" in caplog.text
     with pytest.raises(CheckpointError, match="its batch_size is not this run's; choose another out folder"):
         trainer("stage1", images, tmp_path, 4, batch_size=8)
-    for metadata in (tmp_path / "state").glob("*/.metadata"):
-        metadata.write_bytes(b"")
+    for sums in (tmp_path / "state").glob("*/SHA256SUMS"):
+        sums.write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"cannot resume from .*00000001: it is damaged"):
         trainer("stage1", images, tmp_path, 4)
+
+
+def as_version_0_1(state):
+    """Write a state as version 0.1 did."""
+    tensors = read_tensors(state)
+    (state / "metadata.json").rename(state / "facts.json")
+    for file in (*state.glob("*.safetensors"), state / "SHA256SUMS"):
+        file.unlink()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about being a single process
+        dcp.save(tensors, storage_writer=dcp.FileSystemWriter(state), no_dist=True)
 
 
 def test_a_state_of_version_0_1(images, tmp_path):
@@ -178,7 +192,7 @@ def test_a_state_of_version_0_1(images, tmp_path):
     old = trainer("stage1", images, tmp_path / "old", 4, checkpoint_every=2, keep=5)
     old.run()
     shutil.rmtree(old.out / "state/00000004")
-    (old.out / "state/00000002/metadata.json").rename(old.out / "state/00000002/facts.json")
+    as_version_0_1(old.out / "state/00000002")
     resumed = trainer("stage1", images, tmp_path / "old", 4)
     assert resumed.step == 2
     resumed.run()

@@ -1,6 +1,9 @@
 """The training loop: exact resume, outputs, optimisers, schedule, and that it learns."""
 
+import dataclasses
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -14,7 +17,7 @@ from msdd_fast.training.loop.config import LoopConfig, OptimConfig
 from msdd_fast.training.loop.muon import Muon, orthogonalize
 from msdd_fast.training.loop.optimizers import build_optimizers, learning_rate_factor
 from msdd_fast.training.loop.trainer import Trainer
-from msdd_fast.training.recipes.msdd_stage1 import Stage1Config, Stage1Recipe
+from msdd_fast.training.recipes.msdd_stage1 import MSDDTrainConfig, Stage1Config, Stage1Recipe
 
 
 def trainer(images, out, steps, optimizer="adamw", **loop):
@@ -76,7 +79,7 @@ def test_a_foreign_or_damaged_state_is_refused(images, tmp_path):
 
 
 def test_no_steps(images, tmp_path):
-    with pytest.raises(ConfigError, match="steps and batch_size must be at least 1, got 0 and 4"):
+    with pytest.raises(ConfigError, match="steps must be at least 1, got 0"):
         trainer(images, tmp_path, 0)
 
 
@@ -121,3 +124,67 @@ def test_command_line(images, tmp_path, capsys):
     assert json.loads((tmp_path / "run/config.json").read_text())["preset"] == "tiny"
     assert main(["train", "--data", str(tmp_path / "none"), "--out", str(tmp_path / "x")]) == 1
     assert "data must be folders or .tar shards" in capsys.readouterr().err
+
+
+class OldRecipe(Stage1Recipe):
+    """As recipes of version 0.1 were: a loss and its metrics as a pair."""
+
+    def loss(self, *args):
+        value, metrics = super().loss(*args)
+        return value, {**metrics, "mine": torch.tensor(1.0)}
+
+
+def test_a_loss_may_be_a_pair(images, tmp_path):
+    run = trainer(images, tmp_path, 1)
+    run.recipe = OldRecipe(Stage1Config())
+    run.run()
+    assert json.loads((tmp_path / "log.jsonl").read_text())["mine"] == 1
+
+
+def test_zero_clips_nothing(images, tmp_path):
+    """grad_clip 0 steps as a limit does that is never reached."""
+    weights = []
+    for clip in (0, 1e9):
+        run = trainer(images, tmp_path / str(clip), 2)
+        run.optim = dataclasses.replace(run.optim, grad_clip=clip)
+        weights.append(run.run().state_dict())
+    assert all(torch.equal(t, weights[1][name]) for name, t in weights[0].items())
+
+
+def test_fine_tuning(images, tmp_path, capsys):
+    """--start takes the weights, and the family, of a checkpoint."""
+    tok = Tokenizer.from_config("tiny")
+    with torch.no_grad():
+        for p in tok.parameters():
+            p.add_(0.01)
+    tok.save_pretrained(tmp_path / "start")
+    loop = ["--loop.steps=1", "--loop.batch-size=1", "--loop.workers=0", "--loop.device=cpu", "--optim.lr=1e-12"]
+    given = ["train", f"--data={images}", f"--start={tmp_path / 'start'}", "--loop.precision=float32", *loop]
+    assert main([*given, f"--out={tmp_path / 'run'}"]) == 0
+    tuned = Tokenizer.from_pretrained(tmp_path / "run/checkpoint")
+    assert tuned.config == tok.config
+    for p, q in zip(tok.parameters(), tuned.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-6)
+    Tokenizer.from_config("tiny-ssdd").save_pretrained(tmp_path / "ssdd")
+    given[2] = f"--start={tmp_path / 'ssdd'}"
+    assert main([*given, f"--out={tmp_path / 'ssdd-run'}", "--perceptual=random", "--image-size=32"]) == 0
+    assert Tokenizer.from_pretrained(tmp_path / "ssdd-run/checkpoint").config.family == "ssdd"
+    config = MSDDTrainConfig(("x",), "y", start=str(tmp_path / "ssdd"))
+    with pytest.raises(ConfigError, match="start must be of the family msdd, got"):
+        config.build()
+    with pytest.raises(ConfigError, match="stages_per_image must be at most the model's"):
+        MSDDTrainConfig(("x",), "y", preset="tiny", objective=Stage1Config(stages_per_image=60)).build()
+
+
+def test_training_imports_where_posix_modules_are_missing():
+    """As on Windows, which has neither fcntl nor resource."""
+    code = (
+        "import sys; sys.modules.update(fcntl=None, resource=None)\n"
+        "import msdd_fast.training.run\n"
+        "from msdd_fast.training.recipes import msdd_stage2, ssdd_distill\n"
+        "from msdd_fast.training.loop.memory import memory_gib\n"
+        "from msdd_fast.training.loop.lock import RunLock\n"
+        "import pathlib, tempfile; RunLock.take(pathlib.Path(tempfile.mkdtemp()))\n"
+        "assert memory_gib('cpu') != memory_gib('cpu')"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from msdd_fast.errors import CheckpointError, ConfigError, InputError
 from msdd_fast.metrics.lpips import LpipsVgg
+from msdd_fast.metrics.vgg19 import Vgg19Distance
 from msdd_fast.training.losses.perceptual import make_perceptual
 
 # torchvision's VGG-16: (index in `features`, channels); M is a 2x2 max-pool.
@@ -132,3 +133,29 @@ def test_a_file_that_is_not_named(files):
         make_perceptual("lpips-vgg", lpips_heads=files[1])
     with pytest.raises(ConfigError, match=r"needs the file lpips_heads, got none: LPIPS v0\.1's heads"):
         make_perceptual("lpips-vgg", vgg16=files[0])
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_autocast_changes_no_distance(files, tmp_path, direct):
+    """Small distances are differences of nearly equal features, which bfloat16 cannot hold."""
+    generator = torch.Generator().manual_seed(0)
+    state = {}
+    for key, n_in, n_out, kernel in Vgg19Distance._LAYERS:
+        state[f"{key}.weight"] = torch.randn(n_out, n_in, kernel, kernel, generator=generator) / (n_in * kernel) ** 0.5
+        state[f"{key}.bias"] = torch.zeros(n_out)
+    torch.save(state, tmp_path / "vgg19.pth")
+    losses = [
+        make_perceptual("vgg19", vgg19=str(tmp_path / "vgg19.pth")),
+        make_perceptual("lpips-vgg", vgg16=files[0], lpips_heads=files[1]),
+        make_perceptual("random"),
+    ]
+    y = torch.rand(2, 3, 32, 32, generator=generator) * 2 - 1
+    x = (y + 0.01 * torch.randn(y.shape, generator=generator)).requires_grad_()
+    for loss in losses:
+        distance = loss.distance if direct and loss.name != "random_distance" else loss
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            rounded = distance(x, y)
+        exact = distance(x, y)
+        assert torch.equal(rounded, exact) and rounded.dtype == torch.float32
+        (a,), (b,) = (torch.autograd.grad(d.sum(), x) for d in (rounded, exact))
+        assert torch.equal(a, b)
