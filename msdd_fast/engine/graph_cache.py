@@ -51,7 +51,7 @@ class GraphCache:
         self._cost = assumed_cost(self.sizes)
         self._capturing, self._replaying = threading.Lock(), threading.Lock()
         self._streaming = True
-        self._exact = device.type == "cpu"  # one graph for each batch size that occurs, without padding
+        self._exact = records_programs(device)  # one graph for each batch size that occurs, without padding
         self._recorder: graphs.Recorder | ProgramRecorder | None = None
         self._graphs: dict[Request, graphs.Graph] = {}
         self._stage_graphs: dict[Request, graphs.StageGraphs] = {}
@@ -123,6 +123,11 @@ class GraphCache:
             lambda inputs: self._program.stream(inputs, request),
             self._stages,
         )
+
+
+def records_programs(device: torch.device) -> bool:
+    """Whether graphs on this device are recorded programs."""
+    return device.type == "cpu"
 
 
 def use_graphs(wanted: str | bool, device: torch.device) -> tuple[bool, str]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from msdd_fast import Tokenizer, accelerate, explain
+from msdd_fast.engine import graph_cache
 from msdd_fast.engine.compute import compute_dtype
 from msdd_fast.errors import BackendUnavailableError, InputError
 from msdd_fast.ops._patches import to_uint8
@@ -159,10 +160,14 @@ def test_bad_arguments_of_accelerate(cross, arguments, message):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there are graphs here")
-def test_graphs_that_cannot_be_had(cross):
-    with pytest.raises(BackendUnavailableError, match="graphs=True needs a CUDA device, but the tokenizer is on cpu"):
+def test_graphs_that_cannot_be_had(cross, monkeypatch):
+    monkeypatch.setattr(graph_cache, "can_record", lambda: (False, "programs need msdd_fast._C, which was not built"))
+    with pytest.raises(
+        BackendUnavailableError, match="graphs=True cannot be had: programs need msdd_fast._C, which was"
+    ):
         accelerate(cross, graphs=True)
-    assert "graphs  no: only on a GPU" in str(accelerate(cross).report())
+    assert "graphs  no: programs need msdd_fast._C, which was not built" in str(accelerate(cross).report())
+    assert "graphs  no: not wanted (graphs=False)" in str(accelerate(cross, graphs=False).report())
 
 
 @pytest.mark.parametrize(

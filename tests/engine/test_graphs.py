@@ -67,6 +67,7 @@ def replaying(monkeypatch):
     monkeypatch.setattr(graphs, "Recorder", lambda device: Replayer(device))
     for module in (graph_cache, decoder):
         monkeypatch.setattr(module, "use_graphs", lambda wanted, device: (True, "fake recorder"))
+    monkeypatch.setattr(graph_cache, "records_programs", lambda device: False)
     Replayer.recorded = 0
 
 

@@ -166,6 +166,7 @@ def test_training_the_tokenizer_later_does_not_change_the_engine(tok):
 
 def test_graphs_are_kept_by_shape(tok, monkeypatch):
     """With fake graphs: two heights are two graphs, batches are put together as for any engine."""
+    monkeypatch.setattr("msdd_fast.engine.graph_cache.records_programs", lambda device: False)
     engine = accelerate(tok, dtype=torch.float32, steps=1, batch_sizes=(1, 2))
     made = []
 
