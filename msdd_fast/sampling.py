@@ -81,7 +81,7 @@ def sample(
     Returns float32 (B, 3, H, W), not clamped. Differentiable. Raises InputError for bad arguments.
     """
     cfg = decoder.config
-    check_sampling(steps, cfg_scale)
+    steps, cfg_scale = check_sampling(steps, cfg_scale)
     check_guidance(cfg, cfg_scale)
     check_latents(z, *cfg.latent_shape)
     if len(schedule) != cfg.schedule.num_stages:
@@ -108,7 +108,8 @@ def sample(
         model_times, t = schedule.time_grid(s, steps)
         for i in range(steps):
             v = velocity(decoder, x, model_times[i].to(device).expand(batch), z, cfg_scale, backend)
-            x_before, x = x, ops.euler_step(x, v, float(t[i + 1] - t[i]), backend=backend)
+            dt = (t[i + 1] - t[i]).to(device)  # a tensor: torch.export reads no values
+            x_before, x = x, ops.euler_step(x, v, dt, backend=backend)
         states.append(x)
         if stage_callback is not None:
             stage_callback(StageResult(stage, x, x_before, v, float(t[steps - 1])))

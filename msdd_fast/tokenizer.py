@@ -159,6 +159,20 @@ class Tokenizer(nn.Module):
             raise InputError(f"tokenizer must be of the family {' or '.join(exporting)}, got {self.config.family}")
         checkpoint.write_safetensors(released.export(self.state_dict()), path)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return next(self.parameters()).dtype
+
+    def forward(self, images: Tensor, seed: int | Sequence[int] | Tensor = 0) -> Tensor:
+        """The reconstruction, ``decode(encode(images), seed)``. Arguments, results and errors as of those."""
+        return self.decode(self.encode(images), seed)
+
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """Latents of images (B, 3, H, W), float in [-1, 1].
@@ -207,3 +221,17 @@ class Tokenizer(nn.Module):
         )
         assert isinstance(out, Tensor)
         return out
+
+
+def as_tokenizer(given: Any) -> Tokenizer:
+    """``given``, or what ``Tokenizer.from_pretrained`` loads if it is a name or a path.
+
+    Raises InputError for anything else, and for a tokenizer without data.
+    """
+    if isinstance(given, (str, os.PathLike)):
+        return Tokenizer.from_pretrained(given)
+    if not isinstance(given, Tokenizer):
+        raise InputError(f"tokenizer must be a Tokenizer or the name of one, got {type(given).__name__}")
+    if given.device.type == "meta":
+        raise InputError("tokenizer must have its weights on a CPU or a GPU, got the meta device, which has no data")
+    return given

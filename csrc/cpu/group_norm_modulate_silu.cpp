@@ -41,6 +41,20 @@ MSDD_INLINE float element(const Operand& operand, std::int64_t at) {
     return *floats(operand, at, 1, buffer);
 }
 
+// The squares of `count` pixels about their channels' means, for the parts of all groups.
+MSDD_INLINE void pixels_squares(const float* x, const float* means, std::int64_t count, const GroupNormShape& shape,
+                                float* sums, GroupPart* parts) {
+    const std::int64_t channels = shape.channels, per_group = channels / shape.groups;
+    std::fill(sums, sums + channels, 0.0f);
+    for (std::int64_t p = 0; p < count; ++p)
+        for (std::int64_t c = 0; c < channels; ++c) {
+            const float centred = x[p * channels + c] - means[c];
+            sums[c] += centred * centred;
+        }
+    for (std::int64_t g = 0; g < shape.groups; ++g) parts[g].squares = 0.0f;
+    for (std::int64_t c = 0; c < channels; ++c) parts[c / per_group].squares += sums[c];
+}
+
 // `count` pixels of all channels, channels-last; a part for every group.
 MSDD_INLINE void pixels_parts(const GroupNormJob& job, std::int64_t begin, std::int64_t count, GroupPart* parts) {
     alignas(64) float wide[GROUP_CHUNK], sums[MAX_NORM_CHANNELS], means[MAX_NORM_CHANNELS];
@@ -61,13 +75,23 @@ MSDD_INLINE void pixels_parts(const GroupNormJob& job, std::int64_t begin, std::
         parts[g] = {sum / static_cast<float>(count * per_group), 0.0f, count * per_group};
         std::fill(means + g * per_group, means + (g + 1) * per_group, parts[g].mean);
     }
-    std::fill(sums, sums + channels, 0.0f);
-    for (p = 0; p < count; ++p)
-        for (std::int64_t c = 0; c < channels; ++c) {
-            const float centred = x[p * channels + c] - means[c];
-            sums[c] += centred * centred;
-        }
-    for (std::int64_t c = 0; c < channels; ++c) parts[c / per_group].squares += sums[c];
+    pixels_squares(x, means, count, job.shape, sums, parts);
+
+    // Groups that hardly vary: correct their mean (detail/layer_norm.h).
+    bool corrected = false;
+    for (std::int64_t g = 0; g < job.shape.groups; ++g) {
+        GroupPart& part = parts[g];
+        if (!nearly_constant(part.mean, part.squares, part.count)) continue;
+        float sum = 0.0f;
+        for (std::int64_t i = 0; i < count; ++i)
+            for (std::int64_t c = g * per_group; c < (g + 1) * per_group; ++c) sum += x[i * channels + c] - part.mean;
+        part.mean += sum / static_cast<float>(part.count);
+        std::fill(means + g * per_group, means + (g + 1) * per_group, part.mean);
+        corrected = true;
+    }
+    if (!corrected) return;
+    // Of all groups: those that were right get the same sum again.
+    pixels_squares(x, means, count, job.shape, sums, parts);
 }
 
 // `count` neighbouring elements of one group.

@@ -13,7 +13,9 @@ reference: plain torch, any device.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +25,10 @@ from msdd_fast.errors import InputError
 PURPOSE_START = 0
 PURPOSE_RENOISE = 1
 SEED_LIMIT = 2**63
+INTEGER_DTYPES = (
+    *(torch.int64, torch.int32, torch.int16, torch.int8),
+    *(torch.uint64, torch.uint32, torch.uint16, torch.uint8),
+)
 
 PHILOX_ROUNDS = 10
 PHILOX_M0, PHILOX_M1 = 0xD2511F53, 0xCD9E8D57
@@ -57,22 +63,60 @@ COS_POLY = (
 def resolve_seeds(seed: int | Sequence[int] | Tensor, batch: int, device: torch.device | str = "cpu") -> Tensor:
     """One seed per image as int64 (batch,).
 
-    An int s gives image i the seed s + i; a sequence or integer tensor of length ``batch`` is taken as
-    it is. Raises InputError unless every seed is in [0, 2^63).
+    An int s gives image i the seed s + i; a sequence, integer tensor or integer array of length ``batch`` is taken as
+    it is. Integers of NumPy are ints, too. Raises InputError unless every seed is in [0, 2^63).
     """
-    if isinstance(seed, Tensor):
-        if seed.dtype not in (torch.int64, torch.int32, torch.uint8, torch.int16, torch.int8):
-            raise InputError(f"seed must be an integer tensor, got {seed.dtype}")
-        seed = seed.tolist()
-    if isinstance(seed, bool) or not isinstance(seed, (int, Sequence)) or isinstance(seed, str):
-        raise InputError(f"seed must be an int or {batch} ints, got {type(seed).__name__}")
-    seeds = list(range(seed, seed + batch)) if isinstance(seed, int) else list(seed)
-    if len(seeds) != batch:
-        raise InputError(f"seed must be an int or {batch} ints, one per image, got {len(seeds)}")
+    first = _as_seed(seed)
+    if first is not None:
+        seeds = list(range(first, first + batch))
+    else:
+        given = _listed(seed)
+        if given is None:
+            raise InputError(f"seed must be an int or {batch} ints, got {type(seed).__name__}")
+        if len(given) != batch:
+            raise InputError(f"seed must be an int or {batch} ints, one per image, got {len(given)}")
+        seeds = []
+        for s in given:
+            value = _as_seed(s)
+            if value is None:
+                raise InputError(f"seed must be an int or {batch} ints, got an item {s!r}")
+            seeds.append(value)
     for s in seeds:
-        if isinstance(s, bool) or not isinstance(s, int) or not 0 <= s < SEED_LIMIT:
+        if not 0 <= s < SEED_LIMIT:
             raise InputError(f"seed must be in [0, 2^63) for every image, got {s!r}")
     return torch.tensor(seeds, dtype=torch.int64, device=device)
+
+
+def _as_seed(value: Any) -> int | None:
+    """One integer; None for anything else."""
+    if isinstance(value, int):
+        return None if isinstance(value, bool) else value
+    if isinstance(value, Tensor) and not (value.ndim == 0 and _is_seeds(value)):
+        return None
+    if getattr(value, "shape", None) or str(getattr(value, "dtype", "")) == "bool":  # NumPy's index of bools is 0 or 1
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
+
+
+def _is_seeds(x: Tensor) -> bool:
+    """Whether a tensor holds integers that can be read."""
+    dense = x.layout == torch.strided and not x.is_nested and x.device.type != "meta"
+    return dense and x.dtype in INTEGER_DTYPES
+
+
+def _listed(seed: Any) -> list[Any] | None:
+    """The items of a sequence, a tensor or an array of one dimension; None for anything else."""
+    if isinstance(seed, Tensor):
+        if not _is_seeds(seed):
+            raise InputError(f"seed must be an integer tensor, got {seed.dtype}, {seed.layout}, on {seed.device}")
+        return seed.tolist() if seed.ndim == 1 else None
+    if hasattr(seed, "dtype") and hasattr(seed, "tolist"):  # an array, without the import of NumPy
+        return seed.tolist() if len(seed.shape) == 1 and seed.dtype.kind in "iu" else None
+    is_text = isinstance(seed, (str, bytes, bytearray, memoryview))
+    return list(seed) if isinstance(seed, Sequence) and not is_text else None
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:

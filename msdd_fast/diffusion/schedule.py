@@ -76,11 +76,11 @@ class StageSchedule:
             raise InputError(f"steps must be at least 1, got {steps}")
         s = self.stages[stage]
         if self.config.time_grid == "authors":
-            t = torch.linspace(1.0, 1.0 / NUM_TIMESTEPS, steps, dtype=torch.float64)
-            timesteps = torch.linspace(s.timestep_max, s.timestep_last, steps, dtype=torch.float64)
+            t = torch.linspace(1.0, 1.0 / NUM_TIMESTEPS, steps, dtype=torch.float64, device="cpu")
+            timesteps = torch.linspace(s.timestep_max, s.timestep_last, steps, dtype=torch.float64, device="cpu")
             t = torch.cat([t, t.new_zeros(1)])
         else:
-            t = 1.0 - torch.arange(steps + 1, dtype=torch.float64) / steps
+            t = 1.0 - torch.arange(steps + 1, dtype=torch.float64, device="cpu") / steps
             if self.config.time_grid == "power":
                 t = t**self.config.time_power
             timesteps = s.timestep_min + t[:-1] * (s.timestep_max - s.timestep_min)

@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import math
+import os
 import time
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from msdd_fast.diffusion.checks import check_finite, check_guidance, check_latents, check_noise, check_sampling
+from msdd_fast.diffusion.checks import (
+    as_int,
+    check_finite,
+    check_guidance,
+    check_latents,
+    check_noise,
+    check_sampling,
+    first_not_finite,
+)
 from msdd_fast.diffusion.noise import resolve_seeds
+from msdd_fast.engine.batching import split_evenly
 from msdd_fast.engine.bound_ops import bind
 from msdd_fast.engine.compute import compute_dtype
 from msdd_fast.engine.graph_cache import GraphCache, use_graphs
+from msdd_fast.engine.isolation import building, without_autocast
 from msdd_fast.engine.memory import fit
 from msdd_fast.engine.prefetch import prefetch
 from msdd_fast.engine.report import Accuracy, Report, describe
@@ -31,8 +44,8 @@ from msdd_fast.engine.tier import (
 )
 from msdd_fast.errors import InputError
 from msdd_fast.families import family_of
-from msdd_fast.layers.request import Inputs, Request, StageImages
-from msdd_fast.tokenizer import Tokenizer
+from msdd_fast.layers.request import Inputs, Request, StageImages, convert
+from msdd_fast.tokenizer import Tokenizer, as_tokenizer
 
 OUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
 TIERS = ("exact", "fast")
@@ -42,14 +55,14 @@ CPU_BATCH_SIZES = (8,)
 
 
 def accelerate(
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | str | os.PathLike[str],
     *,
     dtype: torch.dtype = torch.bfloat16,
     tier: str = "exact",
     backend: str = "auto",
     steps: int | None = None,
     cfg_scale: float | None = None,
-    batch_sizes: Sequence[int] | None = None,
+    batch_sizes: int | Sequence[int] | None = None,
     graphs: str | bool = "auto",
     max_memory: int | None = None,
     max_psnr_loss: float = 0.1,
@@ -58,7 +71,10 @@ def accelerate(
 ) -> FastDecoder:
     """An engine for the decoder of ``tokenizer``, MSDD or SSDD, which is not changed. It has its own weights.
 
+    Autocast, inference mode, and PyTorch's default dtype and device have no influence, here and at every call.
+
     Args:
+        tokenizer: or what ``Tokenizer.from_pretrained`` takes.
         dtype: float32, bfloat16 or float16 of weights and activations; statistics, softmax and noise are float32. A CPU
             without bfloat16 instructions calculates in float32 instead (``report`` says so).
         tier: "exact", the eager model's arithmetic up to rounding, or "fast", matrix products in 8 bits: float8 on a
@@ -66,22 +82,26 @@ def accelerate(
         backend: of the ops: "auto", a name, or names per op ("auto,attention=sdpa").
         steps, cfg_scale: default to ``config.sampling``.
         batch_sizes: captured as CUDA graphs, from which any other size is put together; without graphs, the largest
-            is the most that runs at once. Default (1, 8, 64) on a GPU, (8,) on a CPU.
+            is the most that runs at once. One number or several. Default (1, 8, 64) on a GPU, (8,) on a CPU.
         graphs: "auto" (on a GPU; if a capture fails, without, and ``report`` says why), True (a failure is an error) or
             False.
-        max_memory: bytes for weights, tables and activations; batch sizes that do not fit are left out. While a fast
-            engine is checked, the weights of the exact one exist, too, which is not counted.
+        max_memory: bytes for weights, tables and activations; batch sizes that do not fit are left out. SSDD's latents
+            of other heights and widths run in batches that fit, or are refused. While a fast engine is checked, the
+            weights of the exact one exist, too, which is not counted.
         max_psnr_loss: of tier "fast": refuse if it is expected to cost more than this many dB of a reconstruction of
             25 dB (engine/tier.py has the formula). Measured against the exact tier; ``report`` has the figures.
         calibration: latents (B, num_latent_tokens, latent_dim) to measure that on. Default: four photographs of
             scikit-image, encoded, or random latents if it is not installed.
-        validate: check every z for NaN and Inf, which waits for the device.
+        validate: check every z, and the images of it, for NaN and Inf, which waits for the device.
 
     Raises InputError for a bad argument, BackendUnavailableError for graphs, a backend or a tier that cannot be had,
     AccuracyError for a fast tier that would lose too much.
     """
+    tokenizer = as_tokenizer(tokenizer)
     _one_of("tier", tier, TIERS)
     check_limit(max_psnr_loss)
+    if not isinstance(validate, bool):
+        raise InputError(f"validate must be True or False, got {validate!r}")
     options = Options(dtype, backend, steps, cfg_scale, batch_sizes, graphs, max_memory, validate)
     if tier == "exact":
         if calibration is not None:
@@ -107,7 +127,7 @@ class Options:
     backend: str
     steps: int | None
     cfg_scale: float | None
-    batch_sizes: Sequence[int] | None
+    batch_sizes: int | Sequence[int] | None
     graphs: str | bool
     max_memory: int | None
     validate: bool
@@ -124,9 +144,10 @@ class FastDecoder:
         self.family = family_of(self.config)
         sampling = self.config.sampling
         self.tokenizer = weakref.ref(tokenizer)  # for the report; the engine keeps no second copy of the model alive
-        self.steps = sampling.steps if options.steps is None else options.steps
-        self.cfg_scale = float(sampling.cfg_scale if options.cfg_scale is None else options.cfg_scale)
-        check_sampling(self.steps, self.cfg_scale)
+        self.steps, self.cfg_scale = check_sampling(
+            sampling.steps if options.steps is None else options.steps,
+            sampling.cfg_scale if options.cfg_scale is None else options.cfg_scale,
+        )
         check_guidance(self.config, self.cfg_scale)
         self.tier, self.tier_description = tier.name, tier.description
         self.accuracy: Accuracy | None = None
@@ -134,16 +155,33 @@ class FastDecoder:
         self.dtype, self.dtype_reason = compute_dtype(options.dtype, self.device)
         use_graphs(options.graphs, self.device)  # for its errors, before the work
         sizes = _check_sizes(options.batch_sizes, self.device)
+        self.max_memory = None if options.max_memory is None else as_int("max_memory", options.max_memory, 1)
         decoder, schedule = tokenizer.decoder, tokenizer.schedule
-        tables = self.family.tables(decoder, schedule, self.steps, self.device)
         ops = bind(options.backend)
-        self.program = self.family.program(decoder, schedule, tables, self.dtype, self.device, ops, tier.make)
+        with building(self.device):
+            tables = self.family.tables(decoder, schedule, self.steps, self.device)
+            self.program = self.family.program(decoder, schedule, tables, self.dtype, self.device, ops, tier.make)
         self.memory = {"weights": self.program.network.w.memory(), "tables": self.family.tables_memory(tables)}
-        per_image = self.family.activation_bytes(self.dtype.itemsize, self.cfg_scale != 1.0, tier is not EXACT)
-        self.batch_sizes, self.notes = fit(sizes, options.max_memory, sum(self.memory.values()), per_image)
-        self.memory[f"activations of batch {max(self.batch_sizes)} (bound)"] = per_image * max(self.batch_sizes)
+        self._fixed = sum(self.memory.values())
+        self._per_image = self.family.activation_bytes(self.dtype.itemsize, self.cfg_scale != 1.0, tier is not EXACT)
+        self.batch_sizes, self.notes = fit(sizes, self.max_memory, self._fixed, self._per_image)
+        most = max(self.batch_sizes)
+        self.memory[f"activations of batch {most} (bound)"] = self._per_image * most
         stages = self.config.schedule.num_stages
         self.cache = GraphCache(self.program, self.device, options.graphs, self.batch_sizes, self._example, stages)
+
+    def __repr__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return (
+            f"FastDecoder({self.family.model}, {dtype} on {self.device}, tier={self.tier!r}, steps={self.steps}, "
+            f"cfg_scale={self.cfg_scale:g}, batch_sizes={self.batch_sizes}, graphs={self.graphs})"
+        )
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        """Refuse pickle, copy and deepcopy: packed weights, graphs and locks belong to one process."""
+        raise InputError(
+            "a FastDecoder can be neither pickled nor copied: send the Tokenizer, and call accelerate on it there"
+        )
 
     @property
     def graphs(self) -> bool:
@@ -176,6 +214,7 @@ class FastDecoder:
         out_dtype: torch.dtype = torch.float32,
         out: Tensor | None = None,
         copy: bool = True,
+        steps: int | None = None,
     ) -> Tensor:
         """Images of latents.
 
@@ -187,37 +226,60 @@ class FastDecoder:
             out_dtype: float32, bfloat16 or float16 (nominally in [-1, 1], not clamped), or uint8 (0 to 255).
             out: contiguous (B, 3, H, W) of ``out_dtype`` on the engine's device, which receives the images.
             copy: False allows to return a graph's own memory, which the next call overwrites.
+            steps: None, or those that the engine was made for: what depends on them was computed then.
 
-        Returns (B, 3, H, W). Raises InputError for anything else, and for NaN or Inf in z if ``validate`` is set.
+        Returns (B, 3, H, W). Raises InputError for anything else, and if ``validate`` is set for NaN or Inf in z or in
+        the images.
         """
-        inputs, request = self.inputs(z, seed, cfg_scale), self.request(z, cfg_scale, out_dtype)
-        batch, shapes = len(z), self.config.stage_shapes(z.shape)
+        self._check_steps(steps)
+        with without_autocast(self.device):
+            inputs, request = self.inputs(z, seed, cfg_scale), self.request(z, cfg_scale, out_dtype)
+            if not self.validate:
+                return self._decode(inputs, request, noise, out, copy)
+            _check_out(out, (len(z), *self.config.stage_shapes(z.shape)[-1]), out_dtype, self.device)
+            wide = request._replace(out_dtype=torch.float32) if out_dtype == torch.uint8 else request
+            images = self._decode(inputs, wide, noise, None, copy or out_dtype == torch.uint8)
+            _check_images(images)
+            images = convert(images, out_dtype)
+            return images if out is None else out.copy_(images)
+
+    __call__ = decode
+
+    @torch.no_grad()
+    def _decode(
+        self, inputs: Inputs, request: Request, noise: Sequence[Tensor] | None, out: Tensor | None, copy: bool
+    ) -> Tensor:
+        """Images in chunks that the engine takes at once."""
+        batch, shapes = len(inputs.z), self.config.stage_shapes(inputs.z.shape)
         shape = (batch, *shapes[-1])
-        if out is not None:
-            _check_out(out, shape, out_dtype, self.device)
+        _check_out(out, shape, request.out_dtype, self.device)
         if noise is not None:
             check_noise(noise, batch, shapes)
-            noise = [n.to(self.device) for n in noise]
-        graphed = self.graphs and noise is None
-        chunks = self.cache.chunks(batch, graphed)
+            noise = [n.detach().to(self.device) for n in noise]
+        most = self._most_at_once(inputs.z)
+        whole = most >= max(self.batch_sizes)
+        graphed = self.graphs and noise is None and whole
+        chunks = self.cache.chunks(batch, graphed) if whole else split_evenly(batch, most)
         if len(chunks) == 1 and out is None and not (copy and graphed):
-            return self._decode_chunk(inputs, request.with_batch(chunks[0].size), noise, None)
+            return self._decode_chunk(inputs, request.with_batch(chunks[0].size), noise, None, graphed)
         if out is None:
-            out = torch.empty(shape, dtype=out_dtype, device=self.device)
+            out = torch.empty(shape, dtype=request.out_dtype, device=self.device)
         begin = 0
         for chunk in chunks:
             part = slice(begin, begin + chunk.images)
             mine = noise and [n[part] for n in noise]
-            self._decode_chunk(inputs.part(part), request.with_batch(chunk.size), mine, out[part])
+            self._decode_chunk(inputs.part(part), request.with_batch(chunk.size), mine, out[part], graphed)
             begin += chunk.images
         return out
 
-    @torch.no_grad()
     def _decode_chunk(
-        self, inputs: Inputs, request: Request, noise: Sequence[Tensor] | None, out: Tensor | None
+        self, inputs: Inputs, request: Request, noise: Sequence[Tensor] | None, out: Tensor | None, graphed: bool
     ) -> Tensor:
         """Images of one chunk, written to ``out`` if it is given."""
-        graph = self.cache.get(request) if noise is None else None
+        graph = None
+        if graphed:
+            with building(self.device):  # what is captured is used by calls in every mode
+                graph = self.cache.get(request)
         if graph is not None:
             return graph.replay(inputs, out)
         images = self.program.decode(inputs, request, noise)
@@ -230,24 +292,39 @@ class FastDecoder:
         *,
         cfg_scale: float | None = None,
         out_dtype: torch.dtype = torch.float32,
+        steps: int | None = None,
     ) -> Iterator[StageImages]:
         """The same decode stage by stage: yields each stage's clean estimate as soon as it is done.
 
-        Arguments as of ``decode``. On a GPU one graph per stage for the batch sizes of the engine; other sizes, and a
-        second stream at the same time, run without graphs.
+        Arguments as of ``decode``. The whole batch runs at once: InputError if ``max_memory`` does not allow it. On a
+        GPU one graph per stage for the batch sizes of the engine; other sizes, and a second stream at the same time,
+        run without graphs.
         """
-        inputs = self.inputs(z, seed, cfg_scale)
-        return self._stream(inputs, self.request(z, cfg_scale, out_dtype, streaming=True))
+        self._check_steps(steps)
+        with without_autocast(self.device):
+            inputs = self.inputs(z, seed, cfg_scale)
+        request = self.request(z, cfg_scale, out_dtype, streaming=True)
+        most = self._most_at_once(inputs.z)
+        if self.max_memory is not None and len(z) > most:
+            limit = f"to stream in max_memory={self.max_memory}"
+            raise InputError(f"z must hold at most {most} images {limit}, got {len(z)}")
+        return self._stream(inputs, request) if len(z) else iter(self._no_images(request))
 
     def _stream(self, inputs: Inputs, request: Request) -> Iterator[StageImages]:
-        graphs = self.cache.get_stages(request) if len(inputs.z) in self.batch_sizes else None
+        graphs = None
+        if self.graphs and len(inputs.z) in self.batch_sizes:
+            with building(self.device):
+                graphs = self.cache.get_stages(request)
         claimed = graphs is not None and graphs.claim()
         pieces = graphs.replay(inputs) if graphs is not None and claimed else self.program.stream(inputs, request)
         while True:
-            with torch.no_grad():  # not held across a yield: it would leak into the caller's code
+            # Not held across a yield: it would leak into the caller's code.
+            with torch.no_grad(), without_autocast(self.device):
                 piece = next(pieces, None)
             if piece is None:
                 return
+            if self.validate:
+                _check_images(piece.state)
             yield piece
 
     def decode_many(
@@ -257,23 +334,34 @@ class FastDecoder:
         *,
         cfg_scale: float | None = None,
         out_dtype: torch.dtype = torch.float32,
+        steps: int | None = None,
     ) -> Iterator[Tensor]:
         """Images of each tensor of latents, shaped as in ``decode``, in order.
 
         The next tensors are fetched, pinned and copied to the device while this one decodes. Image i of the whole
-        stream has seed + i, however it is cut into tensors.
+        stream has seed + i, however it is cut into tensors. Errors of ``latents`` come through unchanged, where their
+        tensor would have come.
         """
-        resolve_seeds(seed, 1)  # for its check
-        for z in prefetch(latents, self.device):
-            yield self.decode(z, seed, cfg_scale=cfg_scale, out_dtype=out_dtype)
-            seed += len(z)
+        self._check_steps(steps)
+        if not isinstance(latents, Iterable) and not hasattr(latents, "__getitem__"):
+            raise InputError(f"latents must be an iterable of tensors, got {type(latents).__name__}")
+        return self._decode_many(latents, as_int("seed", seed, 0), cfg_scale, out_dtype)
+
+    def _decode_many(
+        self, latents: Iterable[Tensor], seed: int, cfg_scale: float | None, out_dtype: torch.dtype
+    ) -> Iterator[Tensor]:
+        with closing(prefetch(latents, self.device)) as tensors:
+            for z in tensors:
+                yield self.decode(z, seed, cfg_scale=cfg_scale, out_dtype=out_dtype)
+                seed += len(z)
 
     def report(self, z: Tensor | None = None) -> Report:
         """What was made constant, which backend each op takes and why, memory, and the difference from eager.
 
         Decodes ``z`` (default: one random latent image) with the eager tokenizer too, in its own dtype.
         """
-        return describe(self, z)
+        with without_autocast(self.device):
+            return describe(self, z)
 
     def graph_memory(self) -> dict[str, int]:
         """Bytes that the graphs of ``decode`` hold; empty before the first capture."""
@@ -284,15 +372,14 @@ class FastDecoder:
     def inputs(self, z: Tensor, seed: int | Sequence[int] | Tensor = 0, cfg_scale: float | None = None) -> Inputs:
         """What the program takes for arguments of ``decode``, checked and on the device."""
         check_latents(z, *self.config.latent_shape)
-        scale = self.cfg_scale if cfg_scale is None else cfg_scale
-        check_sampling(self.steps, scale)
+        _, scale = check_sampling(self.steps, self.cfg_scale if cfg_scale is None else cfg_scale)
         check_guidance(self.config, scale)
         if self.validate:
             check_finite("z", z)
         return Inputs(
             z.detach().to(self.device, self.dtype, non_blocking=True),
             resolve_seeds(seed, len(z)).to(self.device, non_blocking=True),
-            torch.tensor(float(scale), dtype=torch.float32).to(self.device, non_blocking=True),
+            torch.tensor(scale, dtype=torch.float32, device="cpu").to(self.device, non_blocking=True),
         )
 
     def request(
@@ -305,13 +392,42 @@ class FastDecoder:
     ) -> Request:
         """What arguments of ``decode``, or of ``stream``, ask of the program. Raises InputError for the dtype."""
         _one_of("out_dtype", out_dtype, OUT_DTYPES)
-        guided = (self.cfg_scale if cfg_scale is None else cfg_scale) != 1.0
+        guided = check_sampling(self.steps, self.cfg_scale if cfg_scale is None else cfg_scale)[1] != 1.0
         return Request(tuple(z.shape), guided, out_dtype, streaming)
 
     # --- Private. ---
 
     def _example(self, request: Request) -> Inputs:
-        return self.inputs(torch.zeros(request.shape))
+        return self.inputs(torch.zeros(request.shape, device=self.device, dtype=self.dtype))
+
+    def _check_steps(self, steps: int | None) -> None:
+        if steps is not None and as_int("steps", steps, 1) != self.steps:
+            raise InputError(
+                f"steps must be {self.steps}, for which this engine was made (its time tables are computed once): use "
+                f"accelerate(tokenizer, steps={steps})"
+            )
+
+    def _most_at_once(self, z: Tensor) -> int:
+        """The most images of the height and width of ``z`` that ``max_memory`` allows; without it, the largest batch.
+
+        Raises InputError with the figure if not one does.
+        """
+        if self.max_memory is None:
+            return max(self.batch_sizes)
+        each = math.ceil(self._per_image * math.prod(z.shape[1:]) / math.prod(self.family.example))
+        most = min((self.max_memory - self._fixed) // each, max(self.batch_sizes))
+        if most < 1:
+            raise InputError(
+                f"z of shape {tuple(z.shape)} needs max_memory={self._fixed + each} bytes (weights and tables "
+                f"{self._fixed}, one image {each}), but the engine has {self.max_memory}"
+            )
+        return most
+
+    def _no_images(self, request: Request) -> Iterator[StageImages]:
+        """What ``stream`` yields for no latents: no images of every stage."""
+        for s, shape in enumerate(self.config.stage_shapes(request.shape)):
+            images = torch.empty(0, *shape, dtype=request.out_dtype, device=self.device)
+            yield StageImages(s, images, torch.empty(0, *shape, dtype=torch.float32, device=self.device))
 
     def _seconds(self, z: Tensor) -> float:
         torch.cuda.synchronize(self.device)
@@ -327,15 +443,28 @@ def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> Any:
     return value
 
 
-def _check_sizes(sizes: Sequence[int] | None, device: torch.device) -> tuple[int, ...]:
+def _check_sizes(sizes: int | Sequence[int] | None, device: torch.device) -> tuple[int, ...]:
     if sizes is None:
         return GPU_BATCH_SIZES if device.type == "cuda" else CPU_BATCH_SIZES
-    if not sizes or any(isinstance(s, bool) or not isinstance(s, int) or s < 1 for s in sizes):
+    try:
+        given = tuple(sizes) if isinstance(sizes, Iterable) else (sizes,)
+        numbers = sorted({as_int("batch_sizes", s, 1) for s in given})
+    except (InputError, TypeError):  # TypeError: an array without dimensions
+        numbers = []
+    if not numbers:
         raise InputError(f"batch_sizes must be integers >= 1, got {sizes!r}")
-    return tuple(sorted(set(sizes)))
+    return tuple(numbers)
 
 
-def _check_out(out: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+def _check_images(images: Tensor) -> None:
+    first = first_not_finite(images)
+    if first is not None:
+        raise InputError(f"z must decode to finite images, got NaN or Inf in those of item {first}")
+
+
+def _check_out(out: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    if out is None:
+        return
     if not isinstance(out, Tensor) or out.shape != shape or out.dtype != dtype or out.device != device:
         got = f"{out.dtype} {tuple(out.shape)} on {out.device}" if isinstance(out, Tensor) else type(out).__name__
         raise InputError(f"out must be {dtype} {shape} on {device}, got {got}")

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import torch
 
-from msdd_fast.diffusion.checks import check_guidance, check_sampling
+from msdd_fast.diffusion.checks import as_int, check_guidance, check_sampling
 from msdd_fast.engine.bound_ops import bind
 from msdd_fast.engine.compute import compute_dtype
+from msdd_fast.engine.isolation import building, without_autocast
 from msdd_fast.engine.report import ChoiceRecorder, OpChoice, format_choices
 from msdd_fast.families import family_of
 from msdd_fast.layers.linear.dense import DenseLinear
 from msdd_fast.layers.request import Inputs, Request
 from msdd_fast.ops._registry import observe
-from msdd_fast.tokenizer import Tokenizer
+from msdd_fast.tokenizer import Tokenizer, as_tokenizer
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Explanation:
 
 
 def explain(
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | str | os.PathLike[str],
     batch_size: int = 8,
     dtype: torch.dtype = torch.bfloat16,
     *,
@@ -44,19 +46,20 @@ def explain(
     """
     from torch._subclasses.fake_tensor import FakeTensorMode  # not with the package: it takes a second
 
+    tokenizer = as_tokenizer(tokenizer)
     config, family = tokenizer.config, family_of(tokenizer.config)
     device = next(tokenizer.parameters()).device
     steps = config.sampling.steps if steps is None else steps
     cfg_scale = config.sampling.cfg_scale if cfg_scale is None else cfg_scale
-    check_sampling(steps, cfg_scale)
+    steps, cfg_scale = check_sampling(steps, cfg_scale)
+    batch_size = as_int("batch_size", batch_size, 1)
     check_guidance(config, cfg_scale)
     chosen, reason = compute_dtype(dtype, device)
-    tables = family.tables(tokenizer.decoder, tokenizer.schedule, steps, device)
-    choices = ChoiceRecorder()
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), observe(choices):
-        program = family.program(
-            tokenizer.decoder, tokenizer.schedule, tables, chosen, device, bind(backend), DenseLinear
-        )
+    ops, choices = bind(backend), ChoiceRecorder()
+    with building(device):
+        tables = family.tables(tokenizer.decoder, tokenizer.schedule, steps, device)
+    with without_autocast(device), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), observe(choices):
+        program = family.program(tokenizer.decoder, tokenizer.schedule, tables, chosen, device, ops, DenseLinear)
         inputs = Inputs(
             torch.zeros(batch_size, *family.example, dtype=chosen, device=device),
             torch.zeros(batch_size, dtype=torch.int64, device=device),

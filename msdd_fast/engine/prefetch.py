@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import queue
 import threading
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Generator, Iterable
 
 import torch
 from torch import Tensor
@@ -13,42 +13,74 @@ DEPTH = 2
 _END = object()
 
 
-def prefetch(tensors: Iterable[Tensor], device: torch.device) -> Iterator[Tensor]:
+class _Ready:
+    """At most DEPTH items between one thread that puts and one that takes."""
+
+    def __init__(self) -> None:
+        self._items: deque[object] = deque()
+        self._changed = threading.Condition()
+        self.stopped = False
+
+    def put(self, item: object) -> bool:
+        """Wait for room; False once stopped."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.stopped or len(self._items) < DEPTH)
+            if not self.stopped:
+                self._items.append(item)
+                self._changed.notify_all()
+            return not self.stopped
+
+    def take(self) -> object:
+        with self._changed:
+            self._changed.wait_for(lambda: bool(self._items))
+            item = self._items.popleft()
+            self._changed.notify_all()
+            return item
+
+    def stop(self) -> None:
+        with self._changed:
+            self.stopped = True
+            self._changed.notify_all()
+
+
+def prefetch(tensors: Iterable[Tensor], device: torch.device) -> Generator[Tensor, None, None]:
     """The tensors on ``device``, in order, at most DEPTH ahead, read in a thread of its own.
 
-    An error of the iterable is raised where its tensor would have come. Closing the generator stops the thread.
+    An error of the iterable is raised where its tensor would have come. Closing the generator stops the thread. If the
+    iterable is waiting then, nothing waits for it: the thread ends when the iterable returns, and takes nothing more.
     """
-    ready: queue.Queue[object] = queue.Queue(DEPTH)
-    stop = threading.Event()
-
-    def put(item: object) -> bool:
-        while not stop.is_set():
-            try:
-                ready.put(item, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
+    ready, reading = _Ready(), threading.Lock()
 
     def work() -> None:
         try:
-            for z in tensors:
+            iterator = None
+            while True:
+                with reading:
+                    if ready.stopped:
+                        return
+                    iterator = iter(tensors) if iterator is None else iterator
+                    z = next(iterator, _END)
+                if z is _END:
+                    break
                 if device.type == "cuda" and isinstance(z, Tensor) and z.device.type == "cpu":
                     z = z.pin_memory()  # lets the copy run while the device computes
-                if not put(z):
+                if not ready.put(z):
                     return
         except BaseException as error:
-            put(error)
+            ready.put(error)
         else:
-            put(_END)
+            ready.put(_END)
 
     thread = threading.Thread(target=work, name="msdd-fast-prefetch", daemon=True)
     thread.start()
     try:
-        while (item := ready.get()) is not _END:
+        while (item := ready.take()) is not _END:
             if isinstance(item, BaseException):
                 raise item
             yield item.to(device, non_blocking=True) if isinstance(item, Tensor) else item  # type: ignore[misc]
     finally:
-        stop.set()
-        thread.join()
+        ready.stop()
+        # In the iterable the thread may be for ever; anywhere else it ends at once, and does not enter it again.
+        if reading.acquire(blocking=False):
+            reading.release()
+            thread.join()

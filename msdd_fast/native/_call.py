@@ -62,6 +62,10 @@ def metadata(name: str, x: Tensor) -> Metadata:
     if not isinstance(x, Tensor) or x.device.type != "cpu" or x.dtype not in DTYPES:
         got = f"{x.dtype} on {x.device}" if isinstance(x, Tensor) else type(x).__name__
         raise InputError(f"{name} must be a float32, bfloat16 or float16 tensor on the CPU, got {got}")
+    if x.layout != torch.strided or x.is_nested:
+        raise InputError(f"{name} must be a dense tensor, got the layout {x.layout}")
+    if x.is_neg():
+        raise InputError(f"{name} must hold its own values, got a lazy negation: use resolve_neg()")
     return DTYPES[x.dtype], tuple(x.shape), x.stride()
 
 

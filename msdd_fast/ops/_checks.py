@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+from msdd_fast.diffusion.checks import as_number, check_layout
+from msdd_fast.diffusion.noise import correlation_factors
 from msdd_fast.errors import InputError
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -19,17 +23,24 @@ def check_image(name: str, x: Tensor) -> None:
 
 def check_floating(name: str, x: Tensor) -> None:
     """A tensor of any floating point dtype: eager takes all of them, a kernel says which it takes."""
-    if not isinstance(x, Tensor):
-        raise InputError(f"{name} must be a tensor, got {type(x).__name__}")
+    check_tensor(name, x)
     if not x.dtype.is_floating_point:
         raise InputError(f"{name} must have a floating point dtype, got {x.dtype}")
+    if x.dtype.itemsize == 1:  # PyTorch does not calculate in it
+        raise InputError(f"{name} must have a floating point dtype of 16 bits or more, got {x.dtype}")
 
 
 def check_float(name: str, x: Tensor) -> None:
     """A tensor in float32, bfloat16 or float16."""
+    check_tensor(name, x)
+    check_dtype(name, x.dtype)
+
+
+def check_tensor(name: str, x: Tensor) -> None:
+    """A dense tensor with strides: not sparse, nested, quantised or of MKL-DNN."""
     if not isinstance(x, Tensor):
         raise InputError(f"{name} must be a tensor, got {type(x).__name__}")
-    check_dtype(name, x.dtype)
+    check_layout(name, x)
 
 
 def check_dtype(name: str, dtype: torch.dtype) -> None:
@@ -50,14 +61,31 @@ def check_device(name: str, y: Tensor, reference: str, x: Tensor) -> None:
         raise InputError(f"{name} must be on the device of {reference}, {x.device}, got {y.device}")
 
 
+def check_eps(eps: float) -> float:
+    """A finite number >= 0."""
+    number = as_number("eps", eps, "a finite number >= 0")
+    if not math.isfinite(number) or number < 0:
+        raise InputError(f"eps must be a finite number >= 0, got {eps!r}")
+    return number
+
+
+def check_correlation(correlation: float) -> float:
+    """A number in [-1/3, 1), as ``noise.correlation_factors`` takes it."""
+    number = as_number("correlation", correlation, "a number in [-1/3, 1)")
+    correlation_factors(number)
+    return number
+
+
 def check_seeds(seeds: Tensor, batch: int | None = None) -> None:
     """int64 (batch,). Values are checked where they can be read without waiting for a GPU, on the CPU."""
     if not isinstance(seeds, Tensor) or seeds.dtype != torch.int64 or seeds.ndim != 1:
         got = f"{seeds.dtype} {tuple(seeds.shape)}" if isinstance(seeds, Tensor) else type(seeds).__name__
         raise InputError(f"seeds must be an int64 tensor (B,), got {got}")
+    check_layout("seeds", seeds)
     if batch is not None and len(seeds) != batch:
         raise InputError(f"seeds must hold {batch} values, one per image, got {len(seeds)}")
-    readable = seeds.device.type == "cpu" and not torch.compiler.is_compiling() and type(seeds) is Tensor
+    traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+    readable = seeds.device.type == "cpu" and not traced and type(seeds) is Tensor
     if readable and len(seeds) and int(seeds.min()) < 0:
         raise InputError(f"seeds must be in [0, 2^63), got {int(seeds.min())}")
 
@@ -75,7 +103,9 @@ def check_blocks(channels: int, height: int, width: int) -> None:
 
 
 def as_scalar(name: str, value: float | Tensor, device: torch.device) -> Tensor:
-    """A float32 tensor () on ``device``. Pass a tensor where the value varies: a float is frozen into a graph."""
+    """A float32 tensor () on ``device``. Raises InputError for what is not one number.
+
+    Pass a tensor where the value varies: a float is frozen into a graph."""
     if isinstance(value, Tensor):
         if value.dtype == torch.float32 and value.ndim == 0 and value.device == device:
             return value
@@ -83,5 +113,8 @@ def as_scalar(name: str, value: float | Tensor, device: torch.device) -> Tensor:
             raise InputError(f"{name} must be one number, got a tensor of shape {tuple(value.shape)}")
         if value.device != device:
             raise InputError(f"{name} must be on {device}, got {value.device}")
+        check_layout(name, value)
+        if value.dtype.is_complex:
+            raise InputError(f"{name} must be a real number, got {value.dtype}")
         return value.to(torch.float32).reshape(())
-    return torch.tensor(float(value), dtype=torch.float32, device=device)
+    return torch.tensor(as_number(name, value), dtype=torch.float32, device=device)

@@ -9,6 +9,7 @@ needed.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -114,9 +115,10 @@ class Op:
             verdict = backend.can_use(args[0])
             return verdict if fits is None or not verdict[0] else all_of(verdict, fits(*args))
 
-        if differentiable:
+        if differentiable:  # PyTorch's own functions: they guard themselves
             self.implementations[backend.name] = Implementation(can_use, function, function, True)
             return
+        function = on_its_device(function)
         overload_name = backend.name.replace("-", "_")  # the schema language has no hyphens
         qualified = f"{self.name}.{overload_name}"
         _LIBRARY.define(qualified + self.schema)
@@ -195,6 +197,23 @@ class Op:
             _log.info("%s: %s", self.name, message)
 
 
+def on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function``, run with the GPU of its first argument as the current one.
+
+    Triton launches on the current device, whichever its tensors are on. This is the one guard for all kernels.
+    """
+
+    @functools.wraps(function)
+    def run(*args: Any) -> Any:
+        device = args[0].device
+        if device.type != "cuda" or device.index == torch.cuda.current_device():
+            return function(*args)
+        with torch.cuda.device(device):
+            return function(*args)
+
+    return run
+
+
 def get_op(name: str) -> Op:
     """The op of a name, to register an implementation with. Raises InputError that lists the names."""
     if name not in _ops:
@@ -208,27 +227,31 @@ def all_of(*verdicts: Verdict) -> Verdict:
 
 
 def is_observed() -> bool:
-    """Whether a call must go through ``Op``, since an observer, torch.compile, a mode or a profiler has to see it."""
-    return _is_compiling() or _modes() > 0 or profiling.enabled() or bool(_observers.get())
-
-
-_is_compiling, _modes = torch.compiler.is_compiling, torch._C._len_torch_dispatch_stack
+    """Whether a call must go through ``Op``: an observer, a tracer, a mode or a profiler has to see it."""
+    return _is_traced() or profiling.enabled() or bool(_observers.get())
 
 
 def can_bypass_dispatcher(args: tuple[Any, ...]) -> bool:
-    """Whether no tracer, mode, transform or tensor subclass has to see an operator.
+    """Whether no tracer, mode, transform or tensor subclass has to see an operator, and no lazy negation is pending.
 
-    Then the function is called directly: on a CPU, a call through the dispatcher costs more than a small op.
+    Then the function is called directly: on a CPU, a call through the dispatcher costs more than a small op. This is
+    the one place that decides it.
     """
     return (
-        not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
+        not _is_traced()
         and torch._C._functorch.peek_interpreter_stack() is None
         and not _needs_grad(args)
-        and all(type(a) in _PLAIN for a in args if isinstance(a, Tensor))
+        and all(type(a) in _PLAIN and not a.is_neg() for a in args if isinstance(a, Tensor))
     )
 
 
+def _is_traced() -> bool:
+    """torch.compile or torch.export, torch.jit.trace, or a dispatch mode (FakeTensorMode, make_fx, counters)."""
+    return _is_compiling() or _tracing_state() is not None or _modes() > 0
+
+
+_is_compiling, _modes = torch.compiler.is_compiling, torch._C._len_torch_dispatch_stack
+_tracing_state = torch._C._get_tracing_state
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 

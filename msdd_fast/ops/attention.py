@@ -31,7 +31,7 @@ from msdd_fast.backends.packages import FLASH_ATTN, XFORMERS
 from msdd_fast.backends.sdpa import SDPA
 from msdd_fast.errors import InputError
 from msdd_fast.layout import attention_result, like_layout
-from msdd_fast.ops._checks import FLOAT_DTYPES, check_device
+from msdd_fast.ops._checks import FLOAT_DTYPES, check_device, check_tensor
 from msdd_fast.ops._heads import cast_for_autocast, cpu_fits, kernels_fit, rows_are_dense
 from msdd_fast.ops._native import register_native
 from msdd_fast.ops._registry import Op
@@ -56,8 +56,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str | None = None) ->
 
 
 def _check_heads(name: str, x: Tensor) -> None:
-    if not isinstance(x, Tensor):
-        raise InputError(f"{name} must be a tensor, got {type(x).__name__}")
+    check_tensor(name, x)
     if x.dtype not in (*FLOAT_DTYPES, torch.float64):
         raise InputError(f"{name} must be float32, bfloat16, float16 or float64, got {x.dtype}")
     if x.ndim != 4 or x.shape[3] == 0:

@@ -21,7 +21,7 @@ from msdd_fast.backends.triton import TRITON
 from msdd_fast.errors import InputError
 from msdd_fast.layout import expand_rows, rows_per_entry
 from msdd_fast.ops._adaln import check_adaln, kernels_fit
-from msdd_fast.ops._checks import check_device, check_floating
+from msdd_fast.ops._checks import check_device, check_eps, check_floating
 from msdd_fast.ops._native import register_native
 from msdd_fast.ops._registry import Op
 from msdd_fast.ops.norm_modulate import NORM_EPS, norm_modulate_eager
@@ -44,7 +44,7 @@ def gate_residual_norm_modulate(
     if y.shape != x.shape:
         raise InputError(f"y must have the shape of x, {tuple(x.shape)}, got {tuple(y.shape)}")
     check_device("y", y, "x", x)
-    out: tuple[Tensor, Tensor] = OP(x, y, gate, shift, scale, split, float(eps), backend=backend)
+    out: tuple[Tensor, Tensor] = OP(x, y, gate, shift, scale, split, check_eps(eps), backend=backend)
     return out
 
 

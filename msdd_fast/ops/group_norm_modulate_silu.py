@@ -15,7 +15,6 @@ differentiable. Moves 3 B C H W elements of x's dtype, reading x twice, and, h w
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ from msdd_fast.backends.choice import Verdict
 from msdd_fast.backends.triton import TRITON
 from msdd_fast.errors import InputError
 from msdd_fast.layout import dense, memory_order
-from msdd_fast.ops._checks import FLOAT_DTYPES, check_device, check_floating
+from msdd_fast.ops._checks import FLOAT_DTYPES, check_device, check_eps, check_floating
 from msdd_fast.ops._native import register_native
 from msdd_fast.ops._registry import Op
 
@@ -63,8 +62,7 @@ def group_norm_modulate_silu(
         raise InputError(f"x must be a tensor (B, C, H, W), got {tuple(x.shape)}")
     if isinstance(groups, bool) or not isinstance(groups, int) or groups < 1 or x.shape[1] % groups:
         raise InputError(f"groups must be an int that divides the {x.shape[1]} channels of x, got {groups!r}")
-    if not math.isfinite(eps) or eps < 0:
-        raise InputError(f"eps must be a finite number >= 0, got {eps!r}")
+    eps = check_eps(eps)
     for name, t in (("weight", weight), ("bias", bias)):
         if t is not None:
             check_floating(name, t)
@@ -78,7 +76,7 @@ def group_norm_modulate_silu(
         _check_table("shift", shift, x)
         if shift.shape != scale.shape:
             raise InputError(f"shift must have the shape of scale, {tuple(scale.shape)}, got {tuple(shift.shape)}")
-    out: Tensor = OP(x, groups, float(eps), weight, bias, scale, shift, silu, backend=backend)
+    out: Tensor = OP(x, groups, eps, weight, bias, scale, shift, silu, backend=backend)
     return out
 
 

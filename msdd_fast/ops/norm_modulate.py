@@ -23,6 +23,7 @@ from msdd_fast.backends.choice import Verdict
 from msdd_fast.backends.triton import TRITON
 from msdd_fast.layout import expand_rows, rows_per_entry
 from msdd_fast.ops._adaln import check_adaln, kernels_fit
+from msdd_fast.ops._checks import check_eps
 from msdd_fast.ops._native import register_native
 from msdd_fast.ops._registry import Op
 
@@ -40,7 +41,7 @@ def norm_modulate(
 ) -> Tensor:
     """LayerNorm(x; eps) * (1 + scale) + shift; see the module. Raises InputError for sizes that do not fit together."""
     check_adaln(x, split, shift=shift, scale=scale)
-    h: Tensor = OP(x, shift, scale, split, float(eps), backend=backend)
+    h: Tensor = OP(x, shift, scale, split, check_eps(eps), backend=backend)
     return h
 
 

@@ -27,6 +27,7 @@ from torch import Tensor
 from msdd_fast import native
 from msdd_fast.backends.choice import Verdict
 from msdd_fast.backends.triton import TRITON
+from msdd_fast.diffusion.checks import check_layout
 from msdd_fast.diffusion.rope import RopeTable, apply_rope
 from msdd_fast.errors import InputError
 from msdd_fast.layout import empty_tokens, is_token_major, like_layout
@@ -69,6 +70,7 @@ def qk_norm_rope(
         if not isinstance(table, Tensor) or table.dtype != torch.float32 or table.shape != (tokens, d // 2):
             got = f"{table.dtype} {tuple(table.shape)}" if isinstance(table, Tensor) else type(table).__name__
             raise InputError(f"{name} must be a float32 tensor {(tokens, d // 2)}, (tokens, head_dim / 2), got {got}")
+        check_layout(name, table)
         check_device(name, table, "qkv", qkv)
     out: Tensor = OP(qkv, weight, bias, cos, sin, split, backend=backend)
     return out

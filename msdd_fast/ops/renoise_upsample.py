@@ -23,6 +23,7 @@ from msdd_fast.layout import dense, memory_order
 from msdd_fast.ops._checks import (
     as_scalar,
     check_blocks,
+    check_correlation,
     check_device,
     check_image,
     check_seeds,
@@ -58,9 +59,9 @@ def renoise_upsample(
     check_seeds(seeds, len(x))
     check_device("seeds", seeds, "x", x)
     check_stage(stage)
-    noise.correlation_factors(correlation)  # for its check of the range
+    correlation = check_correlation(correlation)
     alpha, beta = as_scalar("alpha", alpha, x.device), as_scalar("beta", beta, x.device)
-    out: Tensor = OP(x, alpha, beta, seeds, stage, float(correlation), backend=backend)
+    out: Tensor = OP(x, alpha, beta, seeds, stage, correlation, backend=backend)
     return out
 
 

@@ -26,7 +26,7 @@ from msdd_fast.backends.triton import TRITON
 from msdd_fast.diffusion import noise
 from msdd_fast.diffusion.patch_rows import patchify, unpatchify_rows
 from msdd_fast.layout import with_contiguous_rows
-from msdd_fast.ops._checks import as_scalar, check_blocks, check_device, check_seeds, check_stage
+from msdd_fast.ops._checks import as_scalar, check_blocks, check_correlation, check_device, check_seeds, check_stage
 from msdd_fast.ops._native import register_native
 from msdd_fast.ops._patches import check_patch_size, check_rows, check_velocity, euler_eager
 from msdd_fast.ops._registry import Op
@@ -70,9 +70,9 @@ def stage_transition(
     check_seeds(seeds, batch)
     check_device("seeds", seeds, "x", x)
     check_stage(stage)
-    noise.correlation_factors(correlation)  # for its check of the range
+    correlation = check_correlation(correlation)
     alpha, beta = as_scalar("alpha", alpha, x.device), as_scalar("beta", beta, x.device)
-    arguments = (x, v, dt, alpha, beta, seeds, stage, patch_size, float(correlation), v_uncond, scale)
+    arguments = (x, v, dt, alpha, beta, seeds, stage, patch_size, correlation, v_uncond, scale)
     out: Tensor = OP(*arguments, backend=backend)
     return out
 

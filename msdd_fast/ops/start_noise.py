@@ -17,6 +17,7 @@ from torch import Tensor
 from msdd_fast import native
 from msdd_fast.backends.triton import TRITON
 from msdd_fast.diffusion import noise
+from msdd_fast.diffusion.checks import as_int
 from msdd_fast.diffusion.patch_rows import patchify
 from msdd_fast.errors import InputError
 from msdd_fast.ops._checks import check_blocks, check_dtype, check_seeds
@@ -40,8 +41,10 @@ def start_noise(
     """
     check_seeds(seeds)
     check_dtype("dtype", dtype)
-    channels, height, width = shape
-    if min(shape) < 0 or height % 2 or width % 2:
+    if not isinstance(shape, (tuple, list)) or len(shape) != 3:
+        raise InputError(f"shape must be (C, H, W), got {shape!r}")
+    channels, height, width = (as_int("shape", size, 0) for size in shape)
+    if height % 2 or width % 2:
         raise InputError(f"shape must be (C, H, W) with even H and W (noise comes in 2x2 blocks), got {tuple(shape)}")
     check_blocks(channels, height, width)
     if patch_size is not None:

@@ -27,9 +27,9 @@ class Int8Linear:
         self.scale = weight.abs().amax(dim=1).clamp_min(TINY) / 127
         q = (weight / self.scale[:, None]).round().to(torch.int8)
         self.packed = torch.ops.onednn.qlinear_prepack(q, None)
-        self.zeros = torch.zeros(len(weight), dtype=torch.int32)
-        self.bias = torch.zeros(len(weight)) if bias is None else bias.float()
-        self.offset = torch.tensor(ZERO_POINT + 0.5)  # conversion to integers cuts off
+        self.zeros = weight.new_zeros(len(weight), dtype=torch.int32)
+        self.bias = weight.new_zeros(len(weight)) if bias is None else bias.float()
+        self.offset = weight.new_tensor(ZERO_POINT + 0.5)  # conversion to integers cuts off
         self.out_features = len(weight)
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
@@ -39,7 +39,7 @@ class Int8Linear:
         scale, zero = 1 / LEVELS, ZERO_POINT
         weight = (self.packed, self.scale, self.zeros)
         y = torch.ops.onednn.qlinear_pointwise(q, scale, zero, *weight, None, 1.0, 0, torch.float32, "none", [], "")
-        out = torch.empty(len(x), self.out_features, dtype=x.dtype) if out is None else out
+        out = x.new_empty(len(x), self.out_features) if out is None else out
         return torch.addcmul(self.bias, y, amax, out=out)
 
     def memory(self) -> int:
@@ -49,7 +49,7 @@ class Int8Linear:
 def available() -> tuple[bool, str]:
     """Whether oneDNN multiplies int8 matrices here, and why not. Tries it."""
     try:
-        Int8Linear(torch.ones(16, 16), None)(torch.ones(2, 16))
+        Int8Linear(torch.ones(16, 16, device="cpu"), None)(torch.ones(2, 16, device="cpu"))
     except (RuntimeError, AttributeError) as error:
         return False, f"int8 needs oneDNN's product (x86), which does not run here: {str(error).splitlines()[0]}"
     return True, "int8"

@@ -1,5 +1,9 @@
 // Statistics of LayerNorm in two passes: the mean, then the mean square about it.
 //
+// The mean of a sum in float32 may be some units in the last place off. Where the row hardly varies, that is as much as
+// its deviation, and rstd makes it large: there the mean is corrected by that of the centred values, which is small and
+// therefore exact, and the squares are summed again. Other rows keep their bits and their two passes.
+//
 // Sums run in LANES independent lanes that are added up as a tree: vectors of any width do that in the same order, so
 // the bits do not depend on the SIMD level, and no -ffast-math is needed.
 #pragma once
@@ -29,21 +33,48 @@ struct Moments {
     float mean, rstd;  // rstd: 1 / sqrt(variance + eps)
 };
 
-// `count` must be at least 1. The tail after whole groups of LANES is summed sequentially.
+// Whether `sum` of the squares about the mean is so small that the mean's own rounding matters: a standard deviation
+// of less than a thousandth of the mean.
+MSDD_INLINE bool nearly_constant(float mean, float sum, std::int64_t count) {
+    return sum < static_cast<float>(count) * (mean * 0x1p-10f) * (mean * 0x1p-10f);
+}
+
+namespace detail {
+
+// Mean of x - `centre`. The tail after whole groups of LANES is summed sequentially.
 template <int LANES>
-MSDD_INLINE Squares centred_squares(const float* x, std::int64_t count) {
+MSDD_INLINE float mean_about(const float* x, std::int64_t count, float centre) {
     const std::int64_t whole = count - count % LANES;
     float lanes[LANES] = {}, rest = 0.0f;
     for (std::int64_t i = 0; i < whole; i += LANES)
-        for (int j = 0; j < LANES; ++j) lanes[j] += x[i + j];
-    for (std::int64_t i = whole; i < count; ++i) rest += x[i];
-    const float mean = (detail::add_up(lanes) + rest) / static_cast<float>(count);
+        for (int j = 0; j < LANES; ++j) lanes[j] += x[i + j] - centre;
+    for (std::int64_t i = whole; i < count; ++i) rest += x[i] - centre;
+    return (add_up(lanes) + rest) / static_cast<float>(count);
+}
 
-    float squares[LANES] = {}, more = 0.0f;
+// Sum of the squares of x - `centre`.
+template <int LANES>
+MSDD_INLINE float squares_about(const float* x, std::int64_t count, float centre) {
+    const std::int64_t whole = count - count % LANES;
+    float lanes[LANES] = {}, rest = 0.0f;
     for (std::int64_t i = 0; i < whole; i += LANES)
-        for (int j = 0; j < LANES; ++j) squares[j] += (x[i + j] - mean) * (x[i + j] - mean);
-    for (std::int64_t i = whole; i < count; ++i) more += (x[i] - mean) * (x[i] - mean);
-    return {mean, detail::add_up(squares) + more};
+        for (int j = 0; j < LANES; ++j) lanes[j] += (x[i + j] - centre) * (x[i + j] - centre);
+    for (std::int64_t i = whole; i < count; ++i) rest += (x[i] - centre) * (x[i] - centre);
+    return add_up(lanes) + rest;
+}
+
+}  // namespace detail
+
+// `count` must be at least 1.
+template <int LANES>
+MSDD_INLINE Squares centred_squares(const float* x, std::int64_t count) {
+    float mean = detail::mean_about<LANES>(x, count, 0.0f);
+    float sum = detail::squares_about<LANES>(x, count, mean);
+    if (nearly_constant(mean, sum, count)) {
+        mean += detail::mean_about<LANES>(x, count, mean);
+        sum = detail::squares_about<LANES>(x, count, mean);
+    }
+    return {mean, sum};
 }
 
 template <int LANES>

@@ -80,7 +80,7 @@ def pack(decoder: Decoder, dtype: torch.dtype, device: torch.device, make: MakeL
     config, packer = decoder.config, Packer(device, dtype, make)
     p, cross = config.patch_size, config.decoder.conditioning == "cross"
     final, embed = decoder.final_layer.linear, decoder.patch_embed
-    order = torch.arange(3 * p * p).view(p, p, 3).permute(2, 0, 1).flatten().to(final.weight.device)
+    order = torch.arange(3 * p * p, device=final.weight.device).view(p, p, 3).permute(2, 0, 1).flatten()
     assert embed.bias is not None
     context_rope, _ = decoder.rope_tables(config.grid_size, device)
     blocks: list[Any] = list(decoder.blocks)
