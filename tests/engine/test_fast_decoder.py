@@ -163,7 +163,7 @@ def test_bad_arguments_of_accelerate(cross, arguments, message):
 def test_graphs_that_cannot_be_had(cross, monkeypatch):
     monkeypatch.setattr(graph_cache, "can_record", lambda: (False, "programs need msdd_fast._C, which was not built"))
     with pytest.raises(
-        BackendUnavailableError, match="graphs=True cannot be had: programs need msdd_fast._C, which was"
+        BackendUnavailableError, match=r"graphs=True cannot be had: programs need msdd_fast._C, which was"
     ):
         accelerate(cross, graphs=True)
     assert "graphs  no: programs need msdd_fast._C, which was not built" in str(accelerate(cross).report())
