@@ -22,6 +22,7 @@ if not HAS_GPU:
 # Engines on every CPU calculate alike, in float32; tests of bfloat16 ask for it. Without this a processor with bfloat16
 # instructions would run other code, with other tolerances, than one without.
 os.environ.setdefault("MSDD_FAST_CPU_BF16", "0")
+os.environ.setdefault("MSDD_FAST_NATIVE_LINEAR", "0")
 
 # torch.device(...) contexts look up once which functions they apply to: before poison_empty replaces some of them.
 with torch.device("cpu"):

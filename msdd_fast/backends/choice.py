@@ -150,6 +150,11 @@ def current_choice() -> Choice:
     return scopes[-1].choice if scopes else _environment or read_environment()
 
 
+def is_automatic() -> bool:
+    """Whether neither ``use_backend`` nor MSDD_FAST_BACKEND asks for a backend."""
+    return all(backend == "auto" for backend in current_choice().by_op.values())
+
+
 @contextmanager
 def use_backend(text: str) -> Iterator[None]:
     """Choose backends inside a ``with`` block: "triton", "eager,renoise_upsample=cpu".

@@ -12,6 +12,7 @@ from typing import TypeVar
 
 import torch
 
+from msdd_fast.backends.choice import is_automatic
 from msdd_fast.engine import graphs
 from msdd_fast.engine.batching import Chunk, assumed_cost, split_by_cost, split_evenly
 from msdd_fast.engine.programs import ProgramRecorder, can_record
@@ -79,6 +80,8 @@ class GraphCache:
         return {} if self._recorder is None else {"graphs": self._recorder.memory()}
 
     def _get(self, request: Request, known: dict[Request, G], capture: Callable[[Request], G]) -> G | None:
+        if self._exact and not is_automatic():  # a program has the backends that it was recorded with
+            return None
         with self._capturing:
             if request in known:
                 known[request] = known.pop(request)  # the most recently used is the last

@@ -7,21 +7,16 @@ import threading
 import pytest
 import torch
 
-from msdd_fast import Tokenizer
-from msdd_fast import accelerate as accelerate_auto
-from msdd_fast.backends import extension_status
+from msdd_fast import Tokenizer, accelerate
+from msdd_fast.backends import extension_status, load_extension, use_backend
 from msdd_fast.engine.graph_cache import MAX_PROGRAMS
 from msdd_fast.errors import BackendUnavailableError
+from msdd_fast.ops import observe
 from tests.engine.test_parity import FLOAT32, latents
 from tests.perturbed import perturbed
 
 if not extension_status()[0]:
     pytest.skip(f"msdd_fast._C {extension_status()[1]}", allow_module_level=True)
-
-
-def accelerate(tok, **options):
-    """With the C++ attention, which `auto` takes for head sizes that were measured only."""
-    return accelerate_auto(tok, backend="auto,attention=cpu,context_attention=cpu", **options)
 
 
 @pytest.fixture(autouse=True)
@@ -127,7 +122,7 @@ def test_a_stream_that_cannot_be_recorded_leaves_decodes_alone(cross):
 
 def test_the_other_family_says_that_convolutions_are_in_the_way():
     tok = perturbed("tiny-ssdd")
-    fast = accelerate_auto(tok, dtype=torch.float32)
+    fast = accelerate(tok, dtype=torch.float32)
     z = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     assert (fast.decode(z) - tok.decode(z)).abs().max() < 1e-4
     assert "the capture of batch 1 failed: " in fast.graphs_reason and "not in a native op" in fast.graphs_reason
@@ -161,3 +156,25 @@ def test_training_on_changes_no_program(cross):
         for p in tok.parameters():
             p.add_(1)
     assert torch.equal(fast.decode(z), before)
+
+
+def test_a_choice_of_backends_is_kept(cross):
+    """A program has the C++ attention; a block that asks for another backend gets it."""
+    fast, z = accelerate(cross, graphs=True), latents(cross, 1)
+    fast.decode(z)
+    seen = []
+    with use_backend("eager"), observe(lambda op, backend, args: seen.append(backend)):
+        assert (fast.decode(z) - cross.decode(z)).abs().max() < FLOAT32
+    assert set(seen) == {"eager"}
+    assert len(fast.cache._graphs) == 1
+
+
+@pytest.mark.parametrize("level", ["avx512bf16", "avx2"])
+def test_whose_products_are_taken(cross, monkeypatch, level):
+    """By default the extension's where programs of them were measured faster."""
+    monkeypatch.setenv("MSDD_FAST_NATIVE_LINEAR", "auto")
+    monkeypatch.setattr("msdd_fast.layers.linear.native.MEASURED_LEVELS", (level,))
+    here = load_extension().linear_level() == level
+    fast = accelerate(cross)
+    fast.decode(latents(cross, 1))
+    assert fast.graphs == here, fast.graphs_reason

@@ -11,10 +11,13 @@ from torch import Tensor
 
 from msdd_fast import native
 from msdd_fast.backends import tuned
-from msdd_fast.backends.extension import extension_status
+from msdd_fast.backends.extension import extension_status, load_extension
 from msdd_fast.errors import InputError
 
-DEFAULT = "0"
+DEFAULT = "auto"
+# Levels of the extension at which decodes with its products, recorded as programs, measured faster than with oneDNN and
+# MKL in bfloat16 and float32 (docs/benchmarks.md). Elsewhere PyTorch multiplies until `msdd-fast tune` says otherwise.
+MEASURED_LEVELS = ("avx512bf16",)
 MAX_PLANS = 256
 
 
@@ -46,8 +49,8 @@ class NativeLinear:
 def products(weight: Tensor) -> set[str]:
     """What multiplies with a weight: "cpu" is NativeLinear, "torch" is torch's own; both where it depends on the rows.
 
-    By the table of backends/tuned.py, in which a size that was not measured is torch's; MSDD_FAST_NATIVE_LINEAR = 1 or
-    0 takes the one or the other everywhere. Raises InputError for another value of it.
+    By the table of backends/tuned.py; for a size that is not in it, by the level (``MEASURED_LEVELS``).
+    MSDD_FAST_NATIVE_LINEAR = 1 or 0 takes the one or the other everywhere. Raises InputError for another value of it.
     """
     choice = os.environ.get("MSDD_FAST_NATIVE_LINEAR") or DEFAULT
     if choice not in ("auto", "0", "1"):
@@ -57,7 +60,8 @@ def products(weight: Tensor) -> set[str]:
         return {"torch"}
     if choice == "1":
         return {"cpu"}
-    return tuned.measured("linear", weight.device, weight.dtype, size_of(weight)) or {"torch"}
+    usual_choice = {"cpu"} if load_extension().linear_level() in MEASURED_LEVELS else {"torch"}
+    return tuned.measured("linear", weight.device, weight.dtype, size_of(weight)) or usual_choice
 
 
 def size_of(weight: Tensor) -> str:
