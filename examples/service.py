@@ -33,7 +33,13 @@ class Batcher:
         self._executor = ThreadPoolExecutor(1)
 
     async def decode(self, z: Tensor, seed: int) -> Tensor:
-        """uint8 (3, R, R) of one latent image (128, 32)."""
+        """uint8 (3, R, R) of one latent image (128, 32).
+
+        A request that cannot be decoded is refused here, before it shares a batch with others.
+        """
+        if not isinstance(z, Tensor):
+            raise msdd_fast.errors.InputError(f"z must be a torch.Tensor, got {type(z).__name__}")
+        self.engine.inputs(z[None], seed)
         done: asyncio.Future[Tensor] = asyncio.get_running_loop().create_future()
         await self._queue.put((z, seed, done))
         return await done
@@ -50,9 +56,8 @@ class Batcher:
                 except asyncio.TimeoutError:
                     break
             self.sizes.append(len(batch))
-            z, seeds = torch.stack([b[0] for b in batch]), [b[1] for b in batch]
             try:
-                images = await loop.run_in_executor(self._executor, self._decode, z, seeds)
+                images = await loop.run_in_executor(self._executor, self._decode, batch)
             except Exception as error:  # one bad batch must not end the service
                 for _, _, done in batch:
                     if not done.cancelled():
@@ -62,7 +67,8 @@ class Batcher:
                 if not done.cancelled():
                     done.set_result(image)
 
-    def _decode(self, z: Tensor, seeds: list[int]) -> Tensor:
+    def _decode(self, batch: list[tuple[Tensor, int, asyncio.Future[Tensor]]]) -> Tensor:
+        z, seeds = torch.stack([b[0] for b in batch]), [b[1] for b in batch]
         return self.engine.decode(z, seeds, out_dtype=torch.uint8).cpu()
 
 

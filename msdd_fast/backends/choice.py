@@ -84,9 +84,14 @@ def register_op(name: str) -> None:
     _ops.add(name)
 
 
-@functools.lru_cache(maxsize=64)
 def parse_choice(text: str) -> Choice:
     """Parse "triton" or "eager,renoise_upsample=triton". The same text gives the same object. Raises InputError."""
+    _check_text(text)
+    return _parse(text)
+
+
+@functools.lru_cache(maxsize=64)
+def _parse(text: str) -> Choice:
     by_op = {}
     for part in text.split(","):
         op, _, backend = part.rpartition("=")
@@ -102,7 +107,13 @@ def check_ops(choice: Choice) -> None:
             raise InputError(f"backend is chosen for the op {op!r}; known: {', '.join(sorted(_ops))}")
 
 
+def _check_text(text: object) -> None:
+    if not isinstance(text, str):
+        raise InputError(f"backend must be a name, or names per op ('auto,attention=sdpa'), got {type(text).__name__}")
+
+
 def _check_backend(name: str) -> None:
+    _check_text(name)
     if name not in _RESERVED and name not in _backends:
         raise InputError(f"backend must be one of {', '.join(backend_names())}, got {name!r}")
 

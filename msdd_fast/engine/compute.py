@@ -18,7 +18,7 @@ def compute_dtype(dtype: torch.dtype, device: torch.device) -> tuple[torch.dtype
     overrules what the processor says. float16 is for GPUs. Raises InputError for other dtypes.
     """
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise InputError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
+        raise InputError(f"dtype must be float32, bfloat16 or float16, got {dtype!r}")
     if device.type != "cpu" or dtype == torch.float32:
         return dtype, "as asked"
     choice = os.environ.get("MSDD_FAST_CPU_BF16") or "auto"

@@ -29,7 +29,7 @@ from msdd_fast.engine.bound_ops import bind
 from msdd_fast.engine.compute import compute_dtype
 from msdd_fast.engine.graph_cache import GraphCache, use_graphs
 from msdd_fast.engine.isolation import building, without_autocast
-from msdd_fast.engine.memory import fit
+from msdd_fast.engine.memory import fit, resident
 from msdd_fast.engine.prefetch import prefetch
 from msdd_fast.engine.report import Accuracy, Report, describe
 from msdd_fast.engine.tier import (
@@ -107,14 +107,15 @@ def accelerate(
         if calibration is not None:
             raise InputError("calibration is for tier='fast', got it with tier='exact'")
         return FastDecoder(tokenizer, EXACT, options)
-    device = next(tokenizer.parameters()).device
-    fast = fast_tier(tokenizer, device, compute_dtype(dtype, device)[0], bind(backend))
-    z, source = calibration_latents(tokenizer, calibration)
-    # The exact engine is gone before the fast one is made: never both sets of weights.
-    plain = replace(options, batch_sizes=None, graphs=False, max_memory=None)
-    exact = plain_images(FastDecoder(tokenizer, EXACT, plain), z)
-    engine = FastDecoder(tokenizer, fast, options)
-    engine.accuracy = measure(plain_images(engine, z), exact, source)
+    device = tokenizer.device
+    with building(device):
+        fast = fast_tier(tokenizer, device, compute_dtype(dtype, device)[0], bind(backend))
+        z, source = calibration_latents(tokenizer, calibration)
+        # The exact engine is gone before the fast one is made: never both sets of weights.
+        plain = replace(options, batch_sizes=None, graphs=False, max_memory=None)
+        exact = plain_images(FastDecoder(tokenizer, EXACT, plain), z)
+        engine = FastDecoder(tokenizer, fast, options)
+        engine.accuracy = measure(plain_images(engine, z), exact, source)
     require(engine.accuracy, max_psnr_loss)
     return engine
 
@@ -151,8 +152,10 @@ class FastDecoder:
         check_guidance(self.config, self.cfg_scale)
         self.tier, self.tier_description = tier.name, tier.description
         self.accuracy: Accuracy | None = None
-        self.device = next(tokenizer.parameters()).device
+        self.device = tokenizer.device
         self.dtype, self.dtype_reason = compute_dtype(options.dtype, self.device)
+        if not isinstance(options.graphs, (str, bool)):
+            raise InputError(f"graphs must be 'auto', True or False, got {type(options.graphs).__name__}")
         use_graphs(options.graphs, self.device)  # for its errors, before the work
         sizes = _check_sizes(options.batch_sizes, self.device)
         self.max_memory = None if options.max_memory is None else as_int("max_memory", options.max_memory, 1)
@@ -163,7 +166,8 @@ class FastDecoder:
             self.program = self.family.program(decoder, schedule, tables, self.dtype, self.device, ops, tier.make)
         self.memory = {"weights": self.program.network.w.memory(), "tables": self.family.tables_memory(tables)}
         self._fixed = sum(self.memory.values())
-        self._per_image = self.family.activation_bytes(self.dtype.itemsize, self.cfg_scale != 1.0, tier is not EXACT)
+        activations = self.family.activation_bytes(self.dtype.itemsize, self.cfg_scale != 1.0, tier is not EXACT)
+        self._per_image = resident(activations, self.device)
         self.batch_sizes, self.notes = fit(sizes, self.max_memory, self._fixed, self._per_image)
         most = max(self.batch_sizes)
         self.memory[f"activations of batch {most} (bound)"] = self._per_image * most
@@ -371,6 +375,8 @@ class FastDecoder:
 
     def inputs(self, z: Tensor, seed: int | Sequence[int] | Tensor = 0, cfg_scale: float | None = None) -> Inputs:
         """What the program takes for arguments of ``decode``, checked and on the device."""
+        if torch._C._get_tracing_state() is not None:
+            raise InputError("a FastDecoder cannot be recorded by torch.jit.trace: trace the tokenizer's decoder")
         check_latents(z, *self.config.latent_shape)
         _, scale = check_sampling(self.steps, self.cfg_scale if cfg_scale is None else cfg_scale)
         check_guidance(self.config, scale)
@@ -438,7 +444,7 @@ class FastDecoder:
 
 
 def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> Any:
-    if value not in allowed:
+    if not any(type(value) is type(a) and value == a for a in allowed):  # a tensor has no single answer to ==
         raise InputError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}")
     return value
 
@@ -447,7 +453,7 @@ def _check_sizes(sizes: int | Sequence[int] | None, device: torch.device) -> tup
     if sizes is None:
         return GPU_BATCH_SIZES if device.type == "cuda" else CPU_BATCH_SIZES
     try:
-        given = tuple(sizes) if isinstance(sizes, Iterable) else (sizes,)
+        given = tuple(sizes) if isinstance(sizes, Iterable) and not isinstance(sizes, bytes) else (sizes,)
         numbers = sorted({as_int("batch_sizes", s, 1) for s in given})
     except (InputError, TypeError):  # TypeError: an array without dimensions
         numbers = []

@@ -44,7 +44,7 @@ class _Ready:
 
 
 def prefetch(tensors: Iterable[Tensor], device: torch.device) -> Generator[Tensor, None, None]:
-    """The tensors on ``device``, in order, at most DEPTH ahead, read in a thread of its own.
+    """The tensors, in order and those of a CPU on a GPU ``device``, at most DEPTH ahead, read in a thread of its own.
 
     An error of the iterable is raised where its tensor would have come. Closing the generator stops the thread. If the
     iterable is waiting then, nothing waits for it: the thread ends when the iterable returns, and takes nothing more.
@@ -77,7 +77,8 @@ def prefetch(tensors: Iterable[Tensor], device: torch.device) -> Generator[Tenso
         while (item := ready.take()) is not _END:
             if isinstance(item, BaseException):
                 raise item
-            yield item.to(device, non_blocking=True) if isinstance(item, Tensor) else item  # type: ignore[misc]
+            moves = device.type == "cuda" and isinstance(item, Tensor) and item.device.type == "cpu"
+            yield item.to(device, non_blocking=True) if moves else item  # type: ignore[attr-defined, misc]
     finally:
         ready.stop()
         # In the iterable the thread may be for ever; anywhere else it ends at once, and does not enter it again.

@@ -144,8 +144,7 @@ class ChoiceRecorder:
 def describe(engine: Engine, z: Tensor | None) -> Report:
     """Report of ``engine``; runs one decode without graphs to see the ops, and one of the eager tokenizer."""
     if z is None:
-        generator = torch.Generator().manual_seed(0)
-        z = torch.randn(1, *engine.family.example, generator=generator)
+        z = random_latents(engine.family, 1)
     z = z.to(engine.device)
     choices = ChoiceRecorder()
     with observe(choices):
@@ -170,6 +169,12 @@ def describe(engine: Engine, z: Tensor | None) -> Report:
         notes=tuple(engine.notes),
         ops=choices.result(),
     )
+
+
+def random_latents(family: Family, batch: int) -> Tensor:
+    """(batch, ...), the same at every call; float32 on the CPU whatever PyTorch's defaults are."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(batch, *family.example, generator=generator, dtype=torch.float32, device="cpu")
 
 
 def _accuracy(engine: Engine, tokenizer: Tokenizer, z: Tensor) -> Accuracy:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from msdd_fast.diffusion.checks import check_latents
 from msdd_fast.engine.batching import split_evenly
-from msdd_fast.engine.report import Accuracy, Engine
+from msdd_fast.engine.report import Accuracy, Engine, random_latents
 from msdd_fast.errors import AccuracyError, BackendUnavailableError, InputError
 from msdd_fast.families import family_of
 from msdd_fast.io.photographs import photographs
@@ -89,8 +89,7 @@ def calibration_latents(tokenizer: Tokenizer, given: Tensor | None) -> Calibrati
     try:
         images = photographs(config.image_size)
     except InputError:
-        z = torch.randn(BATCH, *family_of(config).example, generator=torch.Generator().manual_seed(0))
-        return Calibration(z, "random latents")
+        return Calibration(random_latents(family_of(config), BATCH), "random latents")
     return Calibration(tokenizer.encode(images.to(parameter)), f"{len(images)} encoded photographs")
 
 

@@ -44,6 +44,11 @@ def cpu_fits(q: Tensor, *others: Tensor | None) -> Verdict:
     return rows_are_dense(q, *others)
 
 
+def _steps(x: Tensor) -> list[int]:
+    """Strides between heads, but for dimensions of one element, whose stride means nothing."""
+    return [stride for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True) if size != 1]
+
+
 def kernels_fit(q: Tensor, k: Tensor, v: Tensor, accumulate: Tensor | None = None) -> Verdict:
     """Whether the GPU kernels' contract holds: dtype, head size, number of keys, rows at multiples of 16 bytes."""
     if q.dtype not in (torch.bfloat16, torch.float16):
@@ -53,7 +58,7 @@ def kernels_fit(q: Tensor, k: Tensor, v: Tensor, accumulate: Tensor | None = Non
     if k.shape[1] > MAX_KEYS:
         return False, f"takes at most {MAX_KEYS} keys, got {k.shape[1]}"
     for name, x in (("q", q), ("k", k), ("v", v), ("accumulate", accumulate)):
-        if x is not None and (x.stride(3) != 1 or any(s % 8 for s in (*x.stride()[:3], x.storage_offset()))):
+        if x is not None and (x.stride(3) != 1 or x.storage_offset() % 8 or any(s % 8 for s in _steps(x))):
             got = f"{name} with strides {tuple(x.stride())}, offset {x.storage_offset()}"
             return False, f"needs contiguous heads at multiples of 16 bytes, got {got}"
     return True, ""

@@ -148,7 +148,9 @@ class Op:
         name = requested_backend(self.name, backend, self.implementations)
         if name == "eager":
             return name
-        needs_grad = _needs_grad(args)
+        # torch.jit.trace takes overloads of one op for another, since their schemas are the same: plain PyTorch only.
+        traced = _tracing_state() is not None
+        needs_grad = traced or _needs_grad(args)
         if name == "auto":
             first = self.fastest(*args)
             for candidate in sorted(self.implementations, key=lambda b: b != first):
@@ -163,6 +165,8 @@ class Op:
             return "eager"
         known = name in self.implementations
         differentiable = known and self.implementations[name].differentiable
+        if traced and not differentiable:
+            raise InputError(f"{self.name}: torch.jit.trace cannot record backend {name!r}; use 'eager' or 'auto'")
         if needs_grad and not differentiable and not torch.compiler.is_compiling():
             raise InputError(
                 f"{self.name}: backend {name!r} is for inference, but an argument requires grad; "

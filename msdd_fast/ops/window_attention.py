@@ -57,6 +57,8 @@ def window_attention(
     """
     check_float("q", q)
     q, k, v = cast_for_autocast(q, k, v)
+    if torch._C._get_tracing_state() is not None:  # torch.jit.trace makes tensors of sizes
+        height, width = int(height), int(width)
     for name, size in (("height", height), ("width", width)):
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise InputError(f"{name} must be an int >= 1, got {size!r}")
