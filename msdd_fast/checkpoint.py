@@ -415,6 +415,20 @@ def _write(
         if stale or _TEMPORARY.fullmatch(path.name):
             with suppress(OSError):
                 path.unlink()
+    if len(set(weight_map.values())) == 1:
+        _link(target / next(iter(weight_map.values())), target / WEIGHTS_FILE)
+
+
+def _link(shard: Path, alias: Path) -> None:
+    """A second name for the only shard, which other programs look for; nothing here reads it beside an index."""
+    temporary = temporary_sibling(alias)
+    try:
+        os.link(shard, temporary)
+        os.replace(temporary, alias)
+    except OSError:  # some file systems have no hard links
+        pass
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _shards(weights: Mapping[str, Tensor], dtype: torch.dtype, max_bytes: int) -> list[list[str]]:

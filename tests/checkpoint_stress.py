@@ -102,7 +102,7 @@ def kills(directory, tokenizers, count):
             print(e, file=sys.stderr)
             failed += 1
     tokenizers[0].save_pretrained(directory)
-    left = {p.name for p in directory.iterdir()} - {"config.json", checkpoint.INDEX_FILE}
+    left = {p.name for p in directory.iterdir()} - {"config.json", checkpoint.INDEX_FILE, checkpoint.WEIGHTS_FILE}
     if len(left) != 1:
         print(f"left behind: {left}", file=sys.stderr)
     return found[1:], found[0], failed + (len(left) != 1)

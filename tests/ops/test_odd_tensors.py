@@ -160,8 +160,8 @@ def test_tensors_of_another_kind_are_refused_by_name(name):
     function = getattr(ops, name)
     arguments = list(ARGUMENTS[name])
     first = arguments[0]
-    kinds = [first.to_sparse(), torch.nested.nested_tensor([first[0], first[0]]), first.to(torch.float8_e4m3fn),
-             torch.quantize_per_tensor(first.float(), 0.1, 0, torch.qint8), first.float().numpy(), None, "x", 3]  # fmt: skip
+    kinds = [first.to_sparse(), torch.nested.nested_tensor([first[0], first[0]]), first.to(torch.float8_e4m3fn)]
+    kinds += [torch.quantize_per_tensor(first.float(), 0.1, 0, torch.qint8), first.float().numpy(), None, "x", 3]
     if torch.backends.mkldnn.is_available() and first.dtype == torch.float32:
         kinds.append(first.to_mkldnn())
     for kind in kinds:
