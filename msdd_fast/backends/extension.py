@@ -46,13 +46,13 @@ def _probe() -> tuple[ModuleType | None, str]:
     info = build_info()
     try:
         module = importlib.import_module("msdd_fast._C")
-    except ImportError as error:
+    except Exception as error:  # a damaged file may raise anything
         return None, _explain(info, error)
     cuda = f"CUDA {', '.join(info.get('cuda_archs', []))}" if info.get("cuda") else "no CUDA"
     return module, f"was built with {info.get('compiler', 'an unknown compiler')}, {cuda}"
 
 
-def _explain(info: dict[str, Any], error: ImportError) -> str:
+def _explain(info: dict[str, Any], error: Exception) -> str:
     if not info.get("compiled"):
         reason = info.get("reason") or "the package was never installed, only put on the path"
         return f"was not built: {reason}. To build it: {_rebuild_command()}"

@@ -7,7 +7,7 @@ import os
 from torch import Tensor
 
 from msdd_fast.backends.choice import Verdict, register_backend
-from msdd_fast.backends.packages import is_installed
+from msdd_fast.backends.packages import imports, is_installed
 
 
 def can_use_triton(x: Tensor) -> Verdict:
@@ -15,7 +15,8 @@ def can_use_triton(x: Tensor) -> Verdict:
     if not is_installed("triton"):
         return False, "Triton is not installed: pip install triton"
     if x.device.type == "cuda" or (x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
-        return True, "Triton kernel"
+        ok, reason = imports("triton", "Triton")
+        return ok, "Triton kernel" if ok else reason
     return False, f"needs a CUDA tensor (or TRITON_INTERPRET=1, for tests), got {x.device}"
 
 

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from msdd_fast.backends.environment import thread_problems
 from msdd_fast.diffusion.checks import (
     as_int,
     check_finite,
@@ -169,6 +170,8 @@ class FastDecoder:
         activations = self.family.activation_bytes(self.dtype.itemsize, self.cfg_scale != 1.0, tier is not EXACT)
         self._per_image = resident(activations, self.device)
         self.batch_sizes, self.notes = fit(sizes, self.max_memory, self._fixed, self._per_image)
+        if self.device.type == "cpu":
+            self.notes += thread_problems()
         most = max(self.batch_sizes)
         self.memory[f"activations of batch {most} (bound)"] = self._per_image * most
         stages = self.config.schedule.num_stages
@@ -223,7 +226,9 @@ class FastDecoder:
         """Images of latents.
 
         Args:
-            z: (B, num_latent_tokens, latent_dim), or for SSDD (B, latent_channels, h, w), any float dtype, any device.
+            z: (B, num_latent_tokens, latent_dim), or for SSDD (B, latent_channels, h, w); float32, bfloat16,
+                float16 or float64, on any device.
+                Pinned memory is read while the GPU works: synchronise before you refill it.
             seed: an int (image i uses seed + i) or one int per image, in [0, 2^63). Ignored with ``noise``.
             noise: as in ``sampling.sample``; runs without graphs.
             cfg_scale: instead of the engine's; SSDD has 1 only.
@@ -343,7 +348,8 @@ class FastDecoder:
         """Images of each tensor of latents, shaped as in ``decode``, in order.
 
         The next tensors are fetched, pinned and copied to the device while this one decodes. Image i of the whole
-        stream has seed + i, however it is cut into tensors. Errors of ``latents`` come through unchanged, where their
+        stream has seed + i, however it is cut into tensors. A tensor must not be changed before its images have come:
+        ``latents`` yields a new one each time. Errors of ``latents`` come through unchanged, where their
         tensor would have come.
         """
         self._check_steps(steps)
@@ -382,10 +388,11 @@ class FastDecoder:
         check_guidance(self.config, scale)
         if self.validate:
             check_finite("z", z)
+        to_gpu = self.device.type == "cuda"  # a copy to a CPU must have arrived before it is read
         return Inputs(
-            z.detach().to(self.device, self.dtype, non_blocking=True),
-            resolve_seeds(seed, len(z)).to(self.device, non_blocking=True),
-            torch.tensor(scale, dtype=torch.float32, device="cpu").to(self.device, non_blocking=True),
+            z.detach().to(self.device, self.dtype, non_blocking=to_gpu),
+            resolve_seeds(seed, len(z)).to(self.device, non_blocking=to_gpu),
+            torch.tensor(scale, dtype=torch.float32, device="cpu").to(self.device, non_blocking=to_gpu),
         )
 
     def request(

@@ -35,9 +35,7 @@ def context_attention(q: Tensor, k: Tensor, v: Tensor, accumulate: Tensor | None
     out = attention_result(q)
     if out.numel() == 0:
         return out
-    views = [
-        None if x is None else (x.data_ptr(), _DTYPES[x.dtype], x.shape, x.stride()) for x in (q, k, v, accumulate, out)
-    ]
+    views = [None if x is None else _view(x) for x in (q, k, v, accumulate, out)]
     stream = torch.cuda.current_stream(q.device).cuda_stream
     function = getattr(load_extension(), "context_attention", None)
     if function is None:
@@ -49,3 +47,9 @@ def context_attention(q: Tensor, k: Tensor, v: Tensor, accumulate: Tensor | None
     except RuntimeError as error:
         raise BackendUnavailableError(f"context_attention: {error}") from None
     return out
+
+
+def _view(x: Tensor) -> tuple[int, int, torch.Size, tuple[int, ...]]:
+    """As the extension takes it. The stride of a dimension of one element means nothing and need not be aligned: 0."""
+    strides = tuple(0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return x.data_ptr(), _DTYPES[x.dtype], x.shape, strides

@@ -161,3 +161,97 @@ def test_compiled_functions_follow_the_thread_s_choice():
         work()
     work()
     assert targets == [1, 1, 0, 0]
+
+
+# --- Packages that are there but do not import. ---
+
+
+@pytest.fixture
+def broken(tmp_path, monkeypatch):
+    """A package whose import raises; how often it was tried is in ``tried``."""
+    from msdd_fast.backends import packages
+
+    name = "msdd_fast_broken_package"
+    (tmp_path / f"{name}.py").write_text(
+        "import sys\nsys.tried = getattr(sys, 'tried', 0) + 1\nraise OSError('no lib')\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(sys, "tried", 0, raising=False)
+    packages._find_module.cache_clear()
+    packages._import_problem.cache_clear()
+    yield name
+    packages._find_module.cache_clear()
+    packages._import_problem.cache_clear()
+
+
+def test_a_package_that_does_not_import_is_not_usable_and_says_why(broken):
+    from msdd_fast.backends.packages import can_use_package, imports, is_installed
+
+    class OnGPU:
+        device = torch.device("cuda")
+
+    for _ in range(3):
+        assert is_installed(broken)
+        assert imports(broken, "Broken") == (False, "Broken is installed but does not import: OSError: no lib")
+        assert can_use_package(OnGPU(), "Broken", broken, "")[1].endswith("does not import: OSError: no lib")
+    assert sys.tried == 1
+    assert not is_installed("msdd_fast_no_such_package.part")
+
+
+def test_a_damaged_extension_is_not_usable_and_says_why(monkeypatch):
+    import importlib
+
+    from msdd_fast.backends import extension
+
+    def fail(name):
+        raise OSError("bad magic")
+
+    extension._probe.cache_clear()
+    with monkeypatch.context() as m:
+        m.setattr(importlib, "import_module", fail)
+        assert extension.extension_status() in (
+            (False, extension._explain(extension.build_info(), OSError("bad magic"))),
+        )
+    extension._probe.cache_clear()
+
+
+# --- Threads. ---
+
+
+@pytest.mark.parametrize(
+    ("files", "quota"),
+    [({"cpu.max": "150000 100000\n"}, 1.5), ({"cpu.max": "max 100000\n"}, None), ({}, None),
+     ({"cpu/cpu.cfs_quota_us": "200000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 2.0),
+     ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, None)],
+)  # fmt: skip
+def test_usable_cores_are_those_of_affinity_and_quota(files, quota, monkeypatch):
+    from pathlib import Path
+
+    from msdd_fast.backends import environment
+
+    def read_text(self):
+        name = str(self).removeprefix("/sys/fs/cgroup/")
+        if name not in files:
+            raise FileNotFoundError(name)
+        return files[name]
+
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    with monkeypatch.context() as m:
+        m.setattr(Path, "read_text", read_text)
+        assert environment._cgroup_quota() == quota
+        assert environment.usable_cores() == (8 if quota is None else 2)
+
+
+def test_too_many_threads_and_a_busy_machine_are_said(monkeypatch):
+    from msdd_fast.backends import environment
+
+    monkeypatch.setattr(environment, "usable_cores", lambda: 2)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    monkeypatch.setattr(os, "getloadavg", lambda: (7.0, 7.0, 7.0), raising=False)
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    many, busy = environment.thread_problems()
+    assert many == "4 threads for 2 usable cores: torch.set_num_threads(2)"
+    assert busy.startswith("the load of 7.0 exceeds the 2 usable cores: start with OMP_WAIT_POLICY=passive")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert environment.thread_problems() == []

@@ -103,9 +103,8 @@ def test_a_native_function_refuses_a_lazy_negation():
 
 
 def with_odd_strides(x):
-    strides = [
-        stride if size != 1 else 12345 + 7 * i for i, (size, stride) in enumerate(zip(x.shape, x.stride(), strict=True))
-    ]
+    pairs = zip(x.shape, x.stride(), strict=True)
+    strides = [12345 + 7 * i if size == 1 else stride for i, (size, stride) in enumerate(pairs)]
     return torch.as_strided(x, x.shape, strides)
 
 
@@ -160,8 +159,13 @@ def test_tensors_of_another_kind_are_refused_by_name(name):
     function = getattr(ops, name)
     arguments = list(ARGUMENTS[name])
     first = arguments[0]
-    kinds = [first.to_sparse(), torch.nested.nested_tensor([first[0], first[0]]), first.to(torch.float8_e4m3fn)]
-    kinds += [torch.quantize_per_tensor(first.float(), 0.1, 0, torch.qint8), first.float().numpy(), None, "x", 3]
+    kinds = [
+        first.to_sparse(),
+        torch.nested.nested_tensor([first[0], first[0]]),
+        first.to(torch.float8_e4m3fn),
+        torch.quantize_per_tensor(first.float(), 0.1, 0, torch.qint8),
+        *(first.float().numpy(), None, "x", 3),
+    ]
     if torch.backends.mkldnn.is_available() and first.dtype == torch.float32:
         kinds.append(first.to_mkldnn())
     for kind in kinds:
