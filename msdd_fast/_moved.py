@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.abc
 import importlib.machinery
+import importlib.util
 import sys
 import warnings
 from collections.abc import Sequence
@@ -38,6 +39,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "models.ssdd": ("families.ssdd.decoder",),
     "models.tokenizer": ("tokenizer", "diffusion.checks"),
     "noise": ("diffusion.noise",),
+    "ops._op": ("ops._registry",),
     "patch_rows": ("diffusion.patch_rows",),
     "photographs": ("io.photographs",),
     "ranges": ("profiling",),
@@ -88,6 +90,8 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def exec_module(self, module: ModuleType) -> None:
         new = MOVED[module.__name__.removeprefix("msdd_fast.")]
         if new:
+            first = importlib.util.find_spec(f"msdd_fast.{new[0]}")
+            module.__file__ = None if first is None else first.origin
             places = " or ".join(f"msdd_fast.{n}" for n in new)
             warnings.warn(
                 f"{module.__name__} has moved and will be gone in 0.3: import from {places}",

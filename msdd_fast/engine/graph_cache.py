@@ -1,7 +1,7 @@
 """The graphs of one engine: captured when first asked for, and what each batch size costs.
 
 On a GPU these are CUDA graphs, on a CPU recorded programs (engine/programs.py). A program takes about one decode to
-record, so it is made for every batch size that occurs; the least recently used are dropped.
+record, so it is made for every batch size that occurs. Of both the least recently used are dropped.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from msdd_fast.engine.programs import ProgramRecorder, can_record
 from msdd_fast.errors import BackendUnavailableError, InputError
 from msdd_fast.layers.request import DecodeProgram, Inputs, Request
 
-MAX_PROGRAMS = 16
+MAX_GRAPHS = 32  # of each kind: a service sees many sizes
 G = TypeVar("G", graphs.Graph, graphs.StageGraphs)
 
 
@@ -102,7 +102,7 @@ class GraphCache:
                 self.enabled, self.reason = False, reason
                 self._graphs.clear()
                 self._stage_graphs.clear()
-            if self._exact and len(known) > MAX_PROGRAMS:
+            if len(known) > MAX_GRAPHS:
                 del known[next(iter(known))]
             return known.get(request)
 

@@ -9,7 +9,7 @@ import torch
 
 from msdd_fast import Tokenizer, accelerate
 from msdd_fast.backends import extension_status, load_extension, use_backend
-from msdd_fast.engine.graph_cache import MAX_PROGRAMS
+from msdd_fast.engine.graph_cache import MAX_GRAPHS
 from msdd_fast.errors import BackendUnavailableError
 from msdd_fast.ops import observe
 from tests.engine.test_parity import FLOAT32, latents
@@ -93,13 +93,13 @@ def test_explicit_noise_runs_without_a_program(cross):
 
 def test_few_programs_are_kept(cross):
     """The least recently used goes first; memory is that of the largest, not of all."""
-    fast = accelerate(cross, graphs=True, batch_sizes=(32,))
-    for batch in range(1, MAX_PROGRAMS + 6):
+    fast = accelerate(cross, graphs=True, batch_sizes=(64,))
+    for batch in range(1, MAX_GRAPHS + 6):
         fast.decode(latents(cross, batch))
         fast.decode(latents(cross, 1))
     programs = list(fast.cache._graphs)
-    assert len(programs) == MAX_PROGRAMS
-    assert {p.shape[0] for p in programs} == {1, *range(7, MAX_PROGRAMS + 6)}
+    assert len(programs) == MAX_GRAPHS
+    assert {p.shape[0] for p in programs} == {1, *range(7, MAX_GRAPHS + 6)}
 
 
 def test_what_cannot_be_recorded_runs_without_and_says_why(cross, monkeypatch):
