@@ -42,10 +42,7 @@ def as_int(name: str, value: Any, minimum: int) -> int:
 
     Raises InputError for anything else and for less than ``minimum``.
     """
-    if isinstance(value, int) and not isinstance(value, bool):
-        number = value
-    else:
-        number = _index(value)
+    number = value if type(value) is int else _index(value)
     if number is None or number < minimum:
         raise InputError(f"{name} must be an integer >= {minimum}, got {value!r}")
     return number

@@ -19,7 +19,7 @@ from msdd_fast.engine.programs import ProgramRecorder, can_record
 from msdd_fast.errors import BackendUnavailableError, InputError
 from msdd_fast.layers.request import DecodeProgram, Inputs, Request
 
-MAX_GRAPHS = 32  # of each kind: a service sees many sizes
+MAX_GRAPHS = 32  # of each kind: a few batch sizes of some dtypes, and the sizes of images where there are several
 G = TypeVar("G", graphs.Graph, graphs.StageGraphs)
 
 
@@ -89,7 +89,7 @@ class GraphCache:
                 return known.get(request)
             try:
                 with torch.no_grad():
-                    known[request] = capture(request)
+                    known[request] = self._with_room(lambda: capture(request))
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
@@ -103,8 +103,28 @@ class GraphCache:
                 self._graphs.clear()
                 self._stage_graphs.clear()
             if len(known) > MAX_GRAPHS:
+                self._wait()
                 del known[next(iter(known))]
             return known.get(request)
+
+    def _with_room(self, capture: Callable[[], G]) -> G:
+        """``capture()``; where memory is short, once more without the graphs that there are."""
+        try:
+            return capture()
+        except torch.OutOfMemoryError:
+            if not self._graphs and not self._stage_graphs:
+                raise
+        self._wait()
+        self._graphs.clear()
+        self._stage_graphs.clear()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        return capture()
+
+    def _wait(self) -> None:
+        """A graph must not be dropped while the device replays it."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
 
     def _capture(self, request: Request) -> graphs.Graph:
         self._recorder = self._recorder or self._new_recorder()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from msdd_fast import accelerate
+from msdd_fast import Tokenizer, accelerate
 from msdd_fast.engine import decoder, graph_cache, graphs
 from msdd_fast.errors import BackendUnavailableError
 from tests.engine.test_parity import FLOAT32, latents
@@ -154,3 +154,49 @@ def test_real_graphs(cross):
         assert engine.graphs
     finally:
         cross.cpu()
+
+
+class Again:
+    """Stands in for ``graphs.Graph``: decodes again."""
+
+    full = 0  # how many captures are to find no memory
+
+    def __init__(self, recorder, lock, example, decode):
+        if Again.full:
+            Again.full -= 1
+            raise torch.OutOfMemoryError("no")
+        self.decode = decode
+
+    def replay(self, inputs, out=None):
+        images = self.decode(inputs)
+        return images if out is None else out.copy_(images)
+
+
+def test_graphs_of_many_sizes_are_bounded_and_the_least_recently_used_go(replaying, monkeypatch):
+    monkeypatch.setattr(graph_cache, "MAX_GRAPHS", 4)
+    monkeypatch.setattr(graphs, "Graph", Again)
+    engine = accelerate(Tokenizer.from_config("tiny-ssdd"), dtype=torch.float32, batch_sizes=(1,), graphs=True)
+    first = torch.zeros(1, 4, 4, 4)
+    expected = engine.decode(first)
+    for i in range(12):
+        engine.decode(torch.zeros(1, 4, 4, 5 + i))
+        list(engine.stream(torch.zeros(1, 4, 4, 5 + i)))
+        assert torch.equal(engine.decode(first), expected)
+    kept = list(engine.cache._graphs)
+    assert len(kept) == 4 and kept[-1].shape == (1, 4, 4, 4)
+    assert len(engine.cache._stage_graphs) == 4
+
+
+def test_out_of_memory_in_a_capture_drops_the_other_graphs_first(replaying, cross, monkeypatch):
+    monkeypatch.setattr(graphs, "Graph", Again)
+    engine = accelerate(cross, dtype=torch.float32, batch_sizes=(1, 2), graphs=True)
+    z = latents(cross, 2)
+    expected = engine.decode(z[:1])
+    monkeypatch.setattr(Again, "full", 1)
+    assert engine.decode(z).shape == (2, 3, 64, 64)
+    assert [r.shape[0] for r in engine.cache._graphs] == [2]
+    assert torch.equal(engine.decode(z[:1]), expected) and engine.graphs
+    engine.cache._graphs.clear()
+    monkeypatch.setattr(Again, "full", 2)
+    with pytest.raises(torch.OutOfMemoryError):
+        engine.decode(z)
