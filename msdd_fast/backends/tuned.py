@@ -31,7 +31,7 @@ def fastest(op: str, device: torch.device, dtype: torch.dtype, size: int | str, 
     """Backend of the smallest measured number of rows that is at least this one, else of the largest; or None."""
     name = None
     for measured_size, limit, backend in _measured(op, str(device), str(dtype).removeprefix("torch.")):
-        if measured_size == str(size) and (name is None or rows <= limit):
+        if measured_size == size and (name is None or rows <= limit):
             name = backend
     return name
 
@@ -39,7 +39,7 @@ def fastest(op: str, device: torch.device, dtype: torch.dtype, size: int | str, 
 def measured(op: str, device: torch.device, dtype: torch.dtype, size: int | str) -> set[str]:
     """Every backend that is the fastest for some number of rows."""
     found = _measured(op, str(device), str(dtype).removeprefix("torch."))
-    return {backend for measured_size, _, backend in found if measured_size == str(size)}
+    return {backend for measured_size, _, backend in found if measured_size == size}
 
 
 def machine(device: str, op: str = "attention") -> str:
@@ -89,13 +89,17 @@ def _table() -> dict[str, Any]:
 
 
 @functools.cache
-def _rows(op: str, device: str, dtype: str) -> tuple[tuple[str, int, str], ...]:
+def _rows(op: str, device: str, dtype: str) -> tuple[tuple[int | str, int, str], ...]:
     """(size, rows, backend), the most rows first."""
     sizes = _table().get(machine(device, op), {}).get(op, {}).get(dtype, {})
-    rows = [(size, int(count), name) for size, row in sizes.items() for count, name in row.items()]
+    rows = [(_size(size), int(count), name) for size, row in sizes.items() for count, name in row.items()]
     return tuple(sorted(rows, reverse=True))
 
 
+def _size(key: str) -> int | str:
+    return int(key) if key.isdecimal() else key
+
+
 @constant_when_compiled
-def _measured(op: str, device: str, dtype: str) -> tuple[tuple[str, int, str], ...]:
+def _measured(op: str, device: str, dtype: str) -> tuple[tuple[int | str, int, str], ...]:
     return _rows(op, device, dtype)

@@ -145,7 +145,7 @@ _VIEWS = frozenset(
         *(Tensor.view, Tensor.transpose, Tensor.permute, Tensor.t, Tensor.expand, Tensor.unflatten, Tensor.detach),
         *(Tensor.chunk, Tensor.split, Tensor.unbind, Tensor.narrow, Tensor.select, Tensor.squeeze, Tensor.unsqueeze),
         *(Tensor.__getitem__, Tensor.size, Tensor.stride, Tensor.dim, Tensor.numel, Tensor.__len__, Tensor.data_ptr),
-        *(Tensor.is_contiguous, Tensor.storage_offset, Tensor.element_size, Tensor.is_floating_point),
+        *(Tensor.is_contiguous, Tensor.storage_offset, Tensor.element_size, Tensor.is_floating_point, Tensor.is_neg),
         *(torch.chunk, torch.unbind, torch.transpose, torch.permute, torch.is_floating_point),
     }
 )

@@ -262,7 +262,7 @@ def test_native_refuses_what_would_read_wrong_memory(change, message):
         (dict(v=torch.zeros(2, 5, 2, 16).int()), "v must be float32, bfloat16, float16 or float64, got torch.int32"),
         (dict(k=torch.zeros(2, 5, 2, 16).half()), "k must have the dtype of q, torch.float32, got torch.float16"),
         (dict(k=torch.zeros(1, 5, 2, 16)), r"k must have the shape \(2, 5, 2, 16\), got \(1, 5, 2, 16\)"),
-        (dict(v=torch.zeros(2, 6, 2, 16)), r"v must be of shape \(2, 5, 2, 16\), got \(2, 6, 2, 16\)"),
+        (dict(v=torch.zeros(2, 6, 2, 16)), r"v must have the shape \(2, 5, 2, 16\), got \(2, 6, 2, 16\)"),
         (dict(v=torch.zeros(2, 5, 2, 16, device="meta")), "v must be on the device of q, cpu, got meta"),
         (
             dict(k=torch.zeros(2, 0, 2, 16), v=torch.zeros(2, 0, 2, 16)),

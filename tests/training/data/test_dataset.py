@@ -318,6 +318,8 @@ def test_a_workers_memory_is_flat():
 
 
 def _look_up(data):
+    torch.set_num_threads(1)  # as a DataLoader does in its workers: OpenMP does not survive a fork
+
     def private():
         found = re.search(r"Private_Dirty: +([0-9]+)", Path("/proc/self/smaps_rollup").read_text())
         return int(found[1]) / 1024
