@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from msdd_fast.checkpoint import load_config, resolve_directory
-from msdd_fast.errors import InputError
+from msdd_fast.errors import ConfigError, InputError
 from msdd_fast.families import get_preset
 from msdd_fast.training.config import C, config_names, config_path, read_config
 from msdd_fast.training.run import Command, find_spec, train
@@ -18,6 +18,7 @@ def run_command(command: Command, description: str, arguments: Sequence[str]) ->
     """Run the training program of ``command`` for the family that the arguments name.
 
     The family is that of the checkpoint ``--start``, else of ``--preset`` (train), or of ``--teacher`` (distill).
+    Raises ConfigError if the first two differ.
     """
     kind = find_spec(command, _family(command, arguments)).load()
     train(parse_config(kind, f"msdd-fast {command}", description, arguments))
@@ -25,10 +26,12 @@ def run_command(command: Command, description: str, arguments: Sequence[str]) ->
 
 def _family(command: Command, arguments: Sequence[str]) -> str | None:
     checkpoint = parse_option(arguments, "start" if command == "train" else "teacher")
-    if checkpoint is not None:
-        return load_config(resolve_directory(checkpoint)).family
+    family = None if checkpoint is None else load_config(resolve_directory(checkpoint)).family
     preset = parse_option(arguments, "preset") if command == "train" else None
-    return None if preset is None else get_preset(preset).family
+    expected = None if preset is None else get_preset(preset).family
+    if family and expected and family != expected:
+        raise ConfigError(f"start must be of the family {expected}, as the preset {preset!r} is, got {checkpoint}")
+    return family or expected
 
 
 def parse_config(kind: type[C], program: str, description: str, arguments: Sequence[str]) -> C:

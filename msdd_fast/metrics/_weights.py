@@ -10,13 +10,17 @@ from torch import Tensor
 
 from msdd_fast.errors import CheckpointError
 from msdd_fast.io.files import read_torch_file
+from msdd_fast.io.safetensors import read_safetensors
 
 
 def read_weights(path: str | os.PathLike[str], what: str, source: str) -> Any:
-    """Content of the PyTorch file ``path``. Raises CheckpointError that names ``source`` if there is no such file."""
+    """Content of ``path``, a PyTorch or safetensors file.
+
+    Raises CheckpointError, which names ``source`` if there is no such file.
+    """
     if not Path(path).is_file():
         raise CheckpointError(f"{what} not found: expected {source}, got {path}")
-    return read_torch_file(path)
+    return read_safetensors(Path(path)) if Path(path).suffix == ".safetensors" else read_torch_file(path)
 
 
 def copy_weight(parameter: Tensor, state: Any, name: str, path: str | os.PathLike[str], network: str) -> None:

@@ -72,7 +72,7 @@ def test_flow_matching_by_hand(batch, monkeypatch):
     """x_t on the line from image to noise, t and z as drawn, the velocity's error; KL of the sampled posterior."""
     tok = random_tokenizer()
     calls = spied(tok, monkeypatch)
-    loss, metrics, _ = SSDDRecipe(SSDDObjective(perceptual_weight=0.0, kl_weight=0.01)).loss(tok, batch, draws(seed=1))
+    loss, metrics = SSDDRecipe(SSDDObjective(perceptual_weight=0.0, kl_weight=0.01)).loss(tok, batch, draws(seed=1))
     ((_, x_t, t, z),) = calls
     posterior = tok.encoder.posterior(batch)
     drawn = draw_noise(posterior.mean, draws(seed=1), Purpose.LATENT_NOISE)
@@ -102,7 +102,7 @@ def test_perceptual_term_is_of_the_clean_estimate(batch, monkeypatch):
     tok = random_tokenizer()
     distance = make_perceptual("random")
     calls = spied(tok, monkeypatch)
-    loss, metrics, _ = SSDDRecipe(SSDDObjective(kl_weight=0.0), perceptual=distance).loss(tok, batch, draws())
+    loss, metrics = SSDDRecipe(SSDDObjective(kl_weight=0.0), perceptual=distance).loss(tok, batch, draws())
     _, x_t, t, z = calls[0]
     x0 = x_t - t[:, None, None, None] * tok.decoder(x_t, t, z)
     expected = distance(x0, batch).mean()
@@ -115,7 +115,7 @@ def test_who_learns(batch):
     for train_encoder in (True, False):
         objective = SSDDObjective(perceptual_weight=0.0, train_encoder=train_encoder)
         tok = trainable(random_tokenizer(), objective)
-        loss, metrics, _ = SSDDRecipe(objective).loss(tok, batch, draws())
+        loss, metrics = SSDDRecipe(objective).loss(tok, batch, draws())
         loss.backward()
         without = {n.split(".")[0] for n, p in tok.named_parameters() if p.grad is None}
         assert without == (set() if train_encoder else {"encoder"})
@@ -131,7 +131,7 @@ def test_student_and_teacher_share_latents_and_noise(batch, monkeypatch):
     student = one_step_student(random_tokenizer(seed=1))
     recipe = SSDDDistillation(PLAIN, teacher)
     calls = spied(teacher, monkeypatch)
-    loss, metrics, _ = recipe.loss(student, batch, draws())
+    loss, metrics = recipe.loss(student, batch, draws())
     assert [c[0] is teacher.decoder for c in calls] == [True] * 7 + [False]
     (_, x_teacher, t_teacher, z_teacher), (_, x_student, t_student, z_student) = calls[0], calls[-1]
     assert torch.equal(x_teacher, x_student) and torch.equal(z_teacher, z_student)
@@ -151,7 +151,7 @@ def test_a_student_like_its_one_step_teacher_has_nothing_to_learn(batch):
     teacher = random_tokenizer()
     objective = SSDDObjective(teacher_steps=1)
     recipe = SSDDDistillation(objective, teacher, perceptual=make_perceptual("random"))
-    loss, metrics, _ = recipe.loss(one_step_student(teacher), batch, draws())
+    loss, metrics = recipe.loss(one_step_student(teacher), batch, draws())
     assert set(metrics) == {"mse", "random_distance"} and loss.item() < 1e-8
 
 
@@ -175,14 +175,15 @@ def test_alignment(batch):
     assert alignment.layer == 1
     objective = SSDDObjective(perceptual_weight=0.0, alignment_weight=0.25)
     recipe = SSDDRecipe(objective, alignment=alignment)
-    loss, metrics, aligned = recipe.loss(tok, batch, draws())
+    made = recipe.loss(tok, batch, draws())
+    loss, metrics = made
     assert [tuple(x.shape) for x in backbone.seen] == [(2, 3, 56, 56)]  # 4 x 4 tokens of 14 pixels
     plain, *_ = SSDDRecipe(PLAIN).loss(tok, batch, draws())
     assert (loss - plain).item() == pytest.approx(0.25 * metrics["alignment"].item(), rel=1e-3)
     assert 0 < metrics["alignment"] < 2
     loss.backward()
     assert all(p.grad is None for p in alignment.head.parameters())
-    critic_loss, *_ = recipe.critic.loss([aligned])
+    critic_loss, *_ = recipe.critic.loss([made.for_critic])
     assert critic_loss.item() == pytest.approx(metrics["alignment"].item(), rel=1e-5)
     critic_loss.backward()
     assert all(p.grad is not None and p.grad.any() for p in alignment.head.parameters())
@@ -235,7 +236,7 @@ def test_the_programs_know_the_family(images, tmp_path, capsys):
     assert main(["train", *more.split()]) == 0
     capsys.readouterr()
     wrong = f"train --config {tmp_path}/a/config.json --start msdd-nano --out {tmp_path}/d"
-    assert main(wrong.split()) == 1 and "start must be of the family ssdd, got msdd-nano" in capsys.readouterr().err
+    assert main(wrong.split()) == 1 and "start must be of the family ssdd, as the preset 'tiny-ssdd' is, got msdd-nano" in capsys.readouterr().err
     plain = f"train --preset tiny-ssdd --data {images} --out {tmp_path}/d"
     assert main(plain.split()) == 1 and "perceptual 'lpips-vgg' needs the file vgg16" in capsys.readouterr().err
     assert not (tmp_path / "d").exists()

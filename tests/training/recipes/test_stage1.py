@@ -84,7 +84,7 @@ def test_loss_is_the_mean_squared_velocity_error():
     tok = Tokenizer.from_config("tiny")
     tok.decoder = Perfect(0.0)
     images = torch.full((64, 3, 64, 64), 0.25)
-    loss, metrics, _ = stage1_loss(tok, images, Stage1Config(), draws(64))
+    loss, metrics = stage1_loss(tok, images, Stage1Config(), draws(64))
     expected = [(s.start_t - s.end_t) ** 2 * (1 + 0.25**2) for s in tok.schedule.stages]
     actual = [metrics[f"mse/{r}"].mean().item() for r in (8, 16, 32, 64)]
     assert actual == pytest.approx(expected, rel=0.05)
@@ -123,7 +123,7 @@ def test_perceptual_term_is_on_the_last_stage_only():
 
     images = torch.rand(8, 3, 64, 64, generator=generator())
     plain, *_ = stage1_loss(tok, images, Stage1Config(), draws(8, 1))
-    weighted, metrics, _ = stage1_loss(tok, images, Stage1Config(perceptual_weight=0.1), draws(8, 1), distance)
+    weighted, metrics = stage1_loss(tok, images, Stage1Config(perceptual_weight=0.1), draws(8, 1), distance)
     assert seen == [(2, 3, 64, 64)]
     assert (weighted - plain).item() == pytest.approx(0.1 * metrics["perceptual"].mean().item() * 2 / 8, rel=1e-4)
     with pytest.raises(ConfigError, match="perceptual_weight > 0 needs a perceptual distance"):
