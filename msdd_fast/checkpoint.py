@@ -28,7 +28,7 @@ from msdd_fast.diffusion.config import Config, num_parameters
 from msdd_fast.errors import CheckpointError, ConfigError, InputError
 from msdd_fast.families import config_from_dict, family_name, family_of
 from msdd_fast.io import safetensors
-from msdd_fast.io.files import atomic_write, check_path, parse_json, read_limited, temporary_sibling
+from msdd_fast.io.files import as_path, atomic_write, parse_json, read_limited, temporary_sibling
 from msdd_fast.io.safetensors import read_safetensors, read_shapes, weight_fault
 
 try:
@@ -82,7 +82,7 @@ def resolve_directory(name_or_path: str | os.PathLike[str], revision: str | None
     What starts with ``.``, ``/`` or ``~``, or in a directory that exists here, is never asked of the hub. Raises
     CheckpointError if there is no such directory, InputError for a revision of a local one.
     """
-    check_path("name_or_path", name_or_path)
+    as_path("name_or_path", name_or_path)
     name = os.fspath(name_or_path)
     path = Path(name).expanduser() if name.startswith("~") else Path(name)
     try:
@@ -325,7 +325,7 @@ def check_destination(directory: str | os.PathLike[str]) -> Path:
 
     It may be new, hold an older checkpoint, or hold nothing but hidden files, a README and a LICENSE.
     """
-    check_path("directory", directory)
+    as_path("directory", directory)
     try:
         target = Path(directory).resolve()
         if target.exists() and not target.is_dir():

@@ -613,9 +613,14 @@ def test_a_path_is_never_asked_of_the_hub(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", [None, 3, b"nano", "", "a\0b", "x" * 5000, "a/" + "x" * 5000])
 def test_names_that_are_none(name, tiny):
-    with pytest.raises((InputError, CheckpointError), match=r"name_or_path must be a path, got|no checkpoint '"):
+    with pytest.raises(
+        (InputError, CheckpointError),
+        match=r"name_or_path must (be a str or a path|not hold|name a file)|no checkpoint '",
+    ):
         load(name)
-    with pytest.raises((InputError, CheckpointError), match=r"directory must be a path, got|cannot write "):
+    with pytest.raises(
+        (InputError, CheckpointError), match=r"directory must (be a str or a path|not hold|name a file)|cannot write "
+    ):
         if name == "" or not isinstance(name, str) or len(name) < 10:
             tiny.save_pretrained(name)
         else:

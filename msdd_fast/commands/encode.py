@@ -33,8 +33,8 @@ from msdd_fast.commands.common import (
 )
 from msdd_fast.commands.inputs import ImageReader, add_strict, encode, require_finite
 from msdd_fast.errors import InputError
-from msdd_fast.io.files import atomic_write, require_writable
-from msdd_fast.io.images import as_path, find_image_files
+from msdd_fast.io.files import as_path, atomic_write, require_writable
+from msdd_fast.io.images import find_image_files
 from msdd_fast.io.latents import Latents, save_latents, unique_names
 from msdd_fast.tokenizer import Tokenizer
 

@@ -15,7 +15,7 @@ from msdd_fast.diffusion.config import Config
 from msdd_fast.diffusion.schedule import StageSchedule
 from msdd_fast.errors import CheckpointError
 from msdd_fast.families.work import Work
-from msdd_fast.io.files import check_path, read_torch_file
+from msdd_fast.io.files import as_path, read_torch_file
 from msdd_fast.io.safetensors import check_weights, read_safetensors
 from msdd_fast.layers.linear.dense import MakeLinear
 from msdd_fast.layers.request import DecodeProgram
@@ -155,7 +155,7 @@ def read_released(source: str | os.PathLike[str] | Mapping[str, Any]) -> tuple[s
     """
     if isinstance(source, Mapping):
         return "state dict", _copied(source)
-    check_path("source", source)
+    as_path("source", source)
     path = Path(source)
     return str(path), read_safetensors(path) if path.suffix == ".safetensors" else read_torch_file(path)
 

@@ -23,8 +23,8 @@ from msdd_fast.io.torch_files import read_torch_file
 
 __all__ = [
     "STDOUT",
+    "as_path",
     "atomic_write",
-    "check_path",
     "is_standard_output",
     "parse_json",
     "read_json",
@@ -50,7 +50,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     Raises InputError if the file cannot be written; nothing of it is left behind then.
     """
-    check_path("path", path)
+    as_path("path", path)
     temporary = None
     try:
         target, in_place = _destination(path)
@@ -93,7 +93,7 @@ def temporary_sibling(path: Path) -> Path:
 
 def require_writable(path: str | os.PathLike[str]) -> None:
     """Fail before the work, not after it: InputError if ``path`` is a folder or cannot be written."""
-    check_path("output", path)
+    as_path("output", path)
     try:
         target, in_place = _destination(path)
         if in_place:
@@ -116,13 +116,18 @@ def is_standard_output(path: str | os.PathLike[str]) -> bool:
     return os.fspath(path) in (STDOUT, "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
 
 
-def check_path(name: str, path: object) -> None:
-    """Raise InputError, naming the argument, unless ``path`` is text, or a path, that a file can have."""
-    text = os.fspath(path) if isinstance(path, (str, os.PathLike)) else path
+def as_path(name: str, path: object) -> Path:
+    """``path`` as a Path. Raises InputError that names the argument for another type and for names no file can have."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise InputError(f"{name} must be a str or a path, got {type(path).__name__}")
+    text = os.fspath(path)
     if not isinstance(text, str):
-        raise InputError(f"{name} must be a path, got {type(path).__name__}")
-    if not text or "\0" in text:
-        raise InputError(f"{name} must be a path, got {text!r}")
+        raise InputError(f"{name} must be a str or a path of text, got {type(text).__name__}")
+    if "\0" in text:
+        raise InputError(f"{name} must not hold a NUL character, got {text!r}")
+    if not text:
+        raise InputError(f"{name} must name a file or a folder, got an empty str")
+    return Path(text)
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from msdd_fast.errors import InputError
 from msdd_fast.io.colour import check_layout, describe_layout, to_srgb
-from msdd_fast.io.files import atomic_write, require_writable
+from msdd_fast.io.files import as_path, atomic_write, require_writable
 from msdd_fast.io.metadata import exif_orientation, split
 from msdd_fast.ops._patches import to_uint8
 
@@ -137,20 +137,6 @@ def max_pixels() -> int:
     if not (text.isascii() and text.isdigit() and int(text) > 0):
         raise InputError(f"MSDD_FAST_MAX_PIXELS must be a positive integer, got {text!r}")
     return int(text)
-
-
-def as_path(name: str, path: object) -> Path:
-    """``path`` as a Path. Raises InputError that names the argument for another type and for names no file can have."""
-    if not isinstance(path, (str, os.PathLike)):
-        raise InputError(f"{name} must be a str or a path, got {type(path).__name__}")
-    text = os.fspath(path)
-    if not isinstance(text, str):
-        raise InputError(f"{name} must be a str or a path of text, got {type(text).__name__}")
-    if "\0" in text:
-        raise InputError(f"{name} must not hold a NUL character, got {text!r}")
-    if not text:
-        raise InputError(f"{name} must name a file or a folder, got an empty str")
-    return Path(text)
 
 
 def _check_image(image: object) -> None:

@@ -12,8 +12,9 @@ from msdd_fast.io.files import atomic_write
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Raises OSError."""
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    """Written whole or not at all. Raises InputError if it cannot be."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def append_json_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:

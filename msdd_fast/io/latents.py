@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from msdd_fast.errors import InputError
-from msdd_fast.io.files import check_path, parse_json
+from msdd_fast.io.files import as_path, parse_json
 from msdd_fast.io.safetensors import write_safetensors
 
 
@@ -42,7 +42,7 @@ def load_latents(path: str | os.PathLike[str]) -> Latents:
 
     Raises InputError for a missing, damaged or foreign file, and for names that point outside a folder.
     """
-    check_path("latents file", path)
+    as_path("latents file", path)
     try:
         if Path(path).exists() and not Path(path).is_file():
             raise ValueError("not a regular file")

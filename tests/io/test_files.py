@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from msdd_fast.errors import InputError
-from msdd_fast.io.files import atomic_write, check_path, is_standard_output, read_json, require_writable
+from msdd_fast.io.files import as_path, atomic_write, is_standard_output, read_json, require_writable
 from msdd_fast.io.latents import Latents, save_latents
 
 
@@ -118,8 +118,8 @@ def test_a_file_that_is_a_mount_point(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("path", [None, 3, b"bytes", "", "a\0b", object(), True])
 def test_wrong_kinds_of_path(path):
-    for call in (lambda: write(path), lambda: require_writable(path), lambda: check_path("output", path)):
-        with pytest.raises(InputError, match=r"(path|output) must be a path, got "):
+    for call in (lambda: write(path), lambda: require_writable(path), lambda: as_path("output", path)):
+        with pytest.raises(InputError, match=r"(path|output) must (be a str or a path|not hold a NUL|name a file)"):
             call()
 
 

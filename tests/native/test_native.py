@@ -180,11 +180,12 @@ def tensor(*shape, strides=None, dtype=0):
     return 16, dtype, shape, strides or torch.empty(shape, device="meta").stride()
 
 
+SCALAR = ONE.data_ptr()  # read before the checks
 LINE = (64, 0, (128,), (1,))  # a packed weight of 8 x 16, at an aligned address
 IMAGE, HEADS = tensor(2, 4, 8, 8), tensor(1, 4, 2, 16)
 REFUSED = {
     "renoise_upsample": (
-        dict(out=16, x=IMAGE, channels_last=False, seeds=(16, 2), alpha=ONE.data_ptr(), beta=ONE.data_ptr(), stage=1, correlation=0.0),
+        dict(out=16, x=IMAGE, channels_last=False, seeds=(16, 2), alpha=SCALAR, beta=SCALAR, stage=1, correlation=0.0),
         (dict(seeds=(16, 1)), "seeds must be one per image, 2, got 1"),
         (dict(x=tensor(2, 4, 8)), r"x must be of 4 dimensions, got shape \(2, 4, 8\)"),
         (dict(channels_last=True), r"x must be channels-last, got shape \(2, 4, 8, 8\), strides \(256, 64, 8, 1\)"),
@@ -192,7 +193,7 @@ REFUSED = {
     ),
     "cfg_euler": (
         dict(out=16, dtype=0, x=(16, 0, 4, 8), v_cond=(16, 0, 4, 8), v_uncond=(0, 0, 0, 0), rows=2, columns=4)
-        | dict(scale=ONE.data_ptr(), dt=ONE.data_ptr()),
+        | dict(scale=SCALAR, dt=SCALAR),
         (dict(x=(16, 0, 4, 7)), "x must be 2 rows of 4, got 7 elements, rows 4 apart"),
         (dict(v_cond=(16, 0, -4, 8)), "v_cond must be 2 rows of 4, got 8 elements, rows -4 apart"),
         (dict(out=0), "out is missing"),
@@ -274,8 +275,8 @@ REFUSED = {
         (dict(height=-2, width=-2), "sizes must not be negative"),
     ),
     "stage_transition": (
-        dict(out=16, x=tensor(4, 2, 12), v=tensor(4, 2, 12), v_uncond=None, shape=(2, 2, 3, 2), dt=ONE.data_ptr(), scale=ONE.data_ptr())
-        | dict(seeds=(16, 2), alpha=ONE.data_ptr(), beta=ONE.data_ptr(), stage=1, correlation=0.0),
+        dict(out=16, x=tensor(4, 2, 12), v=tensor(4, 2, 12), v_uncond=None, shape=(2, 2, 3, 2), dt=SCALAR, scale=SCALAR)
+        | dict(seeds=(16, 2), alpha=SCALAR, beta=SCALAR, stage=1, correlation=0.0),
         (dict(v=tensor(4, 1, 12)), r"v must be of shape \(4, 2, 12\), got \(4, 1, 12\)"),
         (dict(shape=(3, 2, 3, 2)), r"must be of shape \(9, 2, 12\), got \(4, 2, 12\)"),
         (dict(seeds=(16, 3)), "seeds must be one per image, 2, got 3"),
@@ -283,7 +284,7 @@ REFUSED = {
     ),
     "final_step": (
         dict(out=16, type=0, channels_last=False, x=tensor(4, 2, 12), v=tensor(4, 2, 12), v_uncond=None)
-        | dict(shape=(2, 2, 3, 2), dt=ONE.data_ptr(), scale=ONE.data_ptr()),
+        | dict(shape=(2, 2, 3, 2), dt=SCALAR, scale=SCALAR),
         (dict(v_uncond=tensor(4, 2, 11)), r"v_uncond must be of shape \(4, 2, 12\), got \(4, 2, 11\)"),
         (dict(x=tensor(4, 2, 12, strides=(2, 1, 8))), "x must be contiguous in its last dimension"),
         (dict(out=0), "out is missing"),

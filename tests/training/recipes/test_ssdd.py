@@ -236,7 +236,8 @@ def test_the_programs_know_the_family(images, tmp_path, capsys):
     assert main(["train", *more.split()]) == 0
     capsys.readouterr()
     wrong = f"train --config {tmp_path}/a/config.json --start msdd-nano --out {tmp_path}/d"
-    assert main(wrong.split()) == 1 and "start must be of the family ssdd, as the preset 'tiny-ssdd' is, got msdd-nano" in capsys.readouterr().err
+    assert main(wrong.split()) == 1
+    assert "start must be of the family ssdd, as the preset 'tiny-ssdd' is, got msdd-nano" in capsys.readouterr().err
     plain = f"train --preset tiny-ssdd --data {images} --out {tmp_path}/d"
     assert main(plain.split()) == 1 and "perceptual 'lpips-vgg' needs the file vgg16" in capsys.readouterr().err
     assert not (tmp_path / "d").exists()
