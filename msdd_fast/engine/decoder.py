@@ -24,6 +24,7 @@ from msdd_fast.diffusion.checks import (
     check_sampling,
     first_not_finite,
 )
+from msdd_fast.diffusion.config import Config
 from msdd_fast.diffusion.noise import resolve_seeds
 from msdd_fast.engine.batching import split_evenly
 from msdd_fast.engine.bound_ops import bind
@@ -45,7 +46,8 @@ from msdd_fast.engine.tier import (
 )
 from msdd_fast.errors import InputError
 from msdd_fast.families import family_of
-from msdd_fast.layers.request import Inputs, Request, StageImages, convert
+from msdd_fast.families.base import Family
+from msdd_fast.layers.request import DecodeProgram, Inputs, Request, StageImages, convert
 from msdd_fast.tokenizer import Tokenizer, as_tokenizer
 
 OUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
@@ -82,10 +84,11 @@ def accelerate(
             GPU of sm_89 or newer (dtype bfloat16), int8 on a CPU; not for SSDD, whose products are convolutions.
         backend: of the ops: "auto", a name, or names per op ("auto,attention=sdpa").
         steps, cfg_scale: default to ``config.sampling``.
-        batch_sizes: captured as CUDA graphs, from which any other size is put together; without graphs, the largest
-            is the most that runs at once. One number or several. Default (1, 8, 64) on a GPU, (8,) on a CPU.
-        graphs: "auto" (on a GPU; if a capture fails, without, and ``report`` says why), True (a failure is an error) or
-            False.
+        batch_sizes: on a GPU, recorded as CUDA graphs, from which any other size is put together; on a CPU, and
+            without graphs, the largest is the most that runs at once. One number or several. Default (1, 8, 64) on a
+            GPU, (8,) on a CPU.
+        graphs: "auto" (CUDA graphs on a GPU, recorded programs on a CPU where every op of the decode is native; if
+            recording fails, without, and ``report`` says why), True (a failure is an error) or False.
         max_memory: bytes for weights, tables and activations; batch sizes that do not fit are left out. SSDD's latents
             of other heights and widths run in batches that fit, or are refused. While a fast engine is checked, the
             weights of the exact one exist, too, which is not counted.
@@ -136,10 +139,39 @@ class Options:
 
 
 class FastDecoder:
-    """Latents to images with everything hoisted, packed, fused and, on a GPU, captured. Made by ``accelerate``.
+    """Latents to images with everything hoisted, packed, fused and recorded. Made by ``accelerate``.
 
     Calls from several threads are safe; those that replay a graph run one after the other.
+
+    Attributes:
+        config, family: of the model.
+        steps, cfg_scale: per scale, and of the guidance.
+        device, dtype, dtype_reason: where it runs, in which arithmetic, and why in that one.
+        tier, tier_description, accuracy: "exact" or "fast", what that means here, and what "fast" was measured to lose.
+        batch_sizes: recorded, or the most images that run at once.
+        max_memory, memory: the bound, and the bytes of each part.
+        validate: whether every z and every image is checked for NaN and Inf.
+        notes: what ``report`` says besides.
+        tokenizer, program: the model, which is not kept alive, and the program of its network.
     """
+
+    config: Config
+    family: Family
+    steps: int
+    cfg_scale: float
+    device: torch.device
+    dtype: torch.dtype
+    dtype_reason: str
+    tier: str
+    tier_description: str
+    accuracy: Accuracy | None
+    batch_sizes: tuple[int, ...]
+    max_memory: int | None
+    memory: dict[str, int]
+    validate: bool
+    notes: list[str]
+    tokenizer: weakref.ref[Tokenizer]
+    program: DecodeProgram
 
     def __init__(self, tokenizer: Tokenizer, tier: Tier, options: Options) -> None:
         self.config, self.validate = tokenizer.config, options.validate
@@ -152,7 +184,7 @@ class FastDecoder:
         )
         check_guidance(self.config, self.cfg_scale)
         self.tier, self.tier_description = tier.name, tier.description
-        self.accuracy: Accuracy | None = None
+        self.accuracy = None
         self.device = tokenizer.device
         self.dtype, self.dtype_reason = compute_dtype(options.dtype, self.device)
         if not isinstance(options.graphs, (str, bool)):
@@ -175,7 +207,7 @@ class FastDecoder:
         most = max(self.batch_sizes)
         self.memory[f"activations of batch {most} (bound)"] = self._per_image * most
         stages = self.config.schedule.num_stages
-        self.cache = GraphCache(self.program, self.device, options.graphs, self.batch_sizes, self._example, stages)
+        self._cache = GraphCache(self.program, self.device, options.graphs, self.batch_sizes, self._example, stages)
 
     def __repr__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
@@ -192,13 +224,13 @@ class FastDecoder:
 
     @property
     def graphs(self) -> bool:
-        """Whether decodes are replayed from CUDA graphs."""
-        return self.cache.enabled
+        """Whether decodes are replayed: from CUDA graphs on a GPU, from recorded programs on a CPU."""
+        return self._cache.enabled
 
     @property
     def graphs_reason(self) -> str:
         """Why there are graphs, or none."""
-        return self.cache.reason
+        return self._cache.reason
 
     def warmup(self) -> None:
         """Run, and capture, every batch size once; with graphs, measure what each costs, to split other sizes by.
@@ -209,7 +241,7 @@ class FastDecoder:
             z = torch.zeros(size, *self.family.example, device=self.device)
             self.decode(z)
             if self.graphs:
-                self.cache.set_cost(size, sorted(self._seconds(z) for _ in range(5))[2])
+                self._cache.set_cost(size, sorted(self._seconds(z) for _ in range(5))[2])
 
     def decode(
         self,
@@ -268,7 +300,7 @@ class FastDecoder:
         most = self._most_at_once(inputs.z)
         whole = most >= max(self.batch_sizes)
         graphed = self.graphs and noise is None and whole
-        chunks = self.cache.chunks(batch, graphed) if whole else split_evenly(batch, most)
+        chunks = self._cache.chunks(batch, graphed) if whole else split_evenly(batch, most)
         if len(chunks) == 1 and out is None and not (copy and graphed):
             return self._decode_chunk(inputs, request.with_batch(chunks[0].size), noise, None, graphed)
         if out is None:
@@ -288,7 +320,7 @@ class FastDecoder:
         graph = None
         if graphed:
             with building(self.device):  # what is captured is used by calls in every mode
-                graph = self.cache.get(request)
+                graph = self._cache.get(request)
         if graph is not None:
             return graph.replay(inputs, out)
         images = self.program.decode(inputs, request, noise)
@@ -323,7 +355,7 @@ class FastDecoder:
         graphs = None
         if self.graphs and len(inputs.z) in self.batch_sizes:
             with building(self.device):
-                graphs = self.cache.get_stages(request)
+                graphs = self._cache.get_stages(request)
         claimed = graphs is not None and graphs.claim()
         pieces = graphs.replay(inputs) if graphs is not None and claimed else self.program.stream(inputs, request)
         while True:
@@ -375,7 +407,7 @@ class FastDecoder:
 
     def graph_memory(self) -> dict[str, int]:
         """Bytes that the graphs of ``decode`` hold; empty before the first capture."""
-        return self.cache.memory()
+        return self._cache.memory()
 
     # --- For those who run the program themselves: reports, tiers, benchmarks. ---
 

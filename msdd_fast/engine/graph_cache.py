@@ -32,10 +32,14 @@ class GraphCache:
         sizes: batch sizes that are captured; without graphs, the largest is the most that runs at once.
 
     Args:
-        wanted: "auto" (on a GPU; without graphs if a capture fails), True (a failure is an error) or False.
+        wanted: "auto" (where it can; without graphs if a capture fails), True (a failure is an error) or False.
         example: makes inputs of a request to capture with.
         stages: number of stages of a decode.
     """
+
+    enabled: bool
+    reason: str
+    sizes: tuple[int, ...]
 
     def __init__(
         self,

@@ -111,7 +111,7 @@ def test_a_second_stream_at_the_same_time_runs_without_graphs(cross, replaying):
     pairs = list(zip(engine.stream(a), engine.stream(b), strict=True))
     assert (pairs[-1][0].images - cross.decode(a)).abs().max() < FLOAT32
     assert (pairs[-1][1].images - cross.decode(b)).abs().max() < FLOAT32
-    assert engine.cache.get_stages(engine.request(a, streaming=True)).claim()
+    assert engine._cache.get_stages(engine.request(a, streaming=True)).claim()
 
 
 def test_a_failed_capture_falls_back_and_says_why(cross, replaying, monkeypatch):
@@ -182,9 +182,9 @@ def test_graphs_of_many_sizes_are_bounded_and_the_least_recently_used_go(replayi
         engine.decode(torch.zeros(1, 4, 4, 5 + i))
         list(engine.stream(torch.zeros(1, 4, 4, 5 + i)))
         assert torch.equal(engine.decode(first), expected)
-    kept = list(engine.cache._graphs)
+    kept = list(engine._cache._graphs)
     assert len(kept) == 4 and kept[-1].shape == (1, 4, 4, 4)
-    assert len(engine.cache._stage_graphs) == 4
+    assert len(engine._cache._stage_graphs) == 4
 
 
 def test_out_of_memory_in_a_capture_drops_the_other_graphs_first(replaying, cross, monkeypatch):
@@ -194,9 +194,9 @@ def test_out_of_memory_in_a_capture_drops_the_other_graphs_first(replaying, cros
     expected = engine.decode(z[:1])
     monkeypatch.setattr(Again, "full", 1)
     assert engine.decode(z).shape == (2, 3, 64, 64)
-    assert [r.shape[0] for r in engine.cache._graphs] == [2]
+    assert [r.shape[0] for r in engine._cache._graphs] == [2]
     assert torch.equal(engine.decode(z[:1]), expected) and engine.graphs
-    engine.cache._graphs.clear()
+    engine._cache._graphs.clear()
     monkeypatch.setattr(Again, "full", 2)
     with pytest.raises(torch.OutOfMemoryError):
         engine.decode(z)

@@ -97,7 +97,7 @@ def test_few_programs_are_kept(cross):
     for batch in range(1, MAX_GRAPHS + 6):
         fast.decode(latents(cross, batch))
         fast.decode(latents(cross, 1))
-    programs = list(fast.cache._graphs)
+    programs = list(fast._cache._graphs)
     assert len(programs) == MAX_GRAPHS
     assert {p.shape[0] for p in programs} == {1, *range(7, MAX_GRAPHS + 6)}
 
@@ -170,7 +170,7 @@ def test_a_choice_of_backends_is_kept(cross):
     with use_backend("eager"), observe(lambda op, backend, args: seen.append(backend)):
         assert (fast.decode(z) - cross.decode(z)).abs().max() < FLOAT32
     assert set(seen) == {"eager"}
-    assert len(fast.cache._graphs) == 1
+    assert len(fast._cache._graphs) == 1
 
 
 @pytest.mark.parametrize("level", ["avx512bf16", "avx2"])

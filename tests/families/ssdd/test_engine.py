@@ -186,13 +186,13 @@ def test_graphs_are_kept_by_shape(tok, monkeypatch):
         made.append(request.shape)
         return Padded(request)
 
-    monkeypatch.setattr(engine.cache, "enabled", True)
-    monkeypatch.setattr(engine.cache, "get", get)
-    monkeypatch.setattr(engine.cache, "_cost", {1: 1.0, 2: 1.5})
+    monkeypatch.setattr(engine._cache, "enabled", True)
+    monkeypatch.setattr(engine._cache, "get", get)
+    monkeypatch.setattr(engine._cache, "_cost", {1: 1.0, 2: 1.5})
     for sides in ((8, 8), (4, 8)):
         z = latents(3, 4, *sides)
         assert (engine.decode(z, 2) - reference(tok, z, 2, 1)).abs().max() < FLOAT32
-    assert engine.cache.chunks(3, True) == [Chunk(2, 2), Chunk(1, 1)]
+    assert engine._cache.chunks(3, True) == [Chunk(2, 2), Chunk(1, 1)]
     assert made == [(2, 4, 8, 8), (1, 4, 8, 8), (2, 4, 4, 8), (1, 4, 4, 8)]
 
 
