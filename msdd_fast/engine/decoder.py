@@ -233,14 +233,14 @@ class FastDecoder:
         return self._cache.reason
 
     def warmup(self) -> None:
-        """Run, and capture, every batch size once; with graphs, measure what each costs, to split other sizes by.
+        """Run, and record, every batch size once; with CUDA graphs, measure what each costs, to split other sizes by.
 
         SSDD: at ``config.image_size``; graphs for other heights and widths are captured when they first occur.
         """
         for size in self.batch_sizes:
             z = torch.zeros(size, *self.family.example, device=self.device)
             self.decode(z)
-            if self.graphs:
+            if self._cache.splits:
                 self._cache.set_cost(size, sorted(self._seconds(z) for _ in range(5))[2])
 
     def decode(

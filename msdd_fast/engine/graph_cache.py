@@ -61,9 +61,14 @@ class GraphCache:
         self._graphs: dict[Request, graphs.Graph] = {}
         self._stage_graphs: dict[Request, graphs.StageGraphs] = {}
 
+    @property
+    def splits(self) -> bool:
+        """Whether a batch is put together from graphs of ``sizes``: with CUDA graphs, not with programs."""
+        return self.enabled and not self._exact
+
     def chunks(self, batch: int, graphed: bool) -> list[Chunk]:
         """How to run ``batch`` images; ``graphed`` with batches of the captured sizes."""
-        if graphed and self.enabled and not self._exact:
+        if graphed and self.splits:
             return split_by_cost(batch, self._cost)
         return split_evenly(batch, max(self.sizes))
 

@@ -91,6 +91,13 @@ def test_explicit_noise_runs_without_a_program(cross):
     assert fast.graph_memory() == {}
 
 
+def test_warmup_records(cross):
+    """Every size of batch_sizes, and asks no GPU for the time."""
+    fast = accelerate(cross, graphs=True, batch_sizes=(1, 3))
+    fast.warmup()
+    assert sorted(request.shape[0] for request in fast._cache._graphs) == [1, 3]
+
+
 def test_few_programs_are_kept(cross):
     """The least recently used goes first; memory is that of the largest, not of all."""
     fast = accelerate(cross, graphs=True, batch_sizes=(64,))
