@@ -44,9 +44,12 @@ SDPA = "attention=sdpa,context_attention=sdpa"
 def bare_products(engine: FastDecoder, z: Tensor) -> tuple[Callable[[], None], int]:
     """A function that runs all matrix products and convolutions of one decode, and their FLOP.
 
+    ``engine`` has no graphs: a replay calls no layers. The FLOP of the linear layers are computed here, since PyTorch
+    counts its own products only.
     Calls of equal shapes share their inputs, since those of a U-Net at full resolution are large.
     """
     calls: list[tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = []
+    flops = 0
     inputs: dict[Any, Tensor] = {}
     kinds = (DenseLinear, Shortcut, Convolution, UpsampleConvolution)
     originals = [kind.__call__ for kind in kinds]
@@ -57,7 +60,9 @@ def bare_products(engine: FastDecoder, z: Tensor) -> tuple[Callable[[], None], i
 
     def recorder(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def record(self: Any, x: Tensor, out: Tensor | None = None) -> Tensor:
+            nonlocal flops
             y = original(self, x) if out is None else original(self, x, out)
+            flops += 2 * x.numel() * y.shape[-1] if isinstance(self, DenseLinear) else 0
             calls.append((self, (like(x, "x"),) if out is None else (like(x, "x"), like(y, "out"))))
             return y
 
@@ -76,17 +81,19 @@ def bare_products(engine: FastDecoder, z: Tensor) -> tuple[Callable[[], None], i
             for call, arguments in calls:
                 call(*arguments)
 
-    with FlopCounterMode(display=False) as counter:
-        run()
-    return run, int(counter.get_total_flops())
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        for call, arguments in calls:
+            if not isinstance(call, DenseLinear):
+                call(*arguments)
+    return run, flops + int(counter.get_total_flops())
 
 
 @dataclass
 class Bars:
-    """The bars of one batch size, the exact tier's engine, and the fast tier's accuracy or why it is missing."""
+    """The bars of one batch size, the exact engine without graphs; the fast tier's accuracy or why it is missing."""
 
     providers: list[Provider]
-    best: FastDecoder
+    plain: FastDecoder
     z: Tensor
     fast: Accuracy | str
 
@@ -105,8 +112,9 @@ def bars_of(tokenizer: Tokenizer, batch: int, with_compile: bool, steps: int | N
     bars["hoist"] = accelerate(tokenizer, backend=f"{PLAIN_PYTORCH},stage_transition=auto", **options).decode
     with_sdpa = accelerate(tokenizer, backend=f"{fused},{SDPA}", **options)
     bars["fused ops"] = with_sdpa.decode
+    plain = accelerate(tokenizer, **options)
     if any(choice.backend == "sdpa" for choice in with_sdpa.report().ops):
-        bars["attention"] = accelerate(tokenizer, **options).decode
+        bars["attention"] = plain.decode
     if best.graphs:
         best.warmup()
         bars["graph"] = best.decode
@@ -120,7 +128,7 @@ def bars_of(tokenizer: Tokenizer, batch: int, with_compile: bool, steps: int | N
     if with_compile:
         for dtype in dict.fromkeys((torch.bfloat16, best.dtype)):
             bars[f"compile-{SHORT[dtype]}"] = partial(eager(tokenizer, dtype, compiled=True), steps=steps)
-    return Bars([Provider(name, partial(decode, z)) for name, decode in bars.items()], best, z, accuracy)
+    return Bars([Provider(name, partial(decode, z)) for name, decode in bars.items()], plain, z, accuracy)
 
 
 def measure(
@@ -129,7 +137,7 @@ def measure(
     """One waterfall as plain data."""
     found = bars_of(tokenizer, batch, with_compile, steps)
     bars, z = found.providers, found.z
-    products, flops = bare_products(found.best, z)
+    products, flops = bare_products(found.plain, z)
     check = close_to(tokenizer.decode(z, steps=steps), TOLERANCE)
     results = compare(
         [*bars, Provider("bare matmuls", products)],

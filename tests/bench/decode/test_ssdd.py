@@ -21,6 +21,15 @@ def test_the_waterfall():
     assert result["matmul_flop"] > 300e6
 
 
+@pytest.mark.parametrize("native", ["0", "1"])
+def test_whoever_multiplies_the_products_are_counted(native, monkeypatch):
+    """PyTorch, or the extension within a recorded program."""
+    monkeypatch.setenv("MSDD_FAST_NATIVE_LINEAR", native)
+    result = waterfall.measure(Tokenizer.from_config("tiny"), 1, 1, with_compile=False)
+    rows = {r["provider"]: r for r in result["rows"]}
+    assert result["matmul_flop"] > 10e6 and rows["bare matmuls"]["median_s"] > 1e-5
+
+
 @pytest.mark.slow
 def test_a_case_has_the_engine_and_its_one_scale():
     case = DecodeCase("tiny-ssdd", batch=2, seconds=0.0, compile_seconds=0)
