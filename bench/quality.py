@@ -20,13 +20,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from msdd_fast.bench.report.documents import write_json
 from msdd_fast.bench.report.text import markdown_table
 from msdd_fast.bench.timing.clock import WallTimer
 from msdd_fast.diffusion.schedule import StageSchedule
 from msdd_fast.engine import accelerate
 from msdd_fast.families import family_of
 from msdd_fast.io.images import CROP_DESCRIPTION, center_crop, find_image_files, load_image, to_tensor
+from msdd_fast.io.json_files import write_json
 from msdd_fast.metrics.image import figures
 from msdd_fast.metrics.vgg19 import Vgg19Distance
 from msdd_fast.sampling import VelocityModel, sample
@@ -166,7 +166,7 @@ def main() -> None:
     for name, data in report["sets"].items():
         print(f"\n{name} ({data['count']} images, {report['crop']})\n\n{markdown(data['rows'])}")
     if args.json:
-        write_json(report, args.json)
+        write_json(args.json, report, indent=1)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from msdd_fast.bench.decode.models import resolutions_of
-from msdd_fast.bench.report.documents import read_json, write_json
+from msdd_fast.bench.report.documents import read_json
 from msdd_fast.bench.report.text import markdown_table
 from msdd_fast.bench.timing.ceilings import gemm_rate
 from msdd_fast.diffusion.config import Config
@@ -26,6 +26,7 @@ from msdd_fast.diffusion.schedule import NUM_TIMESTEPS, StageSchedule
 from msdd_fast.errors import InputError, MsddFastError
 from msdd_fast.families import family_of, get_preset
 from msdd_fast.families.work import total
+from msdd_fast.io.json_files import write_json
 from msdd_fast.tokenizer import Tokenizer
 from msdd_fast.training.config import read_config
 from msdd_fast.training.data import ImageDataset
@@ -145,7 +146,7 @@ def measure_all(args: argparse.Namespace) -> None:
             flush=True,
         )
     if args.out:
-        write_json(record, args.out)
+        write_json(args.out, record, indent=1)
 
 
 def estimate(

@@ -32,11 +32,12 @@ from msdd_fast.bench.baselines.peer import Peer, build, size_of
 from msdd_fast.bench.baselines.rae import RAE
 from msdd_fast.bench.baselines.turns import WAYS, Options, in_turns
 from msdd_fast.bench.ops.suite import DTYPES
-from msdd_fast.bench.report.documents import read_json, write_json
+from msdd_fast.bench.report.documents import read_json
 from msdd_fast.bench.report.text import aligned, number
 from msdd_fast.bench.timing.ceilings import copy_bandwidth, gemm_rate
 from msdd_fast.bench.timing.machine import machine_info
 from msdd_fast.errors import InputError
+from msdd_fast.io.json_files import write_json
 
 PEERS = (*AUTOENCODERS, RAE, CONSISTENCY)
 
@@ -137,7 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "ceilings": ceilings,
             "rows": rows,
         }
-        write_json(document, args.json)
+        write_json(args.json, document, indent=1)
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from msdd_fast.bench.decode.regressions import GATE, between, lines
-from msdd_fast.bench.report.documents import write_json
 from msdd_fast.bench.timing.machine import machine_info
+from msdd_fast.io.json_files import write_json
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     wrong = sum(not run["good"] for run in runs)
     print(f"{wrong} of {len(runs)} wrong" if wrong else f"all {len(runs)} as expected")
     if args.json:
-        write_json({"machine": machine_info(), "runs": runs}, args.json)
+        write_json(args.json, {"machine": machine_info(), "runs": runs}, indent=1)
     return 1 if wrong else 0
 
 

@@ -24,7 +24,6 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from msdd_fast.bench.decode.models import PLAIN_PYTORCH, SHORT, TOLERANCE, device_of, eager, load, random_latents
-from msdd_fast.bench.report.documents import write_json
 from msdd_fast.bench.report.results import FAST, waterfall_notes
 from msdd_fast.bench.report.text import aligned, error_text, number
 from msdd_fast.bench.timing.clock import timer_for
@@ -34,6 +33,7 @@ from msdd_fast.bench.timing.trace import count_launches
 from msdd_fast.engine import FastDecoder, accelerate
 from msdd_fast.engine.report import Accuracy
 from msdd_fast.errors import AccuracyError, BackendUnavailableError, InputError
+from msdd_fast.io.json_files import write_json
 from msdd_fast.layers.convolution import Convolution, Shortcut, UpsampleConvolution
 from msdd_fast.layers.linear.dense import DenseLinear
 from msdd_fast.tokenizer import Tokenizer
@@ -205,7 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         results.append(measure(tokenizer, batch, args.rounds, not args.no_compile, args.steps))
         print(f"{args.model}, batch {batch}\n{table(results[-1])}\n", flush=True)
     if args.json:
-        write_json({"model": args.model, "machine": machine_info(), "results": results}, args.json)
+        write_json(args.json, {"model": args.model, "machine": machine_info(), "results": results}, indent=1)
 
 
 if __name__ == "__main__":

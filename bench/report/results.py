@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from msdd_fast.bench.report.documents import read_json, write_json
+from msdd_fast.bench.report.documents import read_json
 from msdd_fast.bench.report.text import aligned, ceilings_line, error_text, number
 from msdd_fast.bench.timing.harness import Measurement
 from msdd_fast.errors import InputError
+from msdd_fast.io.files import atomic_write
 
 FORMAT = "msdd-fast bench 1"
 FAST = "engine-fast"
@@ -20,7 +22,9 @@ RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 def save(document: Mapping[str, Any], path: str | Path) -> None:
     """Store a run as JSON, one line per provider."""
-    write_json(document, path, indent=None)
+    text = json.dumps(document, separators=(",", ":")).replace('{"provider"', '\n{"provider"')
+    with atomic_write(path) as temporary:
+        temporary.write_text(text + "\n")
 
 
 def read(path: str | Path) -> dict[str, Any]:

@@ -19,11 +19,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from msdd_fast.bench.report.documents import write_json
 from msdd_fast.bench.report.text import aligned
 from msdd_fast.bench.timing import overhead_worker
 from msdd_fast.bench.timing.machine import ROOT, machine_info
 from msdd_fast.errors import InputError
+from msdd_fast.io.json_files import write_json
 
 WAYS = ("op", "bound", "C")
 
@@ -119,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     found = measure([ROOT, *(root.resolve() for root in args.root)], args.rounds, args.only)
     print("\n".join(table(found)))
     if args.json:
-        write_json({"machine": machine_info(), "nanoseconds": found}, args.json)
+        write_json(args.json, {"machine": machine_info(), "nanoseconds": found}, indent=1)
 
 
 if __name__ == "__main__":

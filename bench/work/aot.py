@@ -19,11 +19,11 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import msdd_fast.kernels
-from msdd_fast.bench.report.documents import write_json
 from msdd_fast.bench.report.text import markdown_table
 from msdd_fast.bench.work.offsets import crossing_offsets
 from msdd_fast.bench.work.sass import disassemble, widest
 from msdd_fast.io.files import atomic_write
+from msdd_fast.io.json_files import write_json
 from msdd_fast.kernels._aot import DTYPES, NVIDIA, TARGETS, AotCase
 
 INTRO = """# Kernel report
@@ -185,7 +185,7 @@ def main() -> None:
     table = markdown(kernels)
     print(table, end="")
     if args.json:
-        write_json([asdict(k) for k in kernels], args.json)
+        write_json(args.json, [asdict(k) for k in kernels], indent=1)
     if args.markdown:
         with atomic_write(args.markdown) as temporary:
             temporary.write_text(INTRO + table)

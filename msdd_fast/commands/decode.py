@@ -8,7 +8,6 @@ refused unless --overwrite is given.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -26,12 +25,14 @@ from msdd_fast.commands.common import (
     load_tokenizer,
 )
 from msdd_fast.commands.encode import RECORD
+from msdd_fast.commands.record import digest, read_record
 from msdd_fast.diffusion.checks import check_latents
 from msdd_fast.diffusion.noise import resolve_seeds
 from msdd_fast.engine import FastDecoder
 from msdd_fast.errors import InputError
-from msdd_fast.io.files import atomic_write, read_json, require_writable
+from msdd_fast.io.files import require_writable
 from msdd_fast.io.images import IMAGE_SUFFIXES, save_image, to_image
+from msdd_fast.io.json_files import write_json
 from msdd_fast.io.latents import Latents, concatenate, load_latents
 from msdd_fast.tokenizer import Tokenizer
 
@@ -83,22 +84,14 @@ def run(args: argparse.Namespace) -> None:
 def options(latents: Latents, tokenizer: Tokenizer, engine: FastDecoder, seed: int, dtype: str) -> dict[str, Any]:
     """Everything that the pictures depend on, other than by rounding."""
     return {
-        "latents": _digest({"z": latents.z}, json.dumps(latents.names)),
-        "model": _digest(tokenizer.decoder.state_dict(), tokenizer.config.to_json()),
+        "latents": digest(json.dumps(latents.names), {"z": latents.z}),
+        "model": digest(tokenizer.config.to_json(), tokenizer.decoder.state_dict()),
         "seed": seed,
         "steps": engine.steps,
         "cfg_scale": engine.cfg_scale,
         "dtype": dtype,
         "computed_in": str(engine.dtype).removeprefix("torch."),
     }
-
-
-def _digest(tensors: dict[str, torch.Tensor], text: str) -> str:
-    digest = hashlib.sha256(text.encode())
-    for name, tensor in tensors.items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def options_file(output: Path) -> Path:
@@ -112,17 +105,12 @@ def record(mine: dict[str, Any], file: Path, targets: list[Path], overwrite: boo
     Raises InputError if pictures are there that other options, or nobody knows which, have given. With ``overwrite``
     those pictures are removed first: a run that is interrupted must not leave them to be taken for its own.
     """
-    try:
-        theirs = read_json(file)
-    except FileNotFoundError:
-        theirs = None
-    except (OSError, ValueError) as e:
-        theirs = f"unreadable: {e}"
+    theirs = read_record(file)
     if theirs == mine:
         return
     there = [path for path in targets if path.exists()]
     if there and not overwrite:
-        if isinstance(theirs, dict):
+        if theirs is not None:
             differ = [f"{k} {theirs.get(k)!r} instead of {v!r}" for k, v in mine.items() if theirs.get(k) != v]
             reason = f"was decoded with {', '.join(differ) or 'other options'}"
         else:
@@ -133,8 +121,7 @@ def record(mine: dict[str, Any], file: Path, targets: list[Path], overwrite: boo
             path.unlink()
     except OSError as e:
         raise InputError(f"cannot write {there[0]}: {e.strerror or e}") from e
-    with atomic_write(file) as temporary:
-        temporary.write_text(json.dumps(mine, indent=2) + "\n")
+    write_json(file, mine)
 
 
 def read(source: Path) -> Latents:

@@ -10,7 +10,6 @@ and counted. The encoder runs in plain PyTorch: there is no engine for encoders.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import re
 import sys
@@ -32,9 +31,11 @@ from msdd_fast.commands.common import (
     positive_int,
 )
 from msdd_fast.commands.inputs import ImageReader, add_strict, encode, require_finite
+from msdd_fast.commands.record import digest, read_record
 from msdd_fast.errors import InputError
-from msdd_fast.io.files import as_path, atomic_write, require_writable
+from msdd_fast.io.files import as_path, require_writable
 from msdd_fast.io.images import find_image_files
+from msdd_fast.io.json_files import write_json
 from msdd_fast.io.latents import Latents, save_latents, unique_names
 from msdd_fast.tokenizer import Tokenizer
 
@@ -166,17 +167,13 @@ def _write_shards(job: _Job, folder: Path, size: int, overwrite: bool) -> Sequen
 
 def _record(job: _Job, size: int) -> dict[str, object]:
     """What the shards of a folder depend on."""
-    weights = hashlib.sha256()
-    for name, tensor in sorted(job.tokenizer.encoder.state_dict().items()):
-        weights.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        weights.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return {
-        "encoder": weights.hexdigest(),
+        "encoder": digest("", job.tokenizer.encoder.state_dict()),
         "image_size": job.tokenizer.config.image_size,
         "dtype": str(job.dtype).removeprefix("torch."),
         "shard_size": size,
         "images": len(job.files),
-        "names": hashlib.sha256(json.dumps(job.names).encode()).hexdigest(),
+        "names": digest(json.dumps(job.names)),
     }
 
 
@@ -191,19 +188,13 @@ def _prepare(folder: Path, record: dict[str, object], overwrite: bool) -> None:
         for name in there:
             (folder / name).unlink()
     elif there:
-        try:
-            before = json.loads((folder / RECORD).read_bytes())
-        except (OSError, ValueError):
-            before = None
-        if not isinstance(before, dict):
-            before = {}
+        before = read_record(folder / RECORD) or {}
         differ = [name for name in record if before.get(name) != record[name]]
         if differ:
             raise InputError(
                 f"{folder} holds latents of another run (other {', '.join(differ)}): use --overwrite, or another folder"
             )
-    with atomic_write(folder / RECORD) as temporary:
-        temporary.write_text(json.dumps(record, indent=2) + "\n")
+    write_json(folder / RECORD, record)
 
 
 def _names_in(path: Path) -> list[str] | None:

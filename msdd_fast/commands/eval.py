@@ -7,7 +7,6 @@ counted; the others keep their seeds.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 from tqdm import tqdm
@@ -21,8 +20,9 @@ from msdd_fast.commands.common import (
     load_tokenizer,
 )
 from msdd_fast.commands.inputs import ImageReader, add_strict, encode, require_finite
-from msdd_fast.io.files import atomic_write, require_writable
+from msdd_fast.io.files import require_writable
 from msdd_fast.io.images import CROP_DESCRIPTION, find_image_files
+from msdd_fast.io.json_files import write_json
 from msdd_fast.metrics.image import figures
 from msdd_fast.metrics.vgg19 import Vgg19Distance
 
@@ -81,6 +81,5 @@ def run(args: argparse.Namespace) -> None:
         print(f"{name:16} {value:.4f}")
     if args.json:
         per_image = {str(f): {n: v[i] for n, v in values.items()} for i, f in enumerate(measured_files)}
-        with atomic_write(args.json) as temporary:
-            temporary.write_text(json.dumps({**report, "images": per_image}, indent=2) + "\n")
+        write_json(args.json, {**report, "images": per_image})
     reader.report(args.strict)

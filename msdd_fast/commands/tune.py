@@ -19,7 +19,8 @@ import torch
 from msdd_fast.backends.extension import extension_status
 from msdd_fast.backends.tuned import machine
 from msdd_fast.commands.common import pick_device, positive_int
-from msdd_fast.io.files import atomic_write, require_writable
+from msdd_fast.io.files import require_writable
+from msdd_fast.io.json_files import write_json
 from msdd_fast.layers.linear.dense import DenseLinear, Linear
 from msdd_fast.layers.linear.native import NativeLinear, size_of
 from msdd_fast.ops.attention import OP
@@ -56,13 +57,11 @@ def run(args: argparse.Namespace) -> None:
     table = {machine(str(device), OP.name): {OP.name: measured}}
     if device.type == "cpu" and extension_status()[0]:
         table.setdefault(machine("cpu", "linear"), {})["linear"] = _linears(args.rounds)
-    text = json.dumps(table, indent=2)
     if args.out:
-        with atomic_write(args.out) as temporary:
-            Path(temporary).write_text(text + "\n")
+        write_json(args.out, table)
         print(f"to use it: export MSDD_FAST_TUNED={Path(args.out).absolute()}")
     else:
-        print(text)
+        print(json.dumps(table, indent=2))
 
 
 @torch.no_grad()

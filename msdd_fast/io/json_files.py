@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,10 @@ from msdd_fast.errors import InputError
 from msdd_fast.io.files import atomic_write
 
 
-def write_json(path: Path, content: Any) -> None:
+def write_json(path: str | os.PathLike[str], content: Any, indent: int | None = 2) -> None:
     """Written whole or not at all. Raises InputError if it cannot be."""
     with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n")
+        temporary.write_text(json.dumps(content, indent=indent) + "\n")
 
 
 def append_json_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:

@@ -4,9 +4,11 @@ import json
 
 import pytest
 
-from msdd_fast.bench.report.documents import read_json, write_json
+from msdd_fast.bench.report.documents import read_json
+from msdd_fast.bench.report.results import save
 from msdd_fast.bench.report.text import COLUMNS, aligned, error_text, markdown_table, number
 from msdd_fast.errors import InputError
+from msdd_fast.io.json_files import write_json
 
 
 def test_a_table_is_aligned_and_narrows_its_gaps_to_fit_a_terminal():
@@ -27,10 +29,10 @@ def test_numbers_have_three_digits():
 
 def test_documents(tmp_path):
     path = tmp_path / "new" / "x.json"
-    write_json({"rows": [{"provider": "a"}, {"provider": "b"}]}, path, indent=None)
+    save({"rows": [{"provider": "a"}, {"provider": "b"}]}, path)
     assert len(path.read_text().splitlines()) == 3
     assert read_json(path, "a document") == {"rows": [{"provider": "a"}, {"provider": "b"}]}
-    write_json([1], path)
+    write_json(path, [1])
     assert json.loads(path.read_text()) == [1]
     path.write_text("{")
     with pytest.raises(InputError, match=r"x\.json must be a document: "):
