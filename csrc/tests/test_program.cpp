@@ -48,6 +48,26 @@ void every_task_runs_once_and_in_order() {
     }
 }
 
+// A helper that comes late must take no task of a call by the count of the next one.
+void calls_of_changing_size() {
+    constexpr int MOST = 6;
+    std::vector<std::atomic<int>> runs(MOST);
+    std::atomic<bool> exact{true};
+    msdd_fast::Program program;
+    for (int i = 0; i < 2000; ++i) {
+        const int count = i % 2 == 0 ? 5 : 2;
+        program.add([&runs, &exact, count] {
+            for (auto& run : runs) run = 0;
+            msdd_fast::run_tasks(count, [&runs](std::int64_t k) { ++runs[static_cast<std::size_t>(k)]; });
+            for (int k = 0; k < MOST; ++k)
+                if (runs[static_cast<std::size_t>(k)] != (k < count ? 1 : 0)) exact = false;
+        });
+    }
+    for (int threads : {2, 3, 6})
+        for (int replay = 0; replay < 2000; ++replay) program.replay(threads);
+    check(exact, "a task ran twice or never where the number of tasks changes");
+}
+
 void several_at_once() {
     std::vector<std::thread> callers;
     for (int c = 0; c < 4; ++c) {
@@ -95,6 +115,7 @@ double microseconds_per_call(int threads) {
 
 int main() {
     every_task_runs_once_and_in_order();
+    calls_of_changing_size();
     several_at_once();
     an_exception_ends_it();
     std::printf("a call of two tasks: %.2f us on one thread, %.2f us on two\n", microseconds_per_call(1),

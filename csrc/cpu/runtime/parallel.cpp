@@ -156,8 +156,8 @@ class Team {
         task_.store(&task, std::memory_order_relaxed);
         count_.store(count, std::memory_order_relaxed);
         finished_.store(0, std::memory_order_relaxed);
-        const std::uint64_t round = (ticket_.load(std::memory_order_relaxed) >> INDEX_BITS) + 1;
-        ticket_.store(round << INDEX_BITS, std::memory_order_release);
+        const std::uint64_t round = (ticket_.load(std::memory_order_relaxed) >> LEFT_BITS) + 1;
+        ticket_.store(round << LEFT_BITS | static_cast<std::uint64_t>(count), std::memory_order_release);
         work(round);
         Patience patience;
         while (finished_.load(std::memory_order_acquire) != count) patience.wait();
@@ -169,7 +169,7 @@ class Team {
         std::uint64_t seen = 0;
         Patience patience;
         while (!dismissed_.load(std::memory_order_acquire)) {
-            const std::uint64_t round = ticket_.load(std::memory_order_acquire) >> INDEX_BITS;
+            const std::uint64_t round = ticket_.load(std::memory_order_acquire) >> LEFT_BITS;
             if (round == seen) {
                 patience.wait();
                 continue;
@@ -181,18 +181,18 @@ class Team {
     }
 
   private:
-    static constexpr int INDEX_BITS = 32;
-    static constexpr std::uint64_t INDEX_MASK = (std::uint64_t{1} << INDEX_BITS) - 1;
+    static constexpr int LEFT_BITS = 32;
+    static constexpr std::uint64_t LEFT_MASK = (std::uint64_t{1} << LEFT_BITS) - 1;
 
-    // Takes tasks of one round until none is left. A ticket holds the round and the next index: a helper that is late
-    // cannot take a ticket of a later round for a task of its own.
+    // Takes tasks of one round until none is left. The ticket holds the round and how many tasks are left, so a helper
+    // that is late takes none of another round. Task and count are read only after a ticket is taken: until that task
+    // has finished, the leader changes neither.
     void work(std::uint64_t round) {
-        const auto* const task = task_.load(std::memory_order_relaxed);
-        const std::int64_t count = count_.load(std::memory_order_relaxed);
         std::uint64_t ticket = ticket_.load(std::memory_order_acquire);
-        while (ticket >> INDEX_BITS == round && static_cast<std::int64_t>(ticket & INDEX_MASK) < count) {
-            if (!ticket_.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acq_rel)) continue;
-            (*task)(static_cast<std::int64_t>(ticket & INDEX_MASK));
+        while (ticket >> LEFT_BITS == round && (ticket & LEFT_MASK) != 0) {
+            if (!ticket_.compare_exchange_weak(ticket, ticket - 1, std::memory_order_acq_rel)) continue;
+            const std::int64_t left = static_cast<std::int64_t>(ticket & LEFT_MASK);
+            (*task_.load(std::memory_order_relaxed))(count_.load(std::memory_order_relaxed) - left);
             finished_.fetch_add(1, std::memory_order_release);
             ticket = ticket_.load(std::memory_order_acquire);
         }
