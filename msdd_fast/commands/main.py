@@ -27,6 +27,7 @@ COMMANDS = {
     "convert": "authors' checkpoint or a state of a training run -> msdd-fast checkpoint directory",
     "train": "train a tokenizer on image folders or tar shards",
     "distill": "distil a trained tokenizer into one step per scale",
+    "serve": "decode over HTTP, requests that arrive together in one batch",
     "bench": "img/s for each scale and provider; --compare finds regressions",
     "profile": "kernels of a decode by time, bytes, FLOP and roofline; traces for Perfetto and Nsight",
     "tune": "measure the attention backends and write the table of the fastest",

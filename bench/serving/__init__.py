@@ -1,0 +1,1 @@
+"""Load test of ``msdd-fast serve``."""

@@ -1,0 +1,1 @@
+"""msdd-fast inside other software; each integration needs an extra of its own."""
