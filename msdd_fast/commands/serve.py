@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from msdd_fast.commands.common import DTYPES, add_checkpoint, add_dtype, load_tokenizer, positive_int
 from msdd_fast.engine import FastDecoder, accelerate
 from msdd_fast.errors import InputError
-from msdd_fast.integrations.serve.settings import Settings
+from msdd_fast.integrations.serve import Settings, create_app
 
 TOKEN = "MSDD_FAST_SERVE_TOKEN"
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -58,8 +58,6 @@ def run(args: argparse.Namespace) -> None:
     )
     try:
         import uvicorn
-
-        from msdd_fast.integrations.serve.app import create_app
     except ImportError as e:
         raise InputError(f"the service needs more packages ({e}): pip install 'msdd-fast[serve]'") from e
 

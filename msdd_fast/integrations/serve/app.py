@@ -8,22 +8,18 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Annotated, Any
 
+from fastapi import FastAPI, Header, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi_offline import FastAPIOffline
+
 from msdd_fast import __version__
 from msdd_fast.engine import FastDecoder
 from msdd_fast.errors import InputError
 from msdd_fast.integrations.serve.metrics import CONTENT_TYPE
+from msdd_fast.integrations.serve.query import DecodeQuery
+from msdd_fast.integrations.serve.service import Service, error
 from msdd_fast.integrations.serve.settings import Settings
-
-try:
-    from fastapi import FastAPI, Header, Query, Request, Response
-    from fastapi.exceptions import RequestValidationError
-    from fastapi.responses import JSONResponse, PlainTextResponse
-    from fastapi_offline import FastAPIOffline
-
-    from msdd_fast.integrations.serve.query import DecodeQuery
-    from msdd_fast.integrations.serve.service import Service, error
-except ImportError as e:
-    raise InputError(f"the service needs more packages ({e}): pip install 'msdd-fast[serve]'") from e
 
 _BODY = {
     "required": True,
@@ -48,12 +44,9 @@ _RESPONSES: dict[int | str, dict[str, Any]] = {
 }
 
 
-def create_app(engine: FastDecoder, settings: Settings | None = None) -> FastAPI:
-    """An ASGI application that decodes with ``engine``; it warms the engine up when it starts.
-
-    Raises InputError if the extra ``[serve]`` is not installed, or the limits exclude every image of the model.
-    """
-    service = Service(engine, settings or Settings())
+def build_app(engine: FastDecoder, settings: Settings) -> FastAPI:
+    """See ``create_app``."""
+    service = Service(engine, settings)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -117,7 +110,8 @@ def create_app(engine: FastDecoder, settings: Settings | None = None) -> FastAPI
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, e: RequestValidationError) -> Response:
         first = e.errors()[0]
-        found = error(422, f"{first['loc'][-1]}: {first['msg']}, got {first.get('input')!r}"[:500])
+        where = ".".join(map(str, first["loc"][1:]))  # after "query" or "header"
+        found = error(422, f"{where}: {first['msg']}, got {first.get('input')!r}"[:500])
         return service.answered(refuses(request) or found) if request.url.path == "/decode" else found
 
     return app

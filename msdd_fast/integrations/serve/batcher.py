@@ -216,6 +216,6 @@ class Batcher:
             return
         seconds = time.perf_counter() - begin
         self._seconds_per_image += 0.2 * (seconds / len(z) - self._seconds_per_image)
-        self.on_batch(len(z), seconds)
         for item, part in zip(batch, images.split([b.count for b in batch]), strict=True):
             item.images.set_result(part)
+        self.on_batch(len(z), seconds)

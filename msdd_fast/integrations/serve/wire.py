@@ -12,6 +12,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 from safetensors import SafetensorError
@@ -68,13 +69,16 @@ class Output:
             name = FORMATS[self.image_format]
             file = io.BytesIO()
             options = {} if name == "PNG" else {"quality": self.quality}
-            Image.fromarray(images[0].permute(1, 2, 0).numpy()).save(file, name, **options)
+            Image.fromarray(np.ascontiguousarray(images[0].permute(1, 2, 0).numpy())).save(file, name, **options)
             return Answer(file.getvalue(), f"image/{name.lower()}", {})
+        # Copied by NumPy: PyTorch's threads belong to the engine, and a second team would fight it for the cores.
         if self.quantised:
-            images = images.permute(0, 2, 3, 1)
-        images = images.contiguous()
-        headers = {"shape": json.dumps(list(images.shape)), "dtype": str(images.dtype).removeprefix("torch.")}
-        return Answer(images.flatten().view(torch.uint8).numpy().tobytes(), "application/octet-stream", headers)
+            body = images.permute(0, 2, 3, 1).numpy().tobytes()
+            shape = [len(images), *images.shape[2:], images.shape[1]]
+        else:
+            body, shape = images.flatten().view(torch.uint8).numpy().tobytes(), list(images.shape)
+        headers = {"shape": json.dumps(shape), "dtype": str(images.dtype).removeprefix("torch.")}
+        return Answer(body, "application/octet-stream", headers)
 
 
 def read_latents(body: bytearray, shape: list[int] | None, dtype: str | None) -> Tensor:
