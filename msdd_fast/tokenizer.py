@@ -10,11 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from msdd_fast import checkpoint
-from msdd_fast.diffusion.checks import check_finite, check_floating_images, check_image_range, check_latents
+from msdd_fast.diffusion.checks import (
+    check_finite,
+    check_floating_images,
+    check_image_range,
+    check_latents,
+    check_sampling,
+)
 from msdd_fast.diffusion.config import Config, num_parameters
 from msdd_fast.diffusion.schedule import StageSchedule
 from msdd_fast.errors import ConfigError, InputError
 from msdd_fast.families import families, family_of, get_family, get_preset
+from msdd_fast.families.base import Conditioned, conditions_of
 from msdd_fast.sampling import StageResult, VelocityModel, sample
 
 
@@ -133,6 +140,18 @@ class Tokenizer(nn.Module):
         return cls.from_released_checkpoint("ssdd", path_or_state_dict, **options)
 
     @classmethod
+    def from_pid_checkpoint(
+        cls, path_or_state_dict: str | os.PathLike[str] | Mapping[str, Any], variant: str | Config = ""
+    ) -> Tokenizer:
+        """PiD's released weights (docs/pid.md#weights).
+
+        ``variant`` names them ("flux", "sd3", "v15-flux2", "v15-flux-undistilled", ...), since shapes do not show whose
+        latents they decode; it may be left out where they do. A config is for networks of other sizes. Otherwise as
+        ``from_released_checkpoint``.
+        """
+        return cls.from_released_checkpoint("pid", path_or_state_dict, variant=variant)
+
+    @classmethod
     def from_stored(cls, config: Config, tensors: dict[str, Tensor], source: str) -> Tokenizer:
         """A tokenizer of ``config`` with ``tensors`` as its float32 weights. In eval mode.
 
@@ -200,25 +219,28 @@ class Tokenizer(nn.Module):
         cfg_scale: float | None = None,
         noise: Sequence[Tensor] | None = None,
         stage_callback: Callable[[StageResult], None] | None = None,
+        **conditions: Any,
     ) -> Tensor:
         """Images of latents: float32 (B, 3, H, W), nominally in [-1, 1], not clamped; shapes as in ``encode``.
 
         ``steps`` and ``cfg_scale`` default to ``config.sampling``; the other arguments are those of
-        ``sampling.sample``. Raises InputError for a wrong shape or dtype and for NaN/Inf in z.
+        ``sampling.sample``. ``conditions`` are what else the family's decodes depend on (PiD: text, sigma, height,
+        width, null_text; docs/pid.md). Raises InputError for a wrong shape or dtype and for NaN/Inf in z.
         """
-        sampling = self.config.sampling
+        sampling, family = self.config.sampling, family_of(self.config)
         check_latents(z, *self.config.latent_shape)
         check_finite("z", z)
-        out = sample(
-            cast(VelocityModel, self.decoder),
-            z,
-            self.schedule,
-            steps=sampling.steps if steps is None else steps,
-            cfg_scale=sampling.cfg_scale if cfg_scale is None else cfg_scale,
-            seed=seed,
-            noise=noise,
-            stage_callback=stage_callback,
+        steps, cfg_scale = check_sampling(
+            sampling.steps if steps is None else steps, sampling.cfg_scale if cfg_scale is None else cfg_scale
         )
+        others = conditions_of(family, z, steps, cfg_scale, conditions)
+        options: dict[str, Any] = {
+            **{"steps": steps, "cfg_scale": cfg_scale, "seed": seed},
+            **{"noise": noise, "stage_callback": stage_callback},
+        }
+        if isinstance(family, Conditioned):
+            return family.sample(self.decoder, z, others, **options)
+        out = sample(cast(VelocityModel, self.decoder), z, self.schedule, **options)
         assert isinstance(out, Tensor)
         return out
 

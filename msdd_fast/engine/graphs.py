@@ -125,7 +125,8 @@ class StageGraphs:
 
 
 def _buffers(example: Inputs) -> Inputs:
-    return Inputs(*(t.clone() for t in example))
+    z, seeds, scale, conditions = example
+    return Inputs(z.clone(), seeds.clone(), scale.clone(), tuple(c.clone() for c in conditions))
 
 
 def _fill(buffers: Inputs, inputs: Inputs) -> None:
@@ -134,3 +135,5 @@ def _fill(buffers: Inputs, inputs: Inputs) -> None:
     buffers.z[:count].copy_(inputs.z, non_blocking=True)
     buffers.seeds[:count].copy_(inputs.seeds, non_blocking=True)
     buffers.scale.copy_(inputs.scale, non_blocking=True)
+    for buffer, condition in zip(buffers.conditions, inputs.conditions, strict=True):
+        buffer[:count].copy_(condition, non_blocking=True)

@@ -8,6 +8,7 @@ from msdd_fast.diffusion.config import Config
 from msdd_fast.errors import ConfigError, InputError
 from msdd_fast.families.base import Family
 from msdd_fast.families.msdd.family import MSDDFamily
+from msdd_fast.families.pid.family import PiDFamily
 from msdd_fast.families.ssdd.family import SSDDFamily
 
 __all__ = [
@@ -87,3 +88,4 @@ def config_from_dict(data: Any) -> Config:
 
 register(MSDDFamily)
 register(SSDDFamily)
+register(PiDFamily)

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from msdd_fast.diffusion.config import Config
 from msdd_fast.diffusion.schedule import StageSchedule
-from msdd_fast.errors import CheckpointError
+from msdd_fast.errors import CheckpointError, InputError
 from msdd_fast.families.work import Work
 from msdd_fast.io.files import as_path, read_torch_file
 from msdd_fast.io.safetensors import check_weights, read_safetensors
 from msdd_fast.layers.linear.dense import MakeLinear
 from msdd_fast.layers.request import DecodeProgram
 from msdd_fast.ops.protocol import Ops
+from msdd_fast.sampling import StageResult
 
 
 class Released(NamedTuple):
@@ -62,6 +63,51 @@ class ReleasedFormat(NamedTuple):
     load: Callable[..., Released]
     options: Mapping[str, Option]
     export: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None
+
+
+class Conditions(NamedTuple):
+    """What a decode depends on besides latents and seeds.
+
+    Attributes:
+        tensors: (B, ...) each.
+        size: height and width of the images; None where the latents' shape says it (``config.stage_shapes``).
+        noises: number of noise tensors of the images' shape that a decode takes; None for one per stage.
+    """
+
+    tensors: tuple[Tensor, ...] = ()
+    size: tuple[int, int] | None = None
+    noises: int | None = None
+
+
+@runtime_checkable
+class Conditioned(Protocol):
+    """What a family has besides if its decodes read more than latents and seeds, such as captions."""
+
+    condition_names: ClassVar[tuple[str, ...]]
+    """Keyword arguments of ``decode`` that ``condition`` takes."""
+
+    def condition(self, z: Tensor, steps: int, cfg_scale: float, **given: Any) -> Conditions:
+        """What a decode of ``z`` depends on, from those arguments. Raises InputError for bad ones."""
+        ...
+
+    def example_conditions(self) -> dict[str, Any]:
+        """Arguments for a decode of random latents, for reports and warm-ups."""
+        ...
+
+    def sample(
+        self,
+        decoder: Any,
+        z: Tensor,
+        conditions: Conditions,
+        *,
+        steps: int,
+        cfg_scale: float,
+        seed: int | Sequence[int] | Tensor,
+        noise: Sequence[Tensor] | None,
+        stage_callback: Callable[[StageResult], None] | None,
+    ) -> Tensor:
+        """The eager decode, in place of ``sampling.sample``."""
+        ...
 
 
 class Family(Protocol):
@@ -146,6 +192,24 @@ class Family(Protocol):
     def activation_bytes(self, itemsize: int, guided: bool, quantized: bool) -> int:
         """Upper bound for one image of ``config.image_size``."""
         ...
+
+
+def conditions_of(family: Family, z: Tensor, steps: int, cfg_scale: float, given: Mapping[str, Any]) -> Conditions:
+    """What a decode of ``z`` depends on besides, from the keyword arguments ``given``.
+
+    Raises InputError for an argument that the family does not take, and for a bad value.
+    """
+    known = family.condition_names if isinstance(family, Conditioned) else ()
+    unknown = [name for name in given if name not in known]
+    if unknown:
+        takes = f", only {', '.join(known)}" if known else ""
+        raise InputError(f"decode of an {family.name.upper()} tokenizer takes no argument {unknown[0]!r}{takes}")
+    return family.condition(z, steps, cfg_scale, **given) if isinstance(family, Conditioned) else Conditions()
+
+
+def example_conditions(family: Family) -> dict[str, Any]:
+    """Keyword arguments for a decode of random latents; empty where latents are all that it takes."""
+    return family.example_conditions() if isinstance(family, Conditioned) else {}
 
 
 def read_released(source: str | os.PathLike[str] | Mapping[str, Any]) -> tuple[str, Any]:

@@ -27,15 +27,23 @@ class StageImages(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """What changes from call to call, all on the device: z (B, ...), seeds int64 (B,), CFG scale float32 ()."""
+    """What changes from call to call, all on the device.
+
+    Attributes:
+        z: latents (B, ...).
+        seeds: int64 (B,).
+        scale: of the guidance, float32 ().
+        conditions: what else the family's decode reads, each (B, ...) (``families.base.Conditions``).
+    """
 
     z: Tensor
     seeds: Tensor
     scale: Tensor
+    conditions: tuple[Tensor, ...] = ()
 
     def part(self, images: slice) -> Inputs:
         """Those of some of the images."""
-        return Inputs(self.z[images], self.seeds[images], self.scale)
+        return Inputs(self.z[images], self.seeds[images], self.scale, tuple(c[images] for c in self.conditions))
 
 
 class Request(NamedTuple):
@@ -46,12 +54,16 @@ class Request(NamedTuple):
         guided: whether the velocity is guided.
         out_dtype: of the images.
         streaming: whether every stage's images are wanted.
+        size: height and width of the images, if they do not follow from ``shape`` alone.
+        conditions: shape of one image's, and dtype, of each of the inputs' conditions.
     """
 
     shape: tuple[int, ...]
     guided: bool
     out_dtype: torch.dtype
     streaming: bool = False
+    size: tuple[int, int] | None = None
+    conditions: tuple[tuple[tuple[int, ...], torch.dtype], ...] = ()
 
     def with_batch(self, batch: int) -> Request:
         """The same for another number of images."""
