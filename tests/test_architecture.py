@@ -19,6 +19,7 @@ MAPPED = ("kernels", "training", "bench")
 # Top down. Those of one row may import each other, as long as there is no circle.
 LAYERS = (
     ("commands", "__main__"),
+    ("integrations",),
     ("bench",),
     ("training",),
     ("",),  # the package itself: what `import msdd_fast` gives

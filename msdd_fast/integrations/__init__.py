@@ -1,0 +1,1 @@
+"""Adapters to other libraries, one module each. None is imported before it is asked for."""
