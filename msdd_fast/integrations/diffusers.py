@@ -153,8 +153,10 @@ class TokenizerVAE(ModelMixin, ConfigMixin):
 
     @property
     def _model(self) -> Tokenizer | FastDecoder:
-        model: Tokenizer | FastDecoder = self.tokenizer if self.engine is None else self.engine
-        return model
+        if self.engine is not None:
+            return self.engine
+        assert self.tokenizer is not None
+        return self.tokenizer
 
     def to(self, *args: Any, **kwargs: Any) -> TokenizerVAE:
         """As ``nn.Module.to``: moves the tokenizer, too. An engine stays what it is; InputError if it had to move."""
