@@ -15,7 +15,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -27,7 +28,8 @@ from msdd_fast import _moved
 from msdd_fast.diffusion.config import Config, num_parameters
 from msdd_fast.errors import CheckpointError, ConfigError, InputError
 from msdd_fast.families import config_from_dict, family_name, family_of
-from msdd_fast.io import safetensors
+from msdd_fast.families.card import model_card
+from msdd_fast.io import hub, safetensors
 from msdd_fast.io.files import as_path, atomic_write, parse_json, read_limited, temporary_sibling
 from msdd_fast.io.safetensors import read_safetensors, read_shapes, weight_fault
 
@@ -70,19 +72,25 @@ class Model(Protocol):
     def state_dict(self) -> dict[str, Tensor]: ...
 
 
-def read_pretrained(name_or_path: str | os.PathLike[str], revision: str | None = None) -> Stored:
-    """A bundled name, a local directory or a hub id. See ``Tokenizer.from_pretrained``."""
-    return read_directory(resolve_directory(name_or_path, revision))
+def read_pretrained(name_or_path: str | os.PathLike[str], **options: Any) -> Stored:
+    """A bundled name, a local directory or a hub id; options as of ``resolve_directory``."""
+    return read_directory(resolve_directory(name_or_path, **options))
 
 
-def resolve_directory(name_or_path: str | os.PathLike[str], revision: str | None = None) -> Path:
-    """Directory of a bundled name, a local directory or a hub id ``owner/name``, of which ``revision`` is a branch, tag
-    or commit.
+def resolve_directory(
+    name_or_path: str | os.PathLike[str],
+    revision: str | None = None,
+    subfolder: str | None = None,
+    local_files_only: bool = False,
+    token: str | bool | None = None,
+) -> Path:
+    """Directory of a bundled name, a local directory or a hub id ``owner/name``. See ``Tokenizer.from_pretrained``.
 
     What starts with ``.``, ``/`` or ``~``, or in a directory that exists here, is never asked of the hub. Raises
-    CheckpointError if there is no such directory, InputError for a revision of a local one.
+    CheckpointError if there is no such directory, InputError for a revision of a local one or a bad subfolder.
     """
     as_path("name_or_path", name_or_path)
+    subfolder = hub.check_subfolder(subfolder)
     name = os.fspath(name_or_path)
     path = Path(name).expanduser() if name.startswith("~") else Path(name)
     try:
@@ -95,27 +103,13 @@ def resolve_directory(name_or_path: str | os.PathLike[str], revision: str | None
     if local is not None:
         if revision is not None:
             raise InputError(f"revision is for checkpoints of the Hugging Face hub, got {revision!r} with {local}")
-        return local
-    if not is_path and re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
-        return _download_from_hub(name, revision)
+        return local / (subfolder or "")
+    if not is_path and hub.is_repository(name):
+        return hub.download(name, revision, subfolder, local_files_only, token)
     raise CheckpointError(
         f"no checkpoint {name!r}: expected a directory, a hub id 'owner/name' or a bundled name "
         f"({', '.join(bundled_names()) or 'none bundled'})"
     )
-
-
-def _download_from_hub(repo: str, revision: str | None) -> Path:
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError as e:
-        raise CheckpointError(
-            f"no directory {repo!r}; to load it from the Hugging Face hub: pip install 'msdd-fast[hub]'"
-        ) from e
-    version = {} if revision is None else {"revision": revision}
-    try:
-        return Path(snapshot_download(repo, allow_patterns=["*.json", "*.safetensors"], **version))
-    except Exception as e:  # the hub raises many types: network, authentication, missing repository
-        raise CheckpointError(f"no directory {repo!r}, and the Hugging Face hub did not give it: {e}") from e
 
 
 class _Index(NamedTuple):
@@ -318,6 +312,56 @@ def save_pretrained(
     except (OSError, InputError) as e:
         cause = e.__cause__ or e
         raise CheckpointError(f"cannot write {target}: {getattr(cause, 'strerror', None) or cause}") from e
+
+
+def push_to_hub(
+    model: Model,
+    repository: str,
+    *,
+    metrics: str | os.PathLike[str] | Mapping[str, Any] | Sequence[str | os.PathLike[str] | Mapping[str, Any]] = (),
+    card: str | None = None,
+    license: str | None = None,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    private: bool | None = None,
+    create_pr: bool = False,
+    token: str | bool | None = None,
+    message: str = "Upload a tokenizer of msdd-fast",
+    **saving: Any,
+) -> str:
+    """Commit ``model`` to a repository of the Hugging Face hub, as ``save_pretrained`` writes it; the commit's address.
+
+    See ``Tokenizer.push_to_hub``. The checkpoint is checked and written to a temporary folder before anything is sent.
+    """
+    if not isinstance(repository, str) or not hub.is_repository(repository):
+        raise InputError(f"repository must be a hub id 'owner/name', got {repository!r}")
+    subfolder = hub.check_subfolder(subfolder)
+    reports = [_report(m) for m in metrics] if isinstance(metrics, (list, tuple)) else [_report(metrics)]
+    places = {"revision": revision, "subfolder": subfolder}
+    text = model_card(model.config, repository, reports, license=license, **places) if card is None else card
+    with tempfile.TemporaryDirectory() as folder:
+        save_pretrained(model, folder, **saving)
+        return hub.upload(
+            Path(folder),
+            repository,
+            card=text,
+            replace_card=card is not None,
+            private=private,
+            create_pr=create_pr,
+            token=token,
+            message=message,
+            **places,
+        )
+
+
+def _report(metrics: Any) -> Any:
+    """What ``msdd-fast eval --json`` has written, or such a report itself."""
+    if not isinstance(metrics, (str, os.PathLike)):
+        return metrics
+    try:
+        return parse_json(read_limited(metrics))
+    except (OSError, ValueError) as e:
+        raise InputError(f"metrics must be a report of `msdd-fast eval --json`, got {os.fspath(metrics)}: {e}") from e
 
 
 def check_destination(directory: str | os.PathLike[str]) -> Path:

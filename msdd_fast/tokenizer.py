@@ -76,15 +76,30 @@ class Tokenizer(nn.Module):
         return cls(get_preset(config) if isinstance(config, str) else config).eval()
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str | os.PathLike[str], *, revision: str | None = None) -> Tokenizer:
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+    ) -> Tokenizer:
         """Load a bundled name ("msdd-nano"), a directory, or a Hugging Face hub id. In eval mode, float32.
 
-        A hub id is ``owner/name``; ``revision`` is its branch, tag or commit. What starts with ``.``, ``/`` or ``~``,
-        or with the name of a directory that exists here, is a directory.
+        Args:
+            name_or_path: what starts with ``.``, ``/`` or ``~``, or with the name of a directory that exists here, is a
+                directory; otherwise a hub id is ``owner/name`` (extra ``[hub]``).
+            revision: branch, tag or commit of a hub id.
+            subfolder: of the directory or the repository.
+            local_files_only: take a hub id from the cache and ask nobody.
+            token: of the hub; None for that of ``hf auth login``, False for none. It is not sent for a directory.
 
-        Raises CheckpointError if there is no such checkpoint, or it is damaged or contradicts its config.
+        Raises CheckpointError if there is no such checkpoint, or it is damaged or contradicts its config; InputError
+        for a revision of a directory or a subfolder that leaves it.
         """
-        return cls.from_stored(*checkpoint.read_pretrained(name_or_path, revision))
+        options = {"subfolder": subfolder, "local_files_only": local_files_only, "token": token}
+        return cls.from_stored(*checkpoint.read_pretrained(name_or_path, revision=revision, **options))
 
     @classmethod
     def from_released_checkpoint(
@@ -166,6 +181,26 @@ class Tokenizer(nn.Module):
     def save_pretrained(self, directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Write config.json and sharded safetensors atomically. See ``checkpoint.save_pretrained``."""
         checkpoint.save_pretrained(self, directory, **kwargs)
+
+    def push_to_hub(self, repository: str, **options: Any) -> str:
+        """Commit the checkpoint and a model card to a repository of the Hugging Face hub; returns the commit's address.
+
+        Args:
+            repository: ``owner/name``; made if there is none.
+            options:
+                metrics: reports of ``msdd-fast eval --json`` for the card, one or several: dicts or files.
+                card: README.md, instead of the generated one, which never replaces one that is there.
+                license: identifier for the card, such as "apache-2.0".
+                revision: branch, made if there is none.
+                subfolder: of the repository.
+                private, create_pr, token, message: as ``huggingface_hub`` takes them.
+                dtype, max_shard_bytes: as of ``save_pretrained``.
+
+        One commit adds the files and removes those of an older checkpoint, so readers see one or the other. Raises
+        InputError for a bad argument and CheckpointError if the weights would not load again, both before anything is
+        sent, and CheckpointError if the hub does not take them.
+        """
+        return checkpoint.push_to_hub(self, repository, **options)
 
     def export_released(self, path: str | os.PathLike[str]) -> None:
         """Write one .safetensors file that the code of the family's authors loads.

@@ -630,7 +630,7 @@ def test_names_that_are_none(name, tiny):
 def test_revision(monkeypatch, saved, tiny):
     asked = []
 
-    def snapshot_download(repo, revision=None, allow_patterns=None):
+    def snapshot_download(repo, revision, **_):
         asked.append((repo, revision))
         return str(saved)
 
@@ -657,7 +657,7 @@ def test_hub_without_its_package(monkeypatch):
 def test_hub(monkeypatch, saved, tiny):
     asked = []
 
-    def snapshot_download(repo, allow_patterns):
+    def snapshot_download(repo, **_):
         asked.append(repo)
         if repo == "owner/gone":
             raise ConnectionError("no network")

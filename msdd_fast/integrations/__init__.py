@@ -1,1 +1,1 @@
-"""msdd-fast inside other software; each integration needs an extra of its own."""
+"""Adapters to other libraries, one module each. None is imported before it is asked for."""
