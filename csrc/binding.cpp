@@ -513,13 +513,17 @@ void copy(const Tensor& out, const Tensor& x, int threads) {
          dtype_of(x.dtype), shape, threads);
 }
 
-void begin(msdd_fast::Program& program) {
+// A program that is recorded stays alive: the ops of this thread write to it.
+void begin(const py::object& program) {
     expect(msdd_fast::recording() == nullptr, "this thread records a program already");
-    msdd_fast::recording() = &program;
+    msdd_fast::recording() = &program.cast<msdd_fast::Program&>();
+    program.inc_ref();
 }
 
-void end(msdd_fast::Program& program) {
-    if (msdd_fast::recording() == &program) msdd_fast::recording() = nullptr;
+void end(const py::object& program) {
+    if (msdd_fast::recording() != &program.cast<msdd_fast::Program&>()) return;
+    msdd_fast::recording() = nullptr;
+    program.dec_ref();
 }
 
 #ifdef MSDD_FAST_CUDA

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,12 @@ if not HAS_GPU:
 # instructions would run other code, with other tolerances, than one without.
 os.environ.setdefault("MSDD_FAST_CPU_BF16", "0")
 os.environ.setdefault("MSDD_FAST_NATIVE_LINEAR", "0")
+
+# An extension built in another way, such as with sanitizers (tests/csrc/test_sanitizers.py).
+if "MSDD_FAST_TEST_EXTENSION" in os.environ:
+    found = importlib.util.spec_from_file_location("msdd_fast._C", os.environ["MSDD_FAST_TEST_EXTENSION"])
+    sys.modules["msdd_fast._C"] = importlib.util.module_from_spec(found)
+    found.loader.exec_module(sys.modules["msdd_fast._C"])
 
 # torch.device(...) contexts look up once which functions they apply to: before poison_empty replaces some of them.
 with torch.device("cpu"):

@@ -1,4 +1,6 @@
 // Recorded programs: every task of every call runs once and in order, on any number of threads.
+//
+//   test_program [REPLAYS]     of the tests that look for races; fewer under a sanitizer
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -49,7 +51,7 @@ void every_task_runs_once_and_in_order() {
 }
 
 // A helper that comes late must take no task of a call by the count of the next one.
-void calls_of_changing_size() {
+void calls_of_changing_size(int replays) {
     constexpr int MOST = 6;
     std::vector<std::atomic<int>> runs(MOST);
     std::atomic<bool> exact{true};
@@ -64,7 +66,7 @@ void calls_of_changing_size() {
         });
     }
     for (int threads : {2, 3, 6})
-        for (int replay = 0; replay < 2000; ++replay) program.replay(threads);
+        for (int replay = 0; replay < replays; ++replay) program.replay(threads);
     check(exact, "a task ran twice or never where the number of tasks changes");
 }
 
@@ -76,6 +78,61 @@ void several_at_once() {
             std::atomic<bool> ordered{true};
             counting(values, 300, ordered).replay(2);
             for (int v : values) check(v == 300 && ordered, "programs of several threads disturb each other");
+        });
+    }
+    for (auto& caller : callers) caller.join();
+}
+
+// Tasks may throw on any thread: all others run, the caller gets one of the exceptions, and the next loop works.
+void exceptions_in_tasks() {
+    constexpr int TASKS = 7;
+    std::atomic<int> runs{0};
+    const auto failing = [&runs] {
+        msdd_fast::run_tasks(TASKS, [&runs](std::int64_t i) {
+            ++runs;
+            if (i % 3 == 1) throw std::runtime_error("task");
+        });
+    };
+    msdd_fast::Program program;
+    program.add(failing);
+    program.add([] { check(false, "a replay went on after an exception"); });
+    for (int round = 0; round < 200; ++round) {
+        for (int threads : {0, 1, 2, 3}) {  // 0: without a team
+            runs = 0;
+            bool caught = false;
+            try {
+                threads == 0 ? failing() : program.replay(threads);
+            } catch (const std::runtime_error&) {
+                caught = true;
+            }
+            check(caught && runs == TASKS, "an exception in a task must reach the caller once all tasks are done");
+        }
+        runs = 0;
+        msdd_fast::run_tasks(TASKS, [&runs](std::int64_t) { ++runs; });
+        check(runs == TASKS, "a loop after an exception must run all its tasks");
+    }
+}
+
+// Teams come and go with every replay, and loops without a team run in between, from several threads.
+void teams_beside_loops(int replays) {
+    std::vector<std::thread> callers;
+    for (int c = 0; c < 3; ++c) {
+        callers.emplace_back([c, replays] {
+            std::vector<int> values(19, 0);
+            msdd_fast::Program program;
+            const auto add = [&values] {
+                msdd_fast::parallel_for(static_cast<std::int64_t>(values.size()), 1, 4,
+                                        [&](std::int64_t begin, std::int64_t end) {
+                                            for (std::int64_t k = begin; k < end; ++k)
+                                                ++values[static_cast<std::size_t>(k)];
+                                        });
+            };
+            for (int i = 0; i < 10; ++i) program.add(add);
+            for (int replay = 0; replay < replays; ++replay) {
+                program.replay(1 + (replay + c) % 4);
+                add();
+            }
+            for (int v : values) check(v == 11 * replays, "loops beside a team disturb it");
         });
     }
     for (auto& caller : callers) caller.join();
@@ -113,11 +170,14 @@ double microseconds_per_call(int threads) {
 
 }  // namespace
 
-int main() {
+int main(int count, char** words) {
+    const int replays = count > 1 ? std::atoi(words[1]) : 2000;
     every_task_runs_once_and_in_order();
-    calls_of_changing_size();
+    calls_of_changing_size(replays);
     several_at_once();
+    teams_beside_loops(replays);
     an_exception_ends_it();
+    exceptions_in_tasks();
     std::printf("a call of two tasks: %.2f us on one thread, %.2f us on two\n", microseconds_per_call(1),
                 microseconds_per_call(2));
     return 0;

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
+import os
 import threading
+import time
 from collections import deque
 from collections.abc import Generator, Iterable
 
@@ -10,6 +13,7 @@ import torch
 from torch import Tensor
 
 DEPTH = 2
+EXIT_SECONDS = 1.0
 _END = object()
 
 
@@ -43,6 +47,27 @@ class _Ready:
             self._changed.notify_all()
 
 
+_threads: dict[threading.Thread, _Ready] = {}
+
+
+@atexit.register
+def _stop_all() -> None:
+    """Python ends its daemon threads while it exits; one that is inside PyTorch then takes the process down with it.
+
+    What waits in an iterable for longer than EXIT_SECONDS is left where it is.
+    """
+    running = list(_threads.items())
+    for _, ready in running:
+        ready.stop()
+    end = time.monotonic() + EXIT_SECONDS
+    for thread, _ in running:
+        thread.join(max(0.0, end - time.monotonic()))
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_threads.clear)  # a forked child has none of them
+
+
 def prefetch(tensors: Iterable[Tensor], device: torch.device) -> Generator[Tensor, None, None]:
     """The tensors, in order and those of a CPU on a GPU ``device``, at most DEPTH ahead, read in a thread of its own.
 
@@ -52,6 +77,12 @@ def prefetch(tensors: Iterable[Tensor], device: torch.device) -> Generator[Tenso
     ready, reading = _Ready(), threading.Lock()
 
     def work() -> None:
+        try:
+            read()
+        finally:
+            _threads.pop(thread, None)
+
+    def read() -> None:
         try:
             iterator = None
             while True:
@@ -72,6 +103,7 @@ def prefetch(tensors: Iterable[Tensor], device: torch.device) -> Generator[Tenso
             ready.put(_END)
 
     thread = threading.Thread(target=work, name="msdd-fast-prefetch", daemon=True)
+    _threads[thread] = ready
     thread.start()
     try:
         while (item := ready.take()) is not _END:

@@ -12,9 +12,10 @@ from __future__ import annotations
 import bisect
 import ctypes
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import partial, reduce
 from typing import Any, TypeVar
 
 import torch
@@ -41,6 +42,9 @@ class Arena:
         self._chunks: dict[int, bytearray] = {}  # by address
         self._free: list[tuple[int, int]] = []  # (address, bytes), sorted, neighbours joined
         self._blocks: dict[int, weakref.ref[Any]] = {}
+        # Blocks that nothing refers to any more. The garbage collector may say so at any moment, in any thread, so they
+        # join the free ones only when memory is asked for.
+        self._released: deque[tuple[int, int]] = deque()
 
     def empty(
         self, shape: Sequence[int], dtype: torch.dtype, order: torch.memory_format = torch.contiguous_format
@@ -50,22 +54,26 @@ class Arena:
         if count == 0:
             return torch.empty(shape, dtype=dtype)
         size = -(-count * dtype.itemsize // ALIGNMENT) * ALIGNMENT
+        self._collect()
         address = self._take(size)
         begin = max(a for a in self._chunks if a <= address)
         block = (ctypes.c_char * size).from_buffer(self._chunks[begin], address - begin)
-        self._blocks[address] = weakref.ref(block, partial(self._release, address, size))
+        self._blocks[address] = weakref.ref(block, partial(_release, self._released, address, size))
         flat = torch.frombuffer(block, dtype=dtype, count=count)
         if order == torch.channels_last:
             b, c, h, w = shape
             return flat.view(b, h, w, c).permute(0, 3, 1, 2)
         return flat.view(torch.Size(shape))
 
-    def _release(self, address: int, size: int, _: object) -> None:
-        self._give_back(address, size)
-
     def memory(self) -> int:
         """Bytes of all chunks."""
         return sum(map(len, self._chunks.values()))
+
+    def _collect(self) -> None:
+        while self._released:
+            address, size = self._released.popleft()
+            del self._blocks[address]
+            self._give_back(address, size)
 
     def _take(self, size: int) -> int:
         fitting = [i for i, (_, n) in enumerate(self._free) if n >= size]
@@ -88,7 +96,6 @@ class Arena:
         self._give_back(aligned, begin + len(chunk) - aligned)
 
     def _give_back(self, address: int, size: int) -> None:
-        self._blocks.pop(address, None)
         i = bisect.bisect(self._free, (address, size))
         if i < len(self._free) and self._free[i][0] == address + size:
             size += self._free.pop(i)[1]
@@ -97,6 +104,10 @@ class Arena:
             self._free[i - 1] = (before, n + size)
         else:
             self._free.insert(i, (address, size))
+
+
+def _release(released: deque[tuple[int, int]], address: int, size: int, _: object) -> None:
+    released.append((address, size))
 
 
 class Recorded:
@@ -127,8 +138,8 @@ def record(run: Callable[[], T], arena: Arena, keep: Any = None) -> tuple[Record
 
 @contextmanager
 def _recording(program: Any) -> Iterator[None]:
-    program.begin()
     try:
+        program.begin()
         yield
     finally:
         program.end()
@@ -156,6 +167,15 @@ _EMPTY, _EMPTY_LIKE, _NEW_EMPTY, _NEW_EMPTY_STRIDED = (
 )
 
 
+def _is_view(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    """Whether a function of _VIEWS with these arguments behind the tensor reads no elements: a tensor among them, or an
+    index of anything else than integers and slices, would be read once, when the program is recorded."""
+    index = args[0] if func is Tensor.__getitem__ else ()
+    parts = index if isinstance(index, tuple) else (index,)
+    plain = all(p is None or p is ... or type(p) in (int, slice) for p in parts)
+    return plain and not any(isinstance(a, Tensor) for a in (*args, *kwargs.values()))
+
+
 class _Recording(TorchFunctionMode):
     """Gives tensors their memory, turns copies into native calls, lets views pass and refuses the rest."""
 
@@ -179,7 +199,7 @@ class _Recording(TorchFunctionMode):
             Tensor.to: self._to,
             Tensor.float: lambda x: self._to(x, torch.float32),
             Tensor.clone: lambda x, memory_format=torch.preserve_format: self._dense(x),
-            Tensor.__setitem__: lambda out, index, x: _copy(out[index], x),
+            Tensor.__setitem__: self._set,
             torch.cat: self._cat,
         }
 
@@ -191,7 +211,7 @@ class _Recording(TorchFunctionMode):
         handler = self._handlers.get(func)
         if handler is not None:
             return handler(*args, **kwargs)
-        if func in _VIEWS or name == "__get__":
+        if name == "__get__" or (func in _VIEWS and _is_view(func, args[1:], kwargs)):
             return func(*args, **kwargs)
         if not any(isinstance(a, Tensor) for a in (*args, *kwargs.values())):
             result = func(*args, **kwargs)
@@ -234,6 +254,15 @@ class _Recording(TorchFunctionMode):
         self.kept.append(constant)
         return _copy(out, constant)
 
+    def _set(self, out: Tensor, index: Any, x: Any) -> None:
+        if not _is_view(Tensor.__getitem__, (index,), {}):
+            raise NotRecordableError("__setitem__ takes an index that is computed")
+        part = out[index]
+        if isinstance(x, Tensor):
+            _copy(part, x.expand(part.shape))
+        else:
+            self._fill(part, x)
+
     def _contiguous(self, x: Tensor, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
         return x if x.is_contiguous(memory_format=memory_format) else self._dense(x, memory_format)
 
@@ -248,7 +277,8 @@ class _Recording(TorchFunctionMode):
         first, last = start_dim % x.ndim, end_dim % x.ndim
         return self._reshape(x, (*x.shape[:first], x.shape[first : last + 1].numel(), *x.shape[last + 1 :]))
 
-    def _repeat(self, x: Tensor, *times: int) -> Tensor:
+    def _repeat(self, x: Tensor, *sizes: Any) -> Tensor:
+        times = sizes[0] if len(sizes) == 1 and not isinstance(sizes[0], int) else sizes
         extra = len(times) - x.ndim
         x = x.view((1,) * extra + tuple(x.shape))
         out = self.arena.empty([s * t for s, t in zip(x.shape, times, strict=True)], x.dtype, torch.contiguous_format)
@@ -257,8 +287,8 @@ class _Recording(TorchFunctionMode):
         return out
 
     def _to(self, x: Tensor, *args: Any, dtype: Any = None, copy: bool = False, **kwargs: Any) -> Tensor:
-        kinds = [a for a in (*args, dtype) if isinstance(a, torch.dtype)]
-        wanted = kinds[0] if kinds else x.dtype
+        kinds = [a.dtype if isinstance(a, Tensor) else a for a in (*args, dtype)]
+        wanted = next((k for k in kinds if isinstance(k, torch.dtype)), x.dtype)
         if wanted == x.dtype and not copy:
             return x
         return _copy(self.arena.empty(x.shape, wanted, torch.contiguous_format), x)
@@ -267,7 +297,8 @@ class _Recording(TorchFunctionMode):
         sizes = list(tensors[0].shape)
         dim %= len(sizes)
         sizes[dim] = sum(t.shape[dim] for t in tensors)
-        out = self.arena.empty(sizes, tensors[0].dtype, torch.contiguous_format)
+        dtype = reduce(torch.promote_types, (t.dtype for t in tensors))
+        out = self.arena.empty(sizes, dtype, torch.contiguous_format)
         begin = 0
         for t in tensors:
             _copy(out.narrow(dim, begin, t.shape[dim]), t)

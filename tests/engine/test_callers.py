@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -11,6 +13,7 @@ import torch
 from msdd_fast import Tokenizer, accelerate, explain
 from msdd_fast.errors import CheckpointError, InputError
 from msdd_fast.sampling import sample
+from tests.conftest import ROOT
 from tests.engine.test_parity import latents
 
 SSDD_LATENTS = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -370,6 +373,39 @@ def test_closing_does_not_wait_for_a_source_that_waits(engine, cross):
     closed.join(5)
     assert not closed.is_alive()
     go_on.set()
+
+
+def test_a_process_ends_in_the_middle_of_a_stream():
+    """Python's end finds the thread that reads the source inside PyTorch, which would take the process down."""
+    code = """
+import os, random, sys, time
+import torch
+from tests.perturbed import perturbed
+from msdd_fast import accelerate
+torch.set_num_threads(1)
+engine, a = accelerate(perturbed(), dtype=torch.float32), torch.randn(200, 200)
+
+def source():
+    while True:
+        b = a
+        for _ in range(20):
+            b = torch.tanh(b @ a)
+        yield b[:16, :32].reshape(1, 16, 32).clone()
+
+engine.decode(next(source()))
+codes = []
+for _ in range(6):
+    child = os.fork()
+    if child == 0:
+        stream = engine.decode_many(source())
+        next(stream)
+        time.sleep(random.random() * 0.02)
+        sys.exit(0)
+    codes.append(os.waitpid(child, 0)[1])
+sys.exit(any(codes))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 class Mine(Exception):

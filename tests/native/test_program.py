@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 import subprocess
 import sys
 import threading
+import weakref
 
 import pytest
 import torch
@@ -64,6 +66,76 @@ def test_shapes_and_alignment(shape):
         assert x.shape == shape and x.is_contiguous(memory_format=order) and x.data_ptr() % 64 == 0
 
 
+def test_blocks_that_the_collector_frees_in_the_middle_of_a_search():
+    """It may run at any allocation, and in any thread."""
+
+    class Free(list):
+        def __iter__(self):
+            for i, item in enumerate(list(super().__iter__())):
+                if i == 1:
+                    dropped.clear()
+                yield item
+
+    arena = Arena()
+    blocks = [arena.empty((160 if i % 4 == 3 else 16,), torch.float32) for i in range(200)]  # by address
+    kept, dropped = blocks[::2], blocks[1::4]
+    del blocks
+    arena.empty((1,), torch.float32)  # from here on the large blocks are free
+    arena._free = Free(arena._free)
+    kept += [arena.empty((160,), torch.float32) for _ in range(40)]
+    ends = sorted((x.data_ptr(), x.data_ptr() + x.nbytes) for x in kept)
+    assert all(a[1] <= b[0] for a, b in itertools.pairwise(ends))
+
+
+def test_blocks_that_other_threads_free():
+    arena, wrong = Arena(), []
+    interval = sys.getswitchinterval()
+
+    def use(seed):
+        values = [arena.empty((64 * (1 + i % 7),), torch.float32).fill_(seed) for i in range(50)]
+        handed.append(values)
+
+    handed = []
+    end = threading.Event()
+
+    def drop():
+        while not end.is_set():
+            if handed:
+                values = handed.pop()
+                if any(float(v.min()) != float(v.max()) for v in values):
+                    wrong.append(values)
+
+    droppers = [threading.Thread(target=drop) for _ in range(2)]
+    sys.setswitchinterval(1e-5)
+    try:
+        for d in droppers:
+            d.start()
+        for seed in range(60):
+            use(seed)
+    finally:
+        end.set()
+        sys.setswitchinterval(interval)
+        for d in droppers:
+            d.join()
+    assert wrong == []
+
+
+def test_an_arena_goes_with_its_last_tensor():
+    """Without the help of the garbage collector: a service that drops engines must not wait for it."""
+    gc.collect()
+    gc.disable()
+    try:
+        arena = Arena()
+        gone = weakref.ref(arena)
+        x = arena.empty((10,), torch.float32)
+        y = arena.empty((10,), torch.float32)
+        del y, arena
+        assert gone() is None
+        del x
+    finally:
+        gc.enable()
+
+
 def test_a_tensor_outlives_the_arena():
     arena = Arena()
     x = arena.empty((1000,), torch.float32)
@@ -98,6 +170,24 @@ def test_copies_are_native(dtype):
     assert torch.equal(result, run())
 
 
+def test_copies_that_convert_broadcast_and_fill():
+    x = randn(2, 6)
+
+    def run():
+        out = x.new_empty(4, 6)
+        out[:2] = x[:1]
+        out[2:] = 0.5
+        out[3, 1:3] = x[0, 0]
+        wide = torch.cat([out.to(torch.bfloat16), x])
+        return torch.cat([wide.to(x), x.repeat((2, 1)).to(wide)])
+
+    program, result = recorded(run, x)
+    assert result.dtype == torch.float32
+    x.neg_()
+    program.replay()
+    assert torch.equal(result, run())
+
+
 def test_ops_see_new_values_scalars_included():
     x, v, u, seeds = randn(4, 2, 12), randn(4, 2, 12), randn(4, 2, 12), torch.tensor([1, 2])
     dt, scale, alpha, beta = (torch.tensor(s) for s in (-0.5, 1.5, 0.7, 0.3))
@@ -117,6 +207,9 @@ def test_ops_see_new_values_scalars_included():
     assert torch.equal(result, run())
 
 
+INDEX = torch.tensor([1, 2])
+
+
 @pytest.mark.parametrize(
     ("run", "name"),
     [
@@ -130,6 +223,10 @@ def test_ops_see_new_values_scalars_included():
         (lambda x: x[0, 0].item(), "item"),
         (lambda x: x[0].tolist(), "tolist"),
         (lambda x: x[x > 0], "gt"),
+        (lambda x: x[[0, 2]], "__getitem__"),
+        (lambda x: x[torch.tensor(1)], "tensor|__getitem__"),
+        (lambda x: x.narrow(0, INDEX[0], 2), "narrow"),
+        (lambda x: x.__setitem__([0, 2], x[:2]), "__setitem__"),
     ],
 )
 def test_what_a_replay_could_not_repeat_is_refused_by_name(run, name):
@@ -221,23 +318,57 @@ def _flat(pair):
     return (run, *keep)
 
 
-def test_a_forked_child_replays():
-    code = """
-import os, sys
+def in_a_process(code):
+    """Run code that has ``program``, ``result`` and ``expected``; returns its exit code and what it said."""
+    head = """
+import os, sys, threading, time
 sys.path.insert(0, os.getcwd())
 from tests.native.test_program import chain, recorded
-run, keep = chain()
+run, keep = chain(2)
 program, result = recorded(run, *keep)
 expected = result.clone()
-program.replay()
-child = os.fork()
-if child == 0:
-    result.zero_()
-    program.replay()
-    os._exit(0 if bool((result == expected).all()) else 1)
-status = os.waitpid(child, 0)[1]
-program.replay()
-sys.exit(status)
 """
     root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=root, timeout=120)
+    done = subprocess.run([sys.executable, "-c", head + code], cwd=root, timeout=120, capture_output=True, text=True)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_forked_children_replay():
+    """Also while another thread of the parent replays, whose locks and team the child does not have."""
+    code = """
+other, other_result = recorded(*(lambda pair: (pair[0], *pair[1]))(chain(2)))
+end = False
+def work():
+    while not end:
+        other.replay()
+worker = threading.Thread(target=work)
+worker.start()
+failed = 0
+for _ in range(50):
+    program.replay()
+    child = os.fork()
+    if child == 0:
+        result.zero_()
+        program.replay()
+        os._exit(0 if bool((result == expected).all()) else 1)
+    failed += os.waitpid(child, 0)[1] != 0
+end = True
+worker.join()
+sys.exit(failed != 0)
+"""
+    assert in_a_process(code) == (0, "")
+
+
+def test_memory_does_not_grow_with_replays():
+    code = """
+def resident():
+    with open("/proc/self/statm") as f:
+        return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+for _ in range(1000):
+    program.replay()
+before = resident()
+for _ in range(10_000):
+    program.replay()
+sys.exit(resident() > before + 2**20)
+"""
+    assert in_a_process(code) == (0, "")

@@ -16,6 +16,28 @@
 namespace msdd_fast {
 namespace {
 
+// The first exception of a loop's tasks, which must not leave the thread that it was thrown on.
+class FirstFailure {
+  public:
+    template <class Body>
+    void guard(const Body& body) {
+        try {
+            body();
+        } catch (...) {
+            if (!taken_.exchange(true)) first_ = std::current_exception();
+        }
+    }
+
+    // Once all tasks are done, and their threads' work is visible.
+    void rethrow() const {
+        if (first_) std::rethrow_exception(first_);
+    }
+
+  private:
+    std::atomic<bool> taken_{false};
+    std::exception_ptr first_;
+};
+
 // Helpers sleep until there is a task. The caller also takes tasks, so it never waits for one that has not started: on
 // a busy machine, where helpers wake late, it does all the work itself.
 class Pool {
@@ -94,9 +116,10 @@ Pool& pool() {
 // operator, so they are ready at once, while threads of our own would compete with them for the same cores.
 using Parallel = void (*)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
 
-Parallel find_team() {
+Parallel openmp_team() {
 #if defined(__unix__) || defined(__APPLE__)
-    return reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+    static const auto team = reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+    return team;
 #else
     return nullptr;
 #endif
@@ -215,11 +238,7 @@ struct Session {
     void enter() {
         if (taken.exchange(true)) return team.help();
         led = &team;
-        try {
-            body();
-        } catch (...) {
-            failure = std::current_exception();
-        }
+        failure.guard(body);
         led = nullptr;
         team.dismiss();
     }
@@ -227,7 +246,7 @@ struct Session {
     const std::function<void()>& body;
     Team team;
     std::atomic<bool> taken{false};
-    std::exception_ptr failure;
+    FirstFailure failure;
 };
 
 }  // namespace
@@ -241,15 +260,21 @@ void run_on_team(int threads, const std::function<void()>& body) {
         session.enter();
     else
         run_tasks(threads, [&session](std::int64_t) { session.enter(); });
-    if (session.failure) std::rethrow_exception(session.failure);
+    session.failure.rethrow();
 }
 
 void run_tasks(std::int64_t count, const std::function<void(std::int64_t)>& task) {
-    if (led != nullptr) return led->run(count, task);
-    static const Parallel team = find_team();
-    if (team == nullptr || forked) return pool().run(count, task);
-    Shared shared{task, count};
-    team(take_tasks, &shared, static_cast<unsigned>(count), 0);
+    FirstFailure failure;
+    const std::function<void(std::int64_t)> guarded = [&](std::int64_t i) { failure.guard([&] { task(i); }); };
+    if (led != nullptr) {
+        led->run(count, guarded);
+    } else if (const Parallel team = forked ? nullptr : openmp_team()) {
+        Shared shared{guarded, count};
+        team(take_tasks, &shared, static_cast<unsigned>(count), 0);
+    } else {
+        pool().run(count, guarded);
+    }
+    failure.rethrow();
 }
 
 }  // namespace msdd_fast

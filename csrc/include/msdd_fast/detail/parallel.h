@@ -13,7 +13,7 @@
 namespace msdd_fast {
 
 // Runs task(0) .. task(count - 1), each once, on the caller and on up to count - 1 other threads. Returns when all are
-// done. `task` must not throw.
+// done; if tasks have thrown, one of their exceptions is thrown on then.
 void run_tasks(std::int64_t count, const std::function<void(std::int64_t)>& task);
 
 // Runs `body` on the caller while up to threads - 1 other threads stand by for the tasks that it starts: run_tasks then
@@ -27,7 +27,7 @@ bool leads_a_team();
 constexpr std::int64_t TEAM_GRAIN_DIVISOR = 16;
 
 // Calls body(begin, end) on contiguous parts of [0, count), at least `grain` items each, on at most `threads`
-// threads, the caller's included. `body` must not throw.
+// threads, the caller's included. Exceptions of `body` as those of tasks.
 template <class Body>
 void parallel_for(std::int64_t count, std::int64_t grain, int threads, const Body& body) {
     if (leads_a_team()) grain = std::max<std::int64_t>(1, grain / TEAM_GRAIN_DIVISOR);
