@@ -22,6 +22,7 @@
 #include "msdd_fast/final_step.h"
 #include "msdd_fast/group_norm_modulate_silu.h"
 #include "msdd_fast/linear.h"
+#include "msdd_fast/linear_int8.h"
 #include "msdd_fast/norm_modulate.h"
 #include "msdd_fast/philox.h"
 #include "msdd_fast/program.h"
@@ -434,6 +435,66 @@ void linear(const Tensor& out, const Tensor& x, const Tensor& packed, const Tens
          threads);
 }
 
+// Bytes, code 3 as among final_step's pixels, of quantize_rows.
+void expect_quantized(const Tensor& values, const Tensor& scales, std::int64_t rows, std::int64_t width) {
+    constexpr std::int64_t depth = msdd_fast::QUANTIZED_DEPTH;
+    expect(values.dtype == 3, "values must be uint8");
+    expect(values.address != 0 || rows == 0, "values is missing");
+    const std::int64_t padded = (width + depth - 1) / depth * depth;
+    const bool fits = values.dimensions == 2 && values.shape[0] == rows && values.shape[1] == padded;
+    if (!fits) refuse("values", text(std::array{rows, padded}.data(), 2), text(values.shape, values.dimensions));
+    expect(values.strides[1] == 1 && values.strides[0] == padded, "values must be contiguous");
+    expect_shape("scales", scales, {rows});
+    expect_dtype("scales", scales, 0);
+    expect_contiguous("scales", scales);
+}
+
+void quantize_rows(const Tensor& values, const Tensor& scales, const Tensor& x, int threads) {
+    expect_dimensions("x", x, 2);
+    expect_inner("x", x, 1);
+    expect_quantized(values, scales, x.shape[0], x.shape[1]);
+    call(&msdd_fast::quantize_rows, pointer<std::uint8_t>(values.address), values.shape[1],
+         pointer<float>(scales.address), {operand_of(x), x.strides[0]}, x.shape[0], x.shape[1], threads);
+}
+
+std::int64_t linear_int8_packed_words(std::int64_t out, std::int64_t in, bool swiglu, const std::string& level) {
+    return msdd_fast::linear_int8_packed_words({out, in, swiglu}, level);
+}
+
+void expect_packed_int8(const Tensor& packed, const msdd_fast::LinearShape& shape, const std::string& level) {
+    expect_shape("packed", packed, {msdd_fast::linear_int8_packed_words(shape, level)});
+    expect_dtype("packed", packed, 0);
+    expect_contiguous("packed", packed);
+    expect(packed.address % 64 == 0, "packed must be aligned to 64 bytes");
+}
+
+void linear_int8_pack(const Tensor& packed, const Tensor& weight, bool swiglu, const std::string& level, int threads) {
+    expect_dimensions("weight", weight, 2);
+    expect_inner("weight", weight, 1);
+    const msdd_fast::LinearShape shape{weight.shape[0], weight.shape[1], swiglu};
+    expect_packed_int8(packed, shape, level);
+    msdd_fast::linear_int8_pack(pointer<void>(packed.address), operand_of(weight), weight.strides[0], shape, level,
+                                threads);
+}
+
+void linear_int8(const Tensor& out, const Tensor& values, const Tensor& scales, const Tensor& packed,
+                 const Tensor& bias, std::int64_t features, std::int64_t inputs, bool swiglu, const std::string& level,
+                 int threads) {
+    expect_dimensions("out", out, 2);
+    expect_quantized(values, scales, out.shape[0], inputs);
+    const msdd_fast::LinearShape shape{features, inputs, swiglu};
+    expect_packed_int8(packed, shape, level);
+    expect_shape("out", out, {out.shape[0], swiglu ? features / 2 : features});
+    expect_inner("out", out, 1);
+    if (bias.address != 0) {
+        expect_shape("bias", bias, {features});
+        expect_contiguous("bias", bias);
+    }
+    call(&msdd_fast::linear_int8, pointer<void>(out.address), dtype_of(out.dtype), out.strides[0],
+         {pointer<const std::uint8_t>(values.address), values.shape[1], pointer<const float>(scales.address)},
+         out.shape[0], pointer<const void>(packed.address), operand_of(bias), shape, level, threads);
+}
+
 // A tensor of heads of this shape and dtype.
 msdd_fast::HeadsView heads_of(const char* name, const Tensor& x, int dtype, std::initializer_list<std::int64_t> shape) {
     expect_shape(name, x, shape);
@@ -590,6 +651,16 @@ PYBIND11_MODULE(_C, m) {
     m.def("linear_packed_size", &linear_packed_size, py::arg("out"), py::arg("inputs"), py::arg("swiglu"),
           py::arg("dtype"), py::arg("level") = "", "Elements and dtype of a packed weight.");
     m.def("linear_level", &msdd_fast::linear_level, "The SIMD level that linear uses on this machine.");
+    m.def("quantize_rows", &quantize_rows, no_gil, py::arg("values"), py::arg("scales"), py::arg("x"),
+          py::arg("threads") = 1, "Rows in 8 bits with a scale each; see linear_int8.h.");
+    m.def("linear_int8", &linear_int8, no_gil, py::arg("out"), py::arg("values"), py::arg("scales"), py::arg("packed"),
+          py::arg("bias"), py::arg("features"), py::arg("inputs"), py::arg("swiglu"), py::arg("level") = "",
+          py::arg("threads") = 1, "`linear` of rows and a weight in 8 bits; see linear_int8.h.");
+    m.def("linear_int8_pack", &linear_int8_pack, no_gil, py::arg("packed"), py::arg("weight"), py::arg("swiglu"),
+          py::arg("level") = "", py::arg("threads") = 1, "Rounds and packs a weight for `linear_int8`.");
+    m.def("linear_int8_packed_words", &linear_int8_packed_words, py::arg("out"), py::arg("inputs"), py::arg("swiglu"),
+          py::arg("level") = "", "32-bit words of a packed weight.");
+    m.def("linear_int8_level", &msdd_fast::linear_int8_level, "The SIMD level of linear_int8 on this machine.");
     m.def("attention", &attention, no_gil, py::arg("out"), py::arg("q"), py::arg("k"), py::arg("v"),
           py::arg("accumulate"), py::arg("level") = "", py::arg("threads") = 1,
           "softmax(q k^T / sqrt(d)) v (+ accumulate); see attention.h.");

@@ -8,7 +8,9 @@ constexpr std::int64_t ROWS = 16;
 constexpr std::int64_t TILE_COLUMNS = 16;
 static_assert(PANEL == 4 * TILE_COLUMNS);
 
-// Rows at `x`, of 32 elements each, times 32 elements of all columns.
+constexpr std::int64_t DEPTH = 64 / static_cast<std::int64_t>(sizeof(Element));  // elements of a row of a tile
+
+// Rows at `x`, of DEPTH elements each, times DEPTH elements of all columns.
 MSDD_SIMD inline void dot_tiles(const void* x, std::int64_t row_bytes, const float* words) {
     constexpr std::int64_t bytes = PANEL * sizeof(float);
     tile_load(4, x, row_bytes);
@@ -23,23 +25,23 @@ MSDD_SIMD inline void dot_tiles(const void* x, std::int64_t row_bytes, const flo
 }
 
 // A tile is always whole: rows and elements that are not there are copied in as zeros.
-MSDD_SIMD inline void tile(const BFloat16* x, std::int64_t stride, std::int64_t rows, const float* words,
+MSDD_SIMD inline void tile(const Element* x, std::int64_t stride, std::int64_t rows, const float* words,
                            std::int64_t in, float* out) {
-    constexpr std::int64_t STEP_WORDS = PAIRS_DEPTH / 2 * PANEL;
-    alignas(64) BFloat16 copy[ROWS][PAIRS_DEPTH];
+    constexpr std::int64_t STEP_WORDS = TILE_WORDS * PANEL;
+    alignas(64) Element copy[ROWS][DEPTH];
     tile_zero(0);
     tile_zero(1);
     tile_zero(2);
     tile_zero(3);
-    for (std::int64_t k = 0; k < in; k += PAIRS_DEPTH, words += STEP_WORDS) {
-        const std::int64_t count = in - k < PAIRS_DEPTH ? in - k : PAIRS_DEPTH;
-        if (rows == ROWS && count == PAIRS_DEPTH) {
-            dot_tiles(x + k, stride * static_cast<std::int64_t>(sizeof(BFloat16)), words);
+    for (std::int64_t k = 0; k < in; k += DEPTH, words += STEP_WORDS) {
+        const std::int64_t count = in - k < DEPTH ? in - k : DEPTH;
+        if (rows == ROWS && count == DEPTH) {
+            dot_tiles(x + k, stride * static_cast<std::int64_t>(sizeof(Element)), words);
             continue;
         }
         std::memset(copy, 0, sizeof copy);
         for (std::int64_t r = 0; r < rows; ++r)
-            std::memcpy(copy[r], x + r * stride + k, static_cast<std::size_t>(count) * sizeof(BFloat16));
+            std::memcpy(copy[r], x + r * stride + k, static_cast<std::size_t>(count) * sizeof(Element));
         dot_tiles(copy, sizeof copy[0], words);
     }
     constexpr std::int64_t bytes = PANEL * sizeof(float);

@@ -16,31 +16,17 @@ constexpr std::int64_t BLOCK_BYTES = 256 * 1024;     // rows of x that stay in L
 constexpr std::int64_t MIN_ROWS = 6, MAX_ROWS = 96;  // of a task
 constexpr std::int64_t TASKS_PER_THREAD = 8;         // enough that the last tasks do not leave a thread idle for long
 
-bool has(const std::string& level) {
-#ifdef MSDD_X86_LEVELS
-    if (level == "avx2") return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    if (level == "avx512")
-        return has("avx2") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-               __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
-    if (level == "avx512bf16") return has("avx512") && __builtin_cpu_supports("avx512bf16");
-    if (level == "amx") return has("avx512bf16") && linear_has_amx();
-#else
-    (void)level;
-#endif
-    return false;
-}
-
 // Code for this level and dtype; none if the machine cannot run it.
 LinearLevel find_level(const std::string& level, DType dtype) {
     const bool pairs = dtype == DType::bfloat16;
-    if (pairs && level == "plain_bf16") return {linear_task_plain_bf16, PANEL_AVX512, true};
-    if (pairs && level == "plain_amx") return {linear_task_plain_amx, PANEL_AVX512, true};
+    if (pairs && level == "plain_bf16") return {linear_task_plain_bf16, PANEL_AVX512, 2};
+    if (pairs && level == "plain_amx") return {linear_task_plain_amx, PANEL_AVX512, 2};
     if (level == "plain" || level == "plain_bf16" || level == "plain_amx") return {linear_task_plain, PANEL_PLAIN};
 #ifdef MSDD_X86_LEVELS
-    if (!has(level)) return {};
+    if (!can_run(level)) return {};
     if (level == "avx2") return {linear_task_avx2, PANEL_AVX2};
-    if (pairs && level == "avx512bf16") return {linear_task_avx512bf16, PANEL_AVX512, true};
-    if (pairs && level == "amx") return {linear_task_amx, PANEL_AVX512, true};
+    if (pairs && level == "avx512bf16") return {linear_task_avx512bf16, PANEL_AVX512, 2};
+    if (pairs && level == "amx") return {linear_task_amx, PANEL_AVX512, 2};
     return {linear_task_avx512, PANEL_AVX512};
 #else
     return {};
@@ -59,25 +45,48 @@ LinearLevel level_of(const std::string& level, DType dtype) {
     return found;
 }
 
-std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+// Rows of a task: few enough for L2, and such that the threads finish together.
+std::int64_t rows_per_task(std::int64_t rows, std::int64_t panels, std::int64_t row_bytes, int threads) {
+    const std::int64_t fit = std::max<std::int64_t>(row_bytes, 1);
+    const std::int64_t most = std::min(MAX_ROWS, std::max(MIN_ROWS, BLOCK_BYTES / fit / MIN_ROWS * MIN_ROWS));
+    std::int64_t blocks = ceil_div(rows, most);
+    const auto uneven = [&] {
+        const std::int64_t tasks = blocks * panels;
+        return tasks % threads != 0 && tasks < TASKS_PER_THREAD * threads;
+    };
+    while (threads > 1 && uneven() && rows / (blocks + 1) >= MIN_ROWS) ++blocks;
+    return ceil_div(rows, blocks);
+}
+
+}  // namespace
+
+bool can_run(const std::string& level) {
+#ifdef MSDD_X86_LEVELS
+    if (level == "avx2") return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    if (level == "avx512")
+        return can_run("avx2") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+               __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
+    if (level == "avx512bf16") return can_run("avx512") && __builtin_cpu_supports("avx512bf16");
+    if (level == "avx512vnni") return can_run("avx512") && __builtin_cpu_supports("avx512vnni");
+    if (level == "amx") return can_run("avx512bf16") && linear_has_amx();
+#else
+    (void)level;
+#endif
+    return false;
+}
 
 void expect_shape(const LinearShape& shape) {
     expect(shape.out >= 0 && shape.in >= 0, "sizes must not be negative");
     expect(!shape.swiglu || shape.out % 2 == 0, "out must be even with swiglu, got " + std::to_string(shape.out));
 }
 
-// How a weight lies in panels.
-struct Layout {
-    std::int64_t panels, words;  // words of a panel
-};
-
-Layout layout_of(const LinearShape& shape, const LinearLevel& level) {
+LinearLayout layout_of(const LinearShape& shape, const LinearLevel& level) {
     const std::int64_t width = shape.swiglu ? shape.out / 2 : shape.out, columns = level.panel / (shape.swiglu ? 2 : 1);
-    const std::int64_t steps = level.pairs ? ceil_div(shape.in, PAIRS_DEPTH) * PAIRS_DEPTH / 2 : shape.in;
+    const std::int64_t words = ceil_div(shape.in, level.per_word);
+    const std::int64_t steps = level.per_word == 1 ? words : ceil_div(words, TILE_WORDS) * TILE_WORDS;
     return {ceil_div(width, columns), steps * level.panel};
 }
 
-// Row of the weight that is column `column` of panel `panel`, or -1.
 std::int64_t row_of(const LinearShape& shape, std::int64_t panel_columns, std::int64_t panel, std::int64_t column) {
     if (!shape.swiglu) {
         const std::int64_t row = panel * panel_columns + column;
@@ -99,24 +108,29 @@ float element(const Operand& x, std::int64_t at) {
     return static_cast<const float*>(x.data)[at];
 }
 
-// Rows of a task: few enough for L2, and such that the threads finish together.
-std::int64_t rows_per_task(std::int64_t rows, std::int64_t panels, std::int64_t row_bytes, int threads) {
-    const std::int64_t fit = std::max<std::int64_t>(row_bytes, 1);
-    const std::int64_t most = std::min(MAX_ROWS, std::max(MIN_ROWS, BLOCK_BYTES / fit / MIN_ROWS * MIN_ROWS));
-    std::int64_t blocks = ceil_div(rows, most);
-    const auto uneven = [&] {
-        const std::int64_t tasks = blocks * panels;
-        return tasks % threads != 0 && tasks < TASKS_PER_THREAD * threads;
-    };
-    while (threads > 1 && uneven() && rows / (blocks + 1) >= MIN_ROWS) ++blocks;
-    return ceil_div(rows, blocks);
+void run_linear(const LinearJob& job, const LinearLevel& level, std::int64_t rows, const LinearShape& shape,
+                std::int64_t row_bytes, int threads) {
+    const std::int64_t panels = layout_of(shape, level).panels, products = rows * shape.out * shape.in;
+    threads = static_cast<int>(std::max<std::int64_t>(1, std::min<std::int64_t>(threads, products / GRAIN_PRODUCTS)));
+    const std::int64_t step = rows_per_task(rows, panels, row_bytes, threads), tasks = ceil_div(rows, step) * panels;
+    if (threads == 1) {
+        for (std::int64_t row = 0; row < rows; row += step)
+            level.run(job, {row, std::min(step, rows - row), 0, panels});
+        return;
+    }
+    std::atomic<std::int64_t> next{0};
+    // Each part takes the next task when it has done one: a thread that comes late leaves its share to the others.
+    parallel_for(threads, 1, threads, [&](std::int64_t, std::int64_t) {
+        for (std::int64_t task; (task = next++) < tasks;) {
+            const std::int64_t row = task / panels * step;
+            level.run(job, {row, std::min(step, rows - row), task % panels, 1});
+        }
+    });
 }
-
-}  // namespace
 
 std::string linear_level() {
     for (const char* level : {"amx", "avx512bf16", "avx512", "avx2"})
-        if (has(level)) return level;
+        if (can_run(level)) return level;
     return "plain";
 }
 
@@ -124,7 +138,7 @@ PackedSize linear_packed_size(const LinearShape& shape, DType dtype, const std::
     expect_shape(shape);
     const LinearLevel found = level_of(level, dtype);
     const auto [panels, words] = layout_of(shape, found);
-    return {panels * words * (found.pairs ? 2 : 1), found.pairs ? DType::bfloat16 : DType::float32};
+    return {panels * words * found.per_word, found.per_word == 2 ? DType::bfloat16 : DType::float32};
 }
 
 void linear_pack(void* packed, const Operand& weight, std::int64_t stride, const LinearShape& shape,
@@ -141,7 +155,7 @@ void linear_pack(void* packed, const Operand& weight, std::int64_t stride, const
             for (std::int64_t column = 0; column < found.panel; ++column) {
                 const std::int64_t row = row_of(shape, found.panel, panel, column);
                 if (row < 0) continue;
-                if (found.pairs) {
+                if (found.per_word == 2) {
                     const BFloat16* const from = static_cast<const BFloat16*>(weight.data) + row * stride;
                     auto* const pairs = reinterpret_cast<BFloat16*>(to);
                     for (std::int64_t k = 0; k < shape.in; ++k)
@@ -163,27 +177,10 @@ void linear(void* out, DType out_dtype, std::int64_t out_stride, const Rows& x, 
     const LinearLevel found = level_of(level, x.values.dtype);
     const auto [panels, words] = layout_of(shape, found);
     if (rows == 0 || panels == 0) return;
-
     const std::int64_t width = shape.swiglu ? shape.out / 2 : shape.out;
-    const LinearJob job{out,   out_dtype, out_stride, x,     static_cast<const float*>(packed),
-                        words, bias,      shape.in,   width, shape.swiglu};
-    const std::int64_t products = rows * shape.out * shape.in;
-    threads = static_cast<int>(std::max<std::int64_t>(1, std::min<std::int64_t>(threads, products / GRAIN_PRODUCTS)));
-    const std::int64_t step = rows_per_task(rows, panels, shape.in * (found.pairs ? 2 : 4), threads);
-    const std::int64_t tasks = ceil_div(rows, step) * panels, count = panels;
-    if (threads == 1) {
-        for (std::int64_t row = 0; row < rows; row += step)
-            found.run(job, {row, std::min(step, rows - row), 0, panels});
-        return;
-    }
-    std::atomic<std::int64_t> next{0};
-    // Each part takes the next task when it has done one: a thread that comes late leaves its share to the others.
-    parallel_for(threads, 1, threads, [&](std::int64_t, std::int64_t) {
-        for (std::int64_t task; (task = next++) < tasks;) {
-            const std::int64_t row = task / count * step;
-            found.run(job, {row, std::min(step, rows - row), task % count, 1});
-        }
-    });
+    const LinearJob job{out, out_dtype, out_stride, x, nullptr, static_cast<const float*>(packed),
+                        words, bias, shape.in, width, shape.swiglu};
+    run_linear(job, found, rows, shape, shape.in * (found.per_word == 2 ? 2 : 4), threads);
 }
 
 }  // namespace msdd_fast

@@ -2,9 +2,9 @@
 //
 //   Vec, LANES       vector of 32-bit words; ROWS x PANEL / LANES of them are the sums
 //   load store zero
-//   broadcast        one step of a row of x in every lane: a float, or a pair of bfloat16
+//   broadcast        one step of a row of x in every lane: a float, a pair of bfloat16, or four bytes
 //   broadcast_last   (pairs) the last element of a row of odd length, and zero
-//   multiply_add     (a, b, c): a * b + c, summed over the pair
+//   multiply_add     (a, b, c): a * b + c, summed over the pair or the four
 //
 // No include guard: each level includes this exactly once.
 
@@ -15,36 +15,31 @@ namespace {
 
 constexpr int VECTORS = PANEL / LANES;
 
-template <int COUNT>
-MSDD_SIMD inline void step(Vec (&sums)[COUNT][VECTORS], const Vec (&a)[COUNT], const float* words) {
+// One step of rows at `x`. LAST: of a single element.
+template <int COUNT, bool LAST>
+MSDD_SIMD inline void step(Vec (&sums)[COUNT][VECTORS], const Element* x, std::int64_t stride, const float* words) {
     Vec b[VECTORS];
 #pragma GCC unroll 8
     for (int v = 0; v < VECTORS; ++v) b[v] = load(words + v * LANES);
 #pragma GCC unroll 8
-    for (int r = 0; r < COUNT; ++r)
+    for (int r = 0; r < COUNT; ++r) {
+        const Vec a = LAST ? broadcast_last(x + r * stride) : broadcast(x + r * stride);
 #pragma GCC unroll 8
-        for (int v = 0; v < VECTORS; ++v) sums[r][v] = multiply_add(a[r], b[v], sums[r][v]);
+        for (int v = 0; v < VECTORS; ++v) sums[r][v] = multiply_add(a, b[v], sums[r][v]);
+    }
 }
 
 // A function of its own, so that the loop has all registers to itself.
 template <int COUNT>
 MSDD_SIMD MSDD_NOINLINE void tile_of(const Element* x, std::int64_t stride, const float* words, std::int64_t in,
                                      float* out) {
-    Vec sums[COUNT][VECTORS], a[COUNT];
+    Vec sums[COUNT][VECTORS];
 #pragma GCC unroll 8
     for (int r = 0; r < COUNT; ++r)
 #pragma GCC unroll 8
         for (int v = 0; v < VECTORS; ++v) sums[r][v] = zero();
-    for (std::int64_t k = 0; k + STEP <= in; k += STEP, words += PANEL) {
-#pragma GCC unroll 8
-        for (int r = 0; r < COUNT; ++r) a[r] = broadcast(x + r * stride + k);
-        step(sums, a, words);
-    }
-    if (in % STEP != 0) {
-#pragma GCC unroll 8
-        for (int r = 0; r < COUNT; ++r) a[r] = broadcast_last(x + r * stride + in - 1);
-        step(sums, a, words);
-    }
+    for (std::int64_t k = 0; k + STEP <= in; k += STEP, words += PANEL) step<COUNT, false>(sums, x + k, stride, words);
+    if (in % STEP != 0) step<COUNT, true>(sums, x + in - 1, stride, words);
 #pragma GCC unroll 8
     for (int r = 0; r < COUNT; ++r)
 #pragma GCC unroll 8

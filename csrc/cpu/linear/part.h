@@ -2,10 +2,11 @@
 // Each SIMD level's file defines these and then includes this:
 //
 //   MSDD_SIMD           attribute of functions that use the level's instructions
-//   Element, STEP       of x as the tiles read it: float, 1; or BFloat16, 2
+//   Element, STEP       of x as the tiles read it: float, 1; BFloat16, 2; or std::uint8_t, 4
 //   PANEL, ROWS         columns and rows of a tile
-//   tile                (x, stride, rows, words of a panel, in, out): rows x PANEL sums; micro_kernel.h or one of its
-//   own begin_tiles, end_tiles MSDD_NARROW         if it has its own `narrow_sums` from float to bfloat16
+//   tile                (x, stride, rows, words of a panel, in, out): rows x PANEL sums, of bytes as std::int32_t; also
+//                       begin_tiles and end_tiles; micro_kernel.h or its own
+//   MSDD_NARROW         if it has its own `narrow_sums` from float to bfloat16
 //
 // Everything has internal linkage, so levels do not clash.
 //
@@ -51,6 +52,16 @@ MSDD_SIMD inline void finish_row(float* sums, const float* bias, std::int64_t co
         write(sums, count, out);
 }
 
+constexpr bool QUANTIZED = std::is_same_v<Element, std::uint8_t>;
+
+// One row of sums of bytes as the numbers that they stand for. `panel` is where the panel's scales begin.
+MSDD_SIMD inline void dequantize_row(float* __restrict sums, const float* panel, float row_scale) {
+    for (std::int64_t i = 0; i < PANEL; ++i) {
+        const std::int32_t total = detail::as_int(sums[i]) - detail::as_int(panel[PANEL + i]);
+        sums[i] = static_cast<float>(total) * (row_scale * panel[i]);
+    }
+}
+
 template <class T, bool SWIGLU>
 MSDD_SIMD void run_panels(const LinearJob& job, const LinearPart& part, const Element* x, std::int64_t stride) {
     alignas(64) float sums[ROWS * PANEL], bias[PANEL];
@@ -68,10 +79,15 @@ MSDD_SIMD void run_panels(const LinearJob& job, const LinearPart& part, const El
             }
         for (std::int64_t i = 0; i < tiles; ++i) {
             const std::int64_t begin = part.rows * i / tiles, rows = part.rows * (i + 1) / tiles - begin;
-            tile(x + begin * stride, stride, rows, job.packed + panel * job.panel_words, job.in, sums);
-            for (std::int64_t r = 0; r < rows; ++r)
+            const float* const words = job.packed + panel * job.panel_words;
+            tile(x + begin * stride, stride, rows, words, job.in, sums);
+            for (std::int64_t r = 0; r < rows; ++r) {
+                const std::int64_t row = part.row + begin + r;
+                if constexpr (QUANTIZED)
+                    dequantize_row(sums + r * PANEL, words + job.panel_words - 2 * PANEL, job.row_scales[row]);
                 finish_row<T, SWIGLU>(sums + r * PANEL, bias, count,
-                                      static_cast<T*>(job.out) + (part.row + begin + r) * job.out_stride + first);
+                                      static_cast<T*>(job.out) + row * job.out_stride + first);
+            }
         }
     }
 }

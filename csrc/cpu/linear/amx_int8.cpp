@@ -1,0 +1,33 @@
+// Products of bytes by AMX. The level plain_amx runs the same tiles on machines without it.
+#include "job.h"
+
+#ifdef MSDD_X86_LEVELS
+#define MSDD_SIMD __attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,avx2,fma,amx-tile,amx-int8")))
+
+// gcc 12 takes the deliberately undefined registers inside its own intrinsics for mistakes (GCC bug 105593).
+#if !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
+
+namespace msdd_fast {
+namespace {
+
+using Element = std::uint8_t;
+constexpr std::int64_t PANEL = PANEL_AVX512, STEP = 4;
+
+}  // namespace
+}  // namespace msdd_fast
+
+#include "tiles_amx.h"
+#define tile_dot(c, a, b) _tile_dpbusd(c, a, b)
+
+#include "amx.h"
+#include "part.h"
+
+namespace msdd_fast {
+
+MSDD_SIMD void linear_task_amx_int8(const LinearJob& job, const LinearPart& part) { run_part(job, part); }
+
+}  // namespace msdd_fast
+#endif

@@ -1,0 +1,37 @@
+// Tiles of AMX in plain C++. The including file has `add_products`, of a word of each operand and a sum.
+
+namespace msdd_fast {
+namespace {
+
+// A register of AMX: 16 rows of 64 bytes.
+struct Tile {
+    float words[16][16];
+};
+
+thread_local Tile tiles[8];
+
+inline void tile_zero(int to) { tiles[to] = {}; }
+
+inline void tile_load(int to, const void* data, std::int64_t row_bytes) {
+    for (int i = 0; i < 16; ++i)
+        std::memcpy(tiles[to].words[i], static_cast<const char*>(data) + i * row_bytes, sizeof tiles[to].words[i]);
+}
+
+inline void tile_store(int from, void* data, std::int64_t row_bytes) {
+    for (int i = 0; i < 16; ++i)
+        std::memcpy(static_cast<char*>(data) + i * row_bytes, tiles[from].words[i], sizeof tiles[from].words[i]);
+}
+
+inline void tile_dot(int c, int a, int b) {
+    for (int i = 0; i < 16; ++i)
+        for (int pair = 0; pair < 16; ++pair)
+            for (int j = 0; j < 16; ++j)
+                tiles[c].words[i][j] =
+                    add_products(tiles[a].words[i][pair], tiles[b].words[pair][j], tiles[c].words[i][j]);
+}
+
+inline void begin_tiles() {}
+inline void end_tiles() {}
+
+}  // namespace
+}  // namespace msdd_fast

@@ -1,0 +1,17 @@
+// The tiles of the amx level for bytes in plain C++: tests its layout on machines that cannot run it.
+#include "job.h"
+
+#define MSDD_SIMD
+
+#include "plain_int8.h"
+
+#include "emulated_tiles.h"
+
+#include "amx.h"
+#include "part.h"
+
+namespace msdd_fast {
+
+void linear_task_plain_amx_int8(const LinearJob& job, const LinearPart& part) { run_part(job, part); }
+
+}  // namespace msdd_fast

@@ -1,0 +1,17 @@
+// The tiles of the avx512vnni level in plain C++: tests its layout on machines that cannot run it.
+#include "job.h"
+
+#define MSDD_SIMD
+
+#include "plain_int8.h"
+
+#include "emulated_lanes.h"
+
+#include "micro_kernel.h"
+#include "part.h"
+
+namespace msdd_fast {
+
+void linear_task_plain_int8(const LinearJob& job, const LinearPart& part) { run_part(job, part); }
+
+}  // namespace msdd_fast
