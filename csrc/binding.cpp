@@ -439,7 +439,7 @@ void linear(const Tensor& out, const Tensor& x, const Tensor& packed, const Tens
 void expect_quantized(const Tensor& values, const Tensor& scales, std::int64_t rows, std::int64_t width) {
     constexpr std::int64_t depth = msdd_fast::QUANTIZED_DEPTH;
     expect(values.dtype == 3, "values must be uint8");
-    expect(values.address != 0 || rows == 0, "values is missing");
+    expect(values.address != 0 || values.elements() == 0, "values is missing");
     const std::int64_t padded = (width + depth - 1) / depth * depth;
     const bool fits = values.dimensions == 2 && values.shape[0] == rows && values.shape[1] == padded;
     if (!fits) refuse("values", text(std::array{rows, padded}.data(), 2), text(values.shape, values.dimensions));

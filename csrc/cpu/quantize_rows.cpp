@@ -1,5 +1,4 @@
 #include <algorithm>
-#include <cmath>
 
 #include "msdd_fast/check.h"
 #include "msdd_fast/detail/floats.h"
@@ -22,37 +21,32 @@ struct QuantizeRows {
     std::int64_t width;
 };
 
-MSDD_INLINE float largest(const float* x, std::int64_t count) {
-    float lanes[QUANTIZE_LANES] = {}, rest = 0.0f;
+// The largest magnitude, NaN if there is one: as integers, magnitudes are in the same order and NaN is above them all.
+MSDD_INLINE std::int32_t largest(const float* x, std::int64_t count, std::int32_t most) {
+    std::int32_t lanes[QUANTIZE_LANES] = {};
     const std::int64_t whole = count - count % QUANTIZE_LANES;
     for (std::int64_t i = 0; i < whole; i += QUANTIZE_LANES)
-        for (int j = 0; j < QUANTIZE_LANES; ++j) {
-            const float magnitude = std::fabs(x[i + j]);
-            lanes[j] = magnitude <= lanes[j] ? lanes[j] : magnitude;  // a NaN stays
-        }
-    for (std::int64_t i = whole; i < count; ++i) {
-        const float magnitude = std::fabs(x[i]);
-        rest = magnitude <= rest ? rest : magnitude;
-    }
-    for (float lane : lanes) rest = lane <= rest ? rest : lane;
-    return rest;
+        for (int j = 0; j < QUANTIZE_LANES; ++j) lanes[j] = std::max(lanes[j], detail::as_int(x[i + j]) & 0x7FFFFFFF);
+    for (std::int64_t i = whole; i < count; ++i) most = std::max(most, detail::as_int(x[i]) & 0x7FFFFFFF);
+    for (std::int32_t lane : lanes) most = std::max(most, lane);
+    return most;
 }
 
 }  // namespace
 
 MSDD_SIMD_CLONES void quantize_rows_part(const QuantizeRows& job, std::int64_t begin, std::int64_t end) {
     alignas(64) float wide[QUANTIZE_CHUNK];
-    constexpr float TINY = 1e-12f;       // of an amax: a row of zeros divides by it
+    constexpr float TINY = 1e-12f;        // of an amax: a row of zeros divides by it
     constexpr float ROUND = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, in the last bits
     for (std::int64_t row = begin; row < end; ++row) {
         const std::int64_t from = row * job.x.stride;
         std::uint8_t* const to = job.values + row * job.stride;
-        float amax = TINY;
+        std::int32_t most = detail::as_int(TINY);
         for (std::int64_t at = 0; at < job.width; at += QUANTIZE_CHUNK) {
             const std::int64_t count = std::min(QUANTIZE_CHUNK, job.width - at);
-            const float most = largest(floats(job.x.values, from + at, count, wide), count);
-            amax = most <= amax ? amax : most;
+            most = largest(floats(job.x.values, from + at, count, wide), count, most);
         }
+        const float amax = detail::as_float(most);
         job.scales[row] = amax / QUANTIZED_LEVELS;
         const float inverse = QUANTIZED_LEVELS / amax;
         for (std::int64_t at = 0; at < job.width; at += QUANTIZE_CHUNK) {

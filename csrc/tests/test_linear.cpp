@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "msdd_fast/linear.h"
+#include "msdd_fast/linear_int8.h"
 
 namespace {
 
@@ -95,6 +96,34 @@ void check_level(const std::string& level) {
         }
 }
 
+// Numbers that 8 bits hold exactly, the largest of each row and column among them: the product is exact but for scales.
+void check_int8(const std::string& level) {
+    for (const Sizes& sizes : {Sizes{1, 1, 2}, Sizes{7, 33, 130}, Sizes{19, 64, 64}, Sizes{101, 70, 30}}) {
+        const auto levels_of = [](std::int64_t rows, std::int64_t width, std::uint32_t seed) {
+            auto values = numbers<float>(rows * width, seed);
+            for (auto& v : values) v = std::floor(v * 63.0f);
+            for (std::int64_t r = 0; r < rows; ++r) values[static_cast<std::size_t>(r * width)] = 127.0f;
+            return values;
+        };
+        const auto x = levels_of(sizes.rows, sizes.in, 7), weight = levels_of(sizes.out, sizes.in, 8);
+        const auto bias = numbers<float>(sizes.out, 9);
+        const msdd_fast::LinearShape shape{sizes.out, sizes.in, false};
+        const std::int64_t words = msdd_fast::linear_int8_packed_words(shape, level);
+        std::vector<Line> packed(static_cast<std::size_t>(words / 16));
+        msdd_fast::linear_int8_pack(packed.data(), {weight.data(), DType::float32}, sizes.in, shape, level, 2);
+        const std::int64_t stride =
+            (sizes.in + msdd_fast::QUANTIZED_DEPTH - 1) / msdd_fast::QUANTIZED_DEPTH * msdd_fast::QUANTIZED_DEPTH;
+        std::vector<std::uint8_t> values(static_cast<std::size_t>(sizes.rows * stride));
+        std::vector<float> scales(static_cast<std::size_t>(sizes.rows));
+        std::vector<float> out(static_cast<std::size_t>(sizes.rows * sizes.out), NAN);
+        msdd_fast::quantize_rows(values.data(), stride, scales.data(), {{x.data(), DType::float32}, sizes.in},
+                                 sizes.rows, sizes.in, 2);
+        msdd_fast::linear_int8(out.data(), DType::float32, sizes.out, {values.data(), stride, scales.data()},
+                               sizes.rows, packed.data(), {bias.data(), DType::float32}, shape, level, 2);
+        check(worst_error<float>(sizes, x, weight, bias, false, out) < 1e-6, ("int8: " + level).c_str());
+    }
+}
+
 template <class Call>
 bool refuses(const Call& call) {
     try {
@@ -117,6 +146,16 @@ int main() {
         }
         check_level<float>(level);
         check_level<BFloat16>(level);
+    }
+
+    for (const char* level : {"plain", "plain_amx", "avx512vnni", "amx"}) {
+        try {
+            msdd_fast::linear_int8_packed_words({1, 1, false}, level);
+        } catch (const std::invalid_argument&) {
+            std::printf("this machine cannot run %s\n", level);
+            continue;
+        }
+        check_int8(level);
     }
 
     const Sizes sizes{120, 200, 300};

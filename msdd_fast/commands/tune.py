@@ -21,7 +21,8 @@ from msdd_fast.backends.tuned import machine
 from msdd_fast.commands.common import pick_device, positive_int
 from msdd_fast.io.files import require_writable
 from msdd_fast.io.json_files import write_json
-from msdd_fast.layers.linear.dense import DenseLinear, Linear
+from msdd_fast.layers.linear.base import Linear
+from msdd_fast.layers.linear.dense import DenseLinear
 from msdd_fast.layers.linear.native import NativeLinear, size_of
 from msdd_fast.ops.attention import OP
 
@@ -81,7 +82,7 @@ def _linears(rounds: int) -> dict[str, Any]:
         for inputs, out in SIZES:
             weight, bias = (torch.randn(shape).to(getattr(torch, name)) for shape in ((out, inputs), (out,)))
             linears: dict[str, Linear] = {"cpu": NativeLinear(weight, bias)}
-            linears["torch"] = DenseLinear(weight, bias, {"torch"})
+            linears["torch"] = DenseLinear(weight, bias, taken={"torch"})
             rows = sizes[size_of(weight)] = {}
             for count in ROWS:
                 x = torch.randn(count, inputs).to(weight.dtype)

@@ -25,7 +25,8 @@ from msdd_fast.errors import AccuracyError, BackendUnavailableError, InputError
 from msdd_fast.families import family_of
 from msdd_fast.io.photographs import photographs
 from msdd_fast.layers.linear import fp8, int8
-from msdd_fast.layers.linear.dense import DenseLinear, MakeLinear
+from msdd_fast.layers.linear.base import MakeLinear
+from msdd_fast.layers.linear.dense import DenseLinear
 from msdd_fast.ops.protocol import Ops
 from msdd_fast.tokenizer import Tokenizer
 
@@ -61,7 +62,7 @@ def fast_tier(tokenizer: Tokenizer, device: torch.device, dtype: torch.dtype, op
     _require(not family.no_fast_tier, family.no_fast_tier)
     if _is_cpu(device):
         _require(*int8.available())
-        return Tier("fast", int8.Int8Linear, int8.DESCRIPTION)
+        return Tier("fast", int8.int8_linear, int8.description())
     _require(*fp8.available(device))
     if dtype != torch.bfloat16:
         raise InputError(f"dtype must be torch.bfloat16 with tier='fast' on a GPU, got {dtype}")

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from msdd_fast.layers.convolution import Convolution, Shortcut, UpsampleConvolution
-from msdd_fast.layers.linear.dense import DenseLinear, Linear, MakeLinear
+from msdd_fast.layers.linear.base import Linear, MakeLinear, Swiglu
+from msdd_fast.layers.linear.dense import DenseLinear
 
 
 class Packer:
@@ -42,6 +43,10 @@ class Packer:
     def linear(self, *modules: nn.Module) -> Linear:
         """Linears side by side, by ``make``. 1 x 1 convolutions are linears of pixels."""
         return self.make(*self._joined(modules))
+
+    def swiglu(self, w1: nn.Linear, w3: nn.Linear, op: Swiglu) -> Linear:
+        """silu(w1 x) * w3 x in one, by ``make``; ``op`` where the product does not have it within."""
+        return self.make(*self._joined((w1, w3)), op)
 
     def dense(self, *modules: nn.Module) -> DenseLinear:
         """The same, always dense."""

@@ -9,6 +9,7 @@ from msdd_fast.native.final_step import final_step
 from msdd_fast.native.gate_residual_norm_modulate import gate_residual_norm_modulate
 from msdd_fast.native.group_norm_modulate_silu import group_norm_modulate_silu
 from msdd_fast.native.linear import linear, pack_linear
+from msdd_fast.native.linear_int8 import linear_int8, pack_linear_int8
 from msdd_fast.native.norm_modulate import norm_modulate
 from msdd_fast.native.qk_norm_rope import qk_norm_rope
 from msdd_fast.native.renoise_upsample import renoise_upsample
@@ -24,8 +25,10 @@ __all__ = [
     "gate_residual_norm_modulate",
     "group_norm_modulate_silu",
     "linear",
+    "linear_int8",
     "norm_modulate",
     "pack_linear",
+    "pack_linear_int8",
     "qk_norm_rope",
     "renoise_upsample",
     "stage_transition",

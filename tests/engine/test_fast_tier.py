@@ -20,7 +20,7 @@ from msdd_fast.families import family_of, get_preset
 from msdd_fast.layers.linear import fp8, int8
 from msdd_fast.layers.linear.dense import DenseLinear
 from msdd_fast.layers.linear.fp8 import Fp8Linear
-from msdd_fast.layers.linear.int8 import Int8Linear
+from msdd_fast.layers.linear.int8 import OneDnnInt8Linear
 from msdd_fast.metrics.image import psnr
 from tests.engine.test_parity import latents
 from tests.perturbed import perturbed
@@ -67,7 +67,7 @@ def emulated(x, w, bias):
 def test_fp8_linear_is_the_scaled_product_of_its_quantised_rows(device, with_bias, rows, inputs, outputs):
     x, w, bias = matrices(rows, inputs, outputs, device)
     bias = bias if with_bias else None
-    linear = Fp8Linear(w, bias, partial(ops.quantize_rows, backend="eager"))
+    linear = Fp8Linear(w, bias, quantize=partial(ops.quantize_rows, backend="eager"))
     y, expected = linear(x), emulated(x, w, bias)
     assert y.dtype == torch.bfloat16
     # Its own rounding, and the sum's: fast accumulation on a GPU keeps 13 bits of the partial sums of a row.
@@ -81,7 +81,7 @@ def test_fp8_linear_is_the_scaled_product_of_its_quantised_rows(device, with_bia
 @pytest.mark.parametrize("device", DEVICES)
 def test_fp8_linear_writes_where_it_is_told(device):
     x, w, bias = matrices(5, 32, 48, device)
-    linear = Fp8Linear(w, bias, partial(ops.quantize_rows, backend="eager"))
+    linear = Fp8Linear(w, bias, quantize=partial(ops.quantize_rows, backend="eager"))
     expected = linear(x)
     for buffer, part in (
         (torch.zeros(9, 48, dtype=x.dtype, device=device), (slice(2, 7), slice(None))),
@@ -99,7 +99,7 @@ def test_fp8_linear_writes_where_it_is_told(device):
 @pytest.mark.parametrize(("rows", "inputs", "outputs"), [(1, 16, 16), (37, 64, 50), (130, 768, 144)])
 def test_int8_linear(dtype, with_bias, rows, inputs, outputs):
     x, w, bias = (t.to(dtype) for t in matrices(rows, inputs, outputs))
-    linear = Int8Linear(w, bias if with_bias else None)
+    linear = OneDnnInt8Linear(w, bias if with_bias else None)
     y = linear(x)
     assert y.dtype == dtype
     amax, scale = x.float().abs().amax(dim=1, keepdim=True), w.float().abs().amax(dim=1, keepdim=True) / 127
@@ -122,9 +122,9 @@ def test_int8_does_not_saturate_or_hide_nan():
     """The largest products of both signs: without VNNI two of them are added in 16 bits."""
     for sign in (1.0, -1.0):
         x, w = torch.ones(2, 256), torch.full((16, 256), sign)
-        assert torch.equal(Int8Linear(w, None)(x), torch.full((2, 16), 256 * sign))
+        assert torch.equal(OneDnnInt8Linear(w, None)(x), torch.full((2, 16), 256 * sign))
     x[0, 0] = float("nan")
-    assert Int8Linear(w, None)(x).isnan().any(dim=1).tolist() == [True, False]
+    assert OneDnnInt8Linear(w, None)(x).isnan().any(dim=1).tolist() == [True, False]
 
 
 def test_the_expected_loss_is_that_of_independent_errors():
@@ -186,10 +186,10 @@ def test_a_tier_that_loses_too_much_is_refused(cross, monkeypatch, spoil):
     """Planted: one scale of one linear in each block is wrong, or NaN."""
 
     class Spoiled(DenseLinear):
-        def __init__(self, weight, bias):
+        def __init__(self, weight, bias, swiglu=None):
             weight = weight.clone()
             weight[0] *= 1 + spoil
-            super().__init__(weight, bias)
+            super().__init__(weight, bias, swiglu)
 
     bad = tier.Tier("fast", Spoiled, "spoiled")
     monkeypatch.setattr(fast_decoder, "fast_tier", lambda *_: bad)
@@ -245,13 +245,13 @@ def test_linears_are_those_that_the_engine_packs(tok, float8):
     seen = []
 
     class Counted(DenseLinear):
-        def __init__(self, weight, bias):
+        def __init__(self, weight, bias, swiglu=None):
             seen.append(weight.numel())
-            super().__init__(weight, bias)
+            super().__init__(weight, bias, swiglu)
 
     from msdd_fast.families.msdd.engine.weights import pack
 
-    pack(tok.decoder, torch.float32, torch.device("cpu"), Counted)
+    pack(tok.decoder, torch.float32, torch.device("cpu"), Counted, ops.swiglu)
     assert sum(seen) == sum(w.numel() for _, w in family_of(tok.config).quantizable(tok.decoder))
 
 
@@ -275,7 +275,8 @@ def test_a_cpu_without_int8_has_no_fast_tier(cross, monkeypatch):
     def missing(*_):
         raise AttributeError("'_OpNamespace' 'onednn' object has no attribute 'qlinear_prepack'")
 
-    monkeypatch.setattr(Int8Linear, "__init__", missing)
+    monkeypatch.setattr(OneDnnInt8Linear, "__init__", missing)
+    monkeypatch.setattr(int8, "is_native", lambda: False)
     with pytest.raises(
         BackendUnavailableError, match=r"tier='fast' cannot be had: int8 needs oneDNN's product \(x86\)"
     ):

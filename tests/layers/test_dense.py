@@ -11,7 +11,7 @@ from msdd_fast.layers.linear.native import NativeLinear, products
 needs_extension = pytest.mark.skipif(
     not backends.extension_status()[0], reason=f"msdd_fast._C {backends.extension_status()[1]}"
 )
-BF16_PACKS = DenseLinear(torch.zeros(16, 16, dtype=torch.bfloat16), None, {"torch"}).packed
+BF16_PACKS = DenseLinear(torch.zeros(16, 16, dtype=torch.bfloat16), None, taken={"torch"}).packed
 CASES = [
     pytest.param(torch.float32, False, id="float32"),
     pytest.param(
@@ -32,7 +32,7 @@ def test_rows_times_the_weight(rows, with_bias, dtype, packed):
     weight, bias = torch.randn(48, 40, generator=generator).to(dtype), torch.randn(48, generator=generator).to(dtype)
     x = torch.randn(rows, 100, generator=generator).to(dtype)[:, :40]
     given = bias if with_bias else None
-    linear = DenseLinear(weight, given, {"torch"})
+    linear = DenseLinear(weight, given, taken={"torch"})
     assert linear.packed == packed and linear.out_features == 48
     assert linear.memory() == weight.nbytes + (bias.nbytes if with_bias else 0)
     exact = torch.nn.functional.linear(x.double(), weight.double(), given.double() if with_bias else None)
@@ -56,7 +56,7 @@ def test_rows_times_the_weight_by_the_extension(rows, with_bias, dtype):
     weight, bias = torch.randn(48, 40, generator=generator).to(dtype), torch.randn(48, generator=generator).to(dtype)
     x = torch.randn(rows, 100, generator=generator).to(dtype)[:, :40]
     given = bias if with_bias else None
-    linear = DenseLinear(weight, given, {"cpu"})
+    linear = DenseLinear(weight, given, taken={"cpu"})
     assert linear.weight is None and linear.native.memory() == linear.memory() >= 48 * 40 * dtype.itemsize
     exact = torch.nn.functional.linear(x.double(), weight.double(), given.double() if with_bias else None)
     plain = torch.nn.functional.linear(x, weight, given)

@@ -35,8 +35,8 @@ MSDD_SIMD inline Vec broadcast(const std::uint8_t* from) {
 MSDD_SIMD inline Vec broadcast_last(const std::uint8_t* from) { return broadcast(from); }  // rows end with whole quads
 
 MSDD_SIMD inline Vec multiply_add(const Vec& a, const Vec& b, const Vec& c) {
-    return reinterpret_cast<Vec>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(c), reinterpret_cast<__m512i>(a),
-                                                     reinterpret_cast<__m512i>(b)));
+    return reinterpret_cast<Vec>(
+        _mm512_dpbusd_epi32(reinterpret_cast<__m512i>(c), reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
-// Vectors of AVX-512 in plain C++. The including file has Element, STEP and `add_products`, of a word of each operand and
-// a sum.
+// Vectors of AVX-512 in plain C++. The including file has Element, STEP and `add_products`, of a word of each operand
+// and a sum.
 #include <cstring>
 
 namespace msdd_fast {

@@ -178,8 +178,8 @@ void linear(void* out, DType out_dtype, std::int64_t out_stride, const Rows& x, 
     const auto [panels, words] = layout_of(shape, found);
     if (rows == 0 || panels == 0) return;
     const std::int64_t width = shape.swiglu ? shape.out / 2 : shape.out;
-    const LinearJob job{out, out_dtype, out_stride, x, nullptr, static_cast<const float*>(packed),
-                        words, bias, shape.in, width, shape.swiglu};
+    const LinearJob job{out,   out_dtype, out_stride, x,     nullptr,     static_cast<const float*>(packed),
+                        words, bias,      shape.in,   width, shape.swiglu};
     run_linear(job, found, rows, shape, shape.in * (found.per_word == 2 ? 2 : 4), threads);
 }
 

@@ -74,12 +74,15 @@ void linear_int8_pack(void* packed, const Operand& weight, std::int64_t stride, 
                 const std::int64_t row = row_of(shape, found.panel, panel, column);
                 if (row < 0) continue;
                 float amax = 1e-12f;  // of a column of zeros
-                for (std::int64_t k = 0; k < shape.in; ++k)
-                    amax = std::fmax(amax, std::fabs(element(weight, row * stride + k)));
-                std::int32_t sum = 0;
                 for (std::int64_t k = 0; k < shape.in; ++k) {
-                    const float level_of_k = element(weight, row * stride + k) * (QUANTIZED_LEVELS / amax);
-                    const auto rounded = static_cast<std::int8_t>(std::nearbyint(level_of_k));
+                    const float magnitude = std::fabs(element(weight, row * stride + k));
+                    if (!(magnitude <= amax)) amax = magnitude;
+                    if (std::isnan(amax)) break;
+                }
+                std::int32_t sum = 0;
+                for (std::int64_t k = 0; k < shape.in && std::isfinite(amax); ++k) {
+                    const float multiple = element(weight, row * stride + k) * (QUANTIZED_LEVELS / amax);
+                    const auto rounded = static_cast<std::int8_t>(std::nearbyint(multiple));
                     quads[(k / PER_WORD * found.panel + column) * PER_WORD + k % PER_WORD] = rounded;
                     sum += rounded;
                 }
@@ -101,11 +104,16 @@ void linear_int8(void* out, DType out_dtype, std::int64_t out_stride, const Quan
     if (rows == 0 || layout.panels == 0) return;
     const std::int64_t depth = ceil_div(shape.in, QUANTIZED_DEPTH) * QUANTIZED_DEPTH;
     const std::int64_t width = shape.swiglu ? shape.out / 2 : shape.out;
-    const LinearJob job{out,      out_dtype,
-                        out_stride, {{x.values, DType::float32}, x.stride},
-                        x.scales, static_cast<const float*>(packed),
-                        panel_words(layout, found), bias,
-                        depth,    width,
+    const LinearJob job{out,
+                        out_dtype,
+                        out_stride,
+                        {{x.values, DType::float32}, x.stride},
+                        x.scales,
+                        static_cast<const float*>(packed),
+                        panel_words(layout, found),
+                        bias,
+                        depth,
+                        width,
                         shape.swiglu};
     run_linear(job, found, rows, shape, depth, threads);
 }

@@ -3,12 +3,12 @@
 
 #define MSDD_SIMD
 
+// clang-format off: each needs what those before it define.
 #include "plain_bf16.h"
-
 #include "emulated_lanes.h"
-
 #include "micro_kernel.h"
 #include "part.h"
+// clang-format on
 
 namespace msdd_fast {
 

@@ -1,4 +1,5 @@
-// Rows times a packed weight matrix in 8 bits on the CPU: rows are rounded with a scale each, columns of the weight too.
+// Rows times a packed weight matrix in 8 bits on the CPU: rows are rounded with a scale each, columns of the weight
+// too.
 #pragma once
 
 #include <cstdint>
@@ -20,8 +21,8 @@ struct QuantizedRows {
     const float* scales;  // of each row
 };
 
-// values = round(x / scale) + QUANTIZED_ZERO with scale = max |x| / QUANTIZED_LEVELS of each row, ties to even. A row of
-// zeros gives zeros. Non-finite numbers give a scale that is not finite. Each row of `values` gets `stride` bytes.
+// values = round(x / scale) + QUANTIZED_ZERO with scale = max |x| / QUANTIZED_LEVELS of each row, ties to even. A row
+// of zeros gives zeros. Non-finite numbers give a scale that is not finite. Each row of `values` gets `stride` bytes.
 void quantize_rows(std::uint8_t* values, std::int64_t stride, float* scales, const Rows& x, std::int64_t rows,
                    std::int64_t width, int threads);
 

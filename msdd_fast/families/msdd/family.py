@@ -25,7 +25,7 @@ from msdd_fast.families.msdd.presets import PRESETS
 from msdd_fast.families.msdd.released import RELEASED
 from msdd_fast.families.msdd.work import decode_work, encode_work
 from msdd_fast.families.work import Work
-from msdd_fast.layers.linear.dense import MakeLinear
+from msdd_fast.layers.linear.base import MakeLinear
 from msdd_fast.ops.protocol import Ops
 
 
@@ -86,7 +86,7 @@ class MSDDFamily:
         ops: Ops,
         make: MakeLinear,
     ) -> Program:
-        weights = pack(decoder, dtype, device, make)
+        weights = pack(decoder, dtype, device, make, ops.swiglu)
         return Program(Network(weights, self.config.decoder.head_dim, ops), tables, schedule, self.config)
 
     def quantizable(self, decoder: Decoder) -> list[tuple[str, Tensor]]:

@@ -1,45 +1,37 @@
-"""The matrix products of the engine: rows (R, in) to rows (R, out), written where the caller wants them."""
+"""Matrix products in the engine's own dtype."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from msdd_fast.backends import tuned
+from msdd_fast.layers.linear.base import LinearBase, Swiglu, is_within
 from msdd_fast.layers.linear.native import NativeLinear, products, size_of
 
 
-class Linear(Protocol):
-    """y = x W^T + b of rows. ``out`` may be a slice of columns or rows of a larger buffer."""
-
-    out_features: int
-
-    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor: ...
-
-    def memory(self) -> int:
-        """Bytes of the weights."""
-        ...
-
-
-class DenseLinear:
+class DenseLinear(LinearBase):
     """Plain weights (out, in) in the engine's dtype; cuBLAS on a GPU, oneDNN, MKL or the extension on a CPU.
 
     The extension's product is taken for the sizes and numbers of rows for which it measured faster (``products``);
-    weights are then in its layout, and in torch's too only where that is faster for other numbers of rows.
+    weights are then in its layout, and in torch's too only where that is faster for other numbers of rows. It has the
+    SwiGLU within.
 
     On a CPU, bfloat16 weights are laid out once the way oneDNN's product reads them, which it would else do at every
     call: the same bits, measured 1.05 to 1.1 times as fast with 1024 rows and 1.4 to 1.7 times with 16.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, taken: set[str] | None = None) -> None:
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, swiglu: Swiglu | None = None, *, taken: set[str] | None = None
+    ) -> None:
         """``taken``: the products to choose from, of "torch" and "cpu" (default: ``products(weight)``)."""
-        self.bias, self.out_features, self.device = bias, weight.shape[0], weight.device
+        super().__init__(len(weight), swiglu)
+        self.bias, self.device = bias, weight.device
         taken = products(weight) if taken is None else taken
-        self.native = NativeLinear(weight, bias) if "cpu" in taken else None
+        self._within = is_within(swiglu)
+        self.native = NativeLinear(weight, bias, self._within) if "cpu" in taken else None
         self.packed = "torch" in taken and can_pack(weight)
         self.weight: Tensor | None = None
         if self.packed:
@@ -50,7 +42,12 @@ class DenseLinear:
         self._by_rows: dict[int, str | None] = {}
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        if self.native is not None and (self.weight is None or self._product(len(x)) == "cpu"):
+        if self._within and self.native is not None and self._is_native(len(x)):
+            return self.native(x, out)
+        return super().__call__(x, out)
+
+    def product(self, x: Tensor, out: Tensor | None) -> Tensor:
+        if not self._within and self.native is not None and self._is_native(len(x)):
             return self.native(x, out)
         assert self.weight is not None
         if self.packed:
@@ -60,15 +57,17 @@ class DenseLinear:
             return torch.mm(x, self.weight, out=out)
         return torch.addmm(self.bias, x, self.weight, out=out)
 
-    def _product(self, rows: int) -> str | None:
-        """The faster product for this number of rows, looked up once."""
+    def _is_native(self, rows: int) -> bool:
+        """Whether the extension's product is the faster for this number of rows; looked up once."""
+        if self.weight is None:
+            return True
         if rows not in self._by_rows:
             self._by_rows[rows] = self._fastest(rows)
-        return self._by_rows[rows]
+        return self._by_rows[rows] == "cpu"
 
     def memory(self) -> int:
-        packed = None if self.native is None else self.native.packed
-        return sum(t.nbytes for t in (self.weight, packed, self.bias) if t is not None)
+        own = 0 if self.native is None else self.native.memory()
+        return own + sum(t.nbytes for t in (self.weight, None if own else self.bias) if t is not None)
 
 
 def can_pack(weight: Tensor) -> bool:
@@ -81,5 +80,3 @@ def can_pack(weight: Tensor) -> bool:
     known = all(hasattr(torch.ops.mkldnn, name) for name in ("_reorder_linear_weight", "_linear_pointwise"))
     return known and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
-
-MakeLinear = Callable[[Tensor, Tensor | None], Linear]

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from msdd_fast.layers.linear.base import LinearBase, Swiglu
 from msdd_fast.ops.quantize_rows import quantize_rows_eager
 
 MULTIPLE = 16
@@ -14,7 +15,7 @@ MULTIPLE = 16
 DESCRIPTION = "float8 (e4m3) weights and activations, a scale per row; first and last linears exact"
 
 
-class Fp8Linear:
+class Fp8Linear(LinearBase):
     """y = (q_x q_w^T) * scale_x * scale_w + b with q and scale of each row by ``ops.quantize_rows``.
 
     The weight (out, in) is quantised once; x (R, in) bfloat16 at every call by ``quantize``. The product is
@@ -24,17 +25,22 @@ class Fp8Linear:
     """
 
     def __init__(
-        self, weight: Tensor, bias: Tensor | None, quantize: Callable[[Tensor], tuple[Tensor, Tensor]]
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        swiglu: Swiglu | None = None,
+        *,
+        quantize: Callable[[Tensor], tuple[Tensor, Tensor]],
     ) -> None:
+        super().__init__(len(weight), swiglu)
         q, scale = quantize_rows_eager(weight)
         self.weight_t, self.scale = q.t(), scale.reshape(1, -1)
         self.bias, self.quantize = bias, quantize
-        self.out_features = weight.shape[0]
 
-    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+    def product(self, x: Tensor, out: Tensor | None) -> Tensor:
         q, scale = self.quantize(x)
         # CUTLASS takes ``out`` for packed rows, whatever its strides.
-        target = out if out is not None and out.is_contiguous() else x.new_empty(len(x), self.out_features)
+        target = out if out is not None and out.is_contiguous() else x.new_empty(len(x), self.features)
         torch._scaled_mm(
             q,
             self.weight_t,
@@ -61,7 +67,7 @@ def available(device: torch.device) -> tuple[bool, str]:
         return False, f"float8 needs sm_89 or newer (Ada, Hopper, Blackwell), this GPU is sm_{major}{minor}"
     try:
         example = torch.ones(MULTIPLE, MULTIPLE, dtype=torch.bfloat16, device=device)
-        Fp8Linear(example, example[0], quantize_rows_eager)(example)
+        Fp8Linear(example, example[0], quantize=quantize_rows_eager)(example)
         torch.cuda.synchronize(device)
     except RuntimeError as error:
         return False, f"torch._scaled_mm with row-wise scales does not run on this GPU: {str(error).splitlines()[0]}"

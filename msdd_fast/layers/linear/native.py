@@ -21,29 +21,49 @@ MEASURED_LEVELS = ("avx512bf16",)
 MAX_PLANS = 256
 
 
-class NativeLinear:
-    """y = x W^T + b by the C++ product (ops/linear.py), weights (out, in) packed once."""
+class Plans:
+    """Calls of a native product, prepared once for every layout of rows and results that occurs.
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        self.packed = native.pack_linear(weight.contiguous())
-        self.bias, self.out_features = bias, weight.shape[0]
-        self._tensors = (self.packed,) if bias is None else (self.packed, bias)
+    Args:
+        prepare: takes (x, out) and returns a function of (x, *tensors), or (x, *tensors, out) with an ``out``.
+        tensors: weight and bias.
+    """
+
+    def __init__(
+        self, prepare: Callable[[Tensor, Tensor | None], Callable[..., Tensor]], *tensors: Tensor | None
+    ) -> None:
+        self._prepare, self._tensors = prepare, tuple(t for t in tensors if t is not None)
         self._plans: dict[Any, Callable[..., Tensor]] = {}
 
-    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        """Rows x (R, in) in the weight's dtype; ``out`` (R, out) or None."""
+    def __call__(self, x: Tensor, out: Tensor | None) -> Tensor:
         key = x.dtype, x.shape, x.stride(), None if out is None else (out.dtype, out.shape, out.stride())
         run = self._plans.get(key)
         if run is None:
             if len(self._plans) >= MAX_PLANS:
                 self._plans.clear()
-            run = native.linear.prepare(x, self.packed, self.bias, self.out_features, False, out)
-            self._plans[key] = run
+            run = self._plans[key] = self._prepare(x, out)
         return run(x, *self._tensors) if out is None else run(x, *self._tensors, out)
 
     def memory(self) -> int:
-        """Bytes of the weights."""
+        """Bytes of the tensors."""
         return sum(t.nbytes for t in self._tensors)
+
+
+class NativeLinear:
+    """y = x W^T + b by the C++ product (ops/linear.py), weights (out, in) packed once; or the SwiGLU of its halves."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, swiglu: bool = False) -> None:
+        packed, features = native.pack_linear(weight.contiguous(), swiglu), len(weight)
+        self.out_features = features // 2 if swiglu else features
+        self._run = Plans(lambda x, out: native.linear.prepare(x, packed, bias, features, swiglu, out), packed, bias)
+
+    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """Rows x (R, in) in the weight's dtype; ``out`` (R, out) or None."""
+        return self._run(x, out)
+
+    def memory(self) -> int:
+        """Bytes of weight and bias."""
+        return self._run.memory()
 
 
 def products(weight: Tensor) -> set[str]:

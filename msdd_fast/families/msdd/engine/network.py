@@ -16,7 +16,7 @@ from msdd_fast.diffusion.rope import RopeTable
 from msdd_fast.families.msdd.engine.tables import BlockModulation, Modulation
 from msdd_fast.families.msdd.engine.weights import BlockWeights, Weights
 from msdd_fast.families.msdd.mmdit import NORM_EPS
-from msdd_fast.layers.linear.dense import Linear
+from msdd_fast.layers.linear.base import Linear
 from msdd_fast.ops.protocol import Ops
 
 
@@ -79,8 +79,8 @@ class Network:
             streams = block.streams[-1:] if split is None else block.streams
             y = _per_stream([s.proj for s in streams], a, split)
             x, h = self.ops.gate_residual_norm_modulate(x, y, mod.gate_msa, mod.shift_mlp, mod.scale_mlp, split)
-            gate_up = _per_stream([s.gate_up for s in streams], h, split)
-            y = _per_stream([s.down for s in streams], self.ops.swiglu(*gate_up.chunk(2, dim=1)), split)
+            hidden = _per_stream([s.gate_up for s in streams], h, split)
+            y = _per_stream([s.down for s in streams], hidden, split)
             shift, scale = (m.shift, m.scale) if last else _first_norm(m.blocks[i + 1])
             x, h = self.ops.gate_residual_norm_modulate(x, y, mod.gate_mlp, shift, scale, split)
         return self.w.final(h).view(-1, batch, self.w.final.out_features)

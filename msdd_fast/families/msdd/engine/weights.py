@@ -11,7 +11,7 @@ from torch import Tensor
 from msdd_fast.diffusion.rope import RopeTable
 from msdd_fast.families.msdd.decoder import Decoder
 from msdd_fast.families.msdd.mmdit import ContextKeyValue, CrossBlock, JointBlock, Stream
-from msdd_fast.layers.linear.dense import Linear, MakeLinear
+from msdd_fast.layers.linear.base import Linear, MakeLinear, Swiglu
 from msdd_fast.layers.packer import Packer
 
 
@@ -22,7 +22,7 @@ class StreamWeights:
     qkv: Linear
     proj: Linear | None
     gate_up: Linear | None
-    """[w1 | w3] of the SwiGLU."""
+    """w1 and w3 with the SwiGLU."""
     down: Linear | None
 
 
@@ -68,8 +68,8 @@ class Weights:
 
 
 @torch.no_grad()
-def pack(decoder: Decoder, dtype: torch.dtype, device: torch.device, make: MakeLinear) -> Weights:
-    """Pack ``decoder``, which is not changed. ``make`` turns a weight (out, in) and a bias into a Linear.
+def pack(decoder: Decoder, dtype: torch.dtype, device: torch.device, make: MakeLinear, swiglu: Swiglu) -> Weights:
+    """Pack ``decoder``, which is not changed, with the op ``swiglu``. ``make`` turns weight and bias into a Linear.
 
     The first and last linears, of patches, context and velocity, are always dense: they are small, and what they lose
     goes straight into the pixels.
@@ -90,24 +90,24 @@ def pack(decoder: Decoder, dtype: torch.dtype, device: torch.device, make: MakeL
         context_norm=packer.modulation(decoder.context_norm) if cross else None,
         context_null=packer.tensor(decoder.context_null),
         context_rope=context_rope,
-        blocks=[_block(packer, b) for b in blocks],
+        blocks=[_block(packer, b, swiglu) for b in blocks],
         contexts=[_context(packer, b.context) for b in blocks] if cross else [],
         final=packer.dense_of(final.weight[order], final.bias[order]),
         dtype=dtype,
     )
 
 
-def _block(packer: Packer, block: JointBlock | CrossBlock) -> BlockWeights:
+def _block(packer: Packer, block: JointBlock | CrossBlock, swiglu: Swiglu) -> BlockWeights:
     streams = (block.context, block.image) if isinstance(block, JointBlock) else (block.image,)
     weight, bias = (torch.stack([_qk_norm(s, name) for s in streams]) for name in ("weight", "bias"))
-    packed = tuple(_stream(packer, s) for s in streams)
+    packed = tuple(_stream(packer, s, swiglu) for s in streams)
     return BlockWeights(packed, packer.tensor(weight), packer.tensor(bias))
 
 
-def _stream(packer: Packer, s: Stream) -> StreamWeights:
+def _stream(packer: Packer, s: Stream, swiglu: Swiglu) -> StreamWeights:
     if s.kv_only:
         return StreamWeights(packer.linear(s.kv), None, None, None)
-    mlp = packer.linear(s.mlp.w1, s.mlp.w3), packer.linear(s.mlp.w2)
+    mlp = packer.swiglu(s.mlp.w1, s.mlp.w3, swiglu), packer.linear(s.mlp.w2)
     return StreamWeights(packer.linear(s.qkv), packer.linear(s.proj), *mlp)
 
 
