@@ -22,7 +22,7 @@ from msdd_fast.families.pid.decoder import NoEncoder, PiDDecoder, no_encoder
 from msdd_fast.families.pid.presets import PID_PRESETS
 from msdd_fast.families.pid.released import RELEASED
 from msdd_fast.families.work import Work
-from msdd_fast.layers.linear.dense import MakeLinear
+from msdd_fast.layers.linear.base import MakeLinear
 from msdd_fast.layers.request import DecodeProgram
 from msdd_fast.ops.protocol import Ops
 from msdd_fast.sampling import StageResult
