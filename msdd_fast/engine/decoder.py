@@ -47,7 +47,7 @@ from msdd_fast.engine.tier import (
 from msdd_fast.errors import InputError
 from msdd_fast.families import family_of
 from msdd_fast.families.base import Family
-from msdd_fast.layers.request import DecodeProgram, Inputs, Request, StageImages, convert
+from msdd_fast.layers.request import DecodeProgram, Inputs, Request, StageImages, convert, stream
 from msdd_fast.tokenizer import Tokenizer, as_tokenizer
 
 OUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
@@ -337,8 +337,8 @@ class FastDecoder:
     ) -> Iterator[StageImages]:
         """The same decode stage by stage: yields each stage's clean estimate as soon as it is done.
 
-        Arguments as of ``decode``. The whole batch runs at once: InputError if ``max_memory`` does not allow it. On a
-        GPU one graph per stage for the batch sizes of the engine; other sizes, and a second stream at the same time,
+        Arguments as of ``decode``. The whole batch runs at once: InputError if ``max_memory`` does not allow it. One
+        graph per stage, on a GPU for the batch sizes of the engine; other sizes, and a second stream at the same time,
         run without graphs.
         """
         self._check_steps(steps)
@@ -353,11 +353,11 @@ class FastDecoder:
 
     def _stream(self, inputs: Inputs, request: Request) -> Iterator[StageImages]:
         graphs = None
-        if self.graphs and len(inputs.z) in self.batch_sizes:
+        if self.graphs and (len(inputs.z) in self.batch_sizes or not self._cache.splits):
             with building(self.device):
                 graphs = self._cache.get_stages(request)
         claimed = graphs is not None and graphs.claim()
-        pieces = graphs.replay(inputs) if graphs is not None and claimed else self.program.stream(inputs, request)
+        pieces = graphs.replay(inputs) if graphs is not None and claimed else stream(self.program, inputs, request)
         while True:
             # Not held across a yield: it would leak into the caller's code.
             with torch.no_grad(), without_autocast(self.device):

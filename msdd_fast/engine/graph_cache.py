@@ -17,7 +17,7 @@ from msdd_fast.engine import graphs
 from msdd_fast.engine.batching import Chunk, assumed_cost, split_by_cost, split_evenly
 from msdd_fast.engine.programs import ProgramRecorder, can_record
 from msdd_fast.errors import BackendUnavailableError, InputError
-from msdd_fast.layers.request import DecodeProgram, Inputs, Request
+from msdd_fast.layers.request import DecodeProgram, Inputs, Request, stream
 
 MAX_GRAPHS = 32  # of each kind: a few batch sizes of some dtypes, and the sizes of images where there are several
 G = TypeVar("G", graphs.Graph, graphs.StageGraphs)
@@ -55,7 +55,6 @@ class GraphCache:
         self._program, self._device, self._example, self._stages = program, device, example, stages
         self._cost = assumed_cost(self.sizes)
         self._capturing, self._replaying = threading.Lock(), threading.Lock()
-        self._streaming = True
         self._exact = records_programs(device)  # one graph for each batch size that occurs, without padding
         self._recorder: graphs.Recorder | ProgramRecorder | None = None
         self._graphs: dict[Request, graphs.Graph] = {}
@@ -82,7 +81,7 @@ class GraphCache:
 
     def get_stages(self, request: Request) -> graphs.StageGraphs | None:
         """The same for a streaming request, one graph per stage."""
-        return self._get(request, self._stage_graphs, self._capture_stages) if self._streaming else None
+        return self._get(request, self._stage_graphs, self._capture_stages)
 
     def memory(self) -> dict[str, int]:
         """Bytes that the graphs of whole decodes hold; empty before the first capture."""
@@ -103,9 +102,6 @@ class GraphCache:
                 raise
             except RuntimeError as error:
                 reason = f"the capture of batch {request.shape[0]} failed: {error}"
-                if self._exact and request.streaming:  # stages have parts that decodes have not
-                    self._streaming = False
-                    return None
                 if self._required:
                     raise BackendUnavailableError(f"graphs=True, but {reason}") from error
                 self.enabled, self.reason = False, reason
@@ -149,10 +145,20 @@ class GraphCache:
         return ProgramRecorder() if self._exact else graphs.Recorder(self._device)
 
     def _capture_stages(self, request: Request) -> graphs.StageGraphs:
+        recorder, example, program = self._new_recorder(), self._example(request), self._program
+        if not self._exact:  # a CUDA graph has the images within
+            return graphs.StageGraphs(
+                recorder,
+                example,
+                lambda inputs: stream(program, inputs, request),
+                lambda stage, end, inputs: end,
+                self._stages,
+            )
         return graphs.StageGraphs(
-            self._new_recorder(),
-            self._example(request),
-            lambda inputs: self._program.stream(inputs, request),
+            recorder,
+            example,
+            lambda inputs: program.stages(inputs, request),
+            lambda stage, end, inputs: program.images(stage, end, inputs, request),
             self._stages,
         )
 

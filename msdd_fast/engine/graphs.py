@@ -94,13 +94,21 @@ class Graph:
 
 
 class StageGraphs:
-    """A decode of one batch size, one graph per stage, in a pool of their own: decodes may run between its stages."""
+    """A decode of one batch size, one graph per stage, in a pool of their own: decodes may run between its stages.
+
+    On a CPU the images of a stage are made outside of its program, by what a program cannot record.
+    """
 
     def __init__(
-        self, recorder: AnyRecorder, example: Inputs, stages: Callable[[Inputs], Iterator[StageImages]], count: int
+        self,
+        recorder: AnyRecorder,
+        example: Inputs,
+        stages: Callable[[Inputs], Iterator[Any]],
+        images: Callable[[int, Any, Inputs], StageImages],
+        count: int,
     ) -> None:
-        """``stages`` yields ``count`` results."""
-        self.inputs, self._recorder = _buffers(example), recorder
+        """``stages`` yields ``count`` ends of stages, of which ``images`` makes pictures."""
+        self.inputs, self._recorder, self._images = _buffers(example), recorder, images
         self._claimed = threading.Lock()
         recorder.warm_up(lambda: list(stages(self.inputs)))
         iterator = stages(self.inputs)
@@ -111,17 +119,24 @@ class StageGraphs:
         return self._claimed.acquire(blocking=False)
 
     def replay(self, inputs: Inputs) -> Iterator[StageImages]:
-        """Replay stage by stage, and yield copies of the results. Needs a ``claim``."""
+        """Replay stage by stage, and yield the results, which are the caller's. Needs a ``claim``."""
         try:
             with self._recorder.stream():
                 _fill(self.inputs, inputs)
-            for replay, result in self._graphs:
+            for stage, (replay, end) in enumerate(self._graphs):
                 with self._recorder.stream():
                     replay()
-                    piece = StageImages(result.stage, result.images.clone(), result.state.clone())
+                    piece = self._images(stage, end, self.inputs)
+                    piece = StageImages(stage, _own(piece.images, end), _own(piece.state, end))
                 yield piece
         finally:
             self._claimed.release()
+
+
+def _own(x: Tensor, end: Any) -> Tensor:
+    """``x``, copied if it is the graph's memory."""
+    parts = (end,) if isinstance(end, Tensor) else end
+    return x.clone() if any(x is part for part in parts) else x
 
 
 def _buffers(example: Inputs) -> Inputs:

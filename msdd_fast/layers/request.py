@@ -82,9 +82,19 @@ class DecodeProgram(Protocol):
         """Images (B, 3, H, W) in ``request.out_dtype``; ``noise`` as in ``sampling.sample``."""
         ...
 
-    def stream(self, inputs: Inputs, request: Request) -> Iterator[StageImages]:
-        """The same decode, with the images of every stage."""
+    def stages(self, inputs: Inputs, request: Request) -> Iterator[Any]:
+        """The same decode stage by stage: yields what ``images`` makes pictures of."""
         ...
+
+    def images(self, stage: int, end: Any, inputs: Inputs, request: Request) -> StageImages:
+        """Images and state of a stage from what ``stages`` yielded for it; that is not changed."""
+        ...
+
+
+def stream(program: DecodeProgram, inputs: Inputs, request: Request) -> Iterator[StageImages]:
+    """A decode with the images of every stage."""
+    for stage, end in enumerate(program.stages(inputs, request)):
+        yield program.images(stage, end, inputs, request)
 
 
 def convert(images: Tensor, dtype: torch.dtype) -> Tensor:

@@ -58,8 +58,8 @@ def replaying(monkeypatch):
         whole(self, recorder, lock, example, decode)
         recorder.again = lambda index: decode(self.inputs)
 
-    def init_staged(self, recorder, example, stages, count):
-        staged(self, recorder, example, stages, count)
+    def init_staged(self, recorder, example, stages, images, count):
+        staged(self, recorder, example, stages, images, count)
         recorder.again = lambda index: list(stages(self.inputs))[index]
 
     monkeypatch.setattr(graphs.Graph, "__init__", init_whole)

@@ -105,9 +105,11 @@ class MosaicProgram:
             x = self.ops.euler_step(x, (x - image) / time, dt)
         return convert(x, request.out_dtype)
 
-    def stream(self, inputs: Inputs, request: Request) -> Iterator[StageImages]:
-        state = self.decode(inputs, request._replace(out_dtype=torch.float32))
-        yield StageImages(0, convert(state, request.out_dtype), state)
+    def stages(self, inputs: Inputs, request: Request) -> Iterator[Tensor]:
+        yield self.decode(inputs, request._replace(out_dtype=torch.float32))
+
+    def images(self, stage: int, end: Tensor, inputs: Inputs, request: Request) -> StageImages:
+        return StageImages(stage, convert(end, request.out_dtype), end)
 
 
 def load_mosaic(source: Any, cell: int = 4) -> Released:

@@ -44,14 +44,13 @@ class Program:
         end = last(self.stages(inputs, request, noise))
         return self.final(end, inputs, request.out_dtype)
 
-    def stream(self, inputs: Inputs, request: Request) -> Iterator[StageImages]:
-        """The same decode, with the images of every stage."""
-        for s, end in enumerate(self.stages(inputs, request)):
-            if s + 1 < len(self.tables):
-                yield self._estimate(s, end, inputs, request.out_dtype)
+    def images(self, stage: int, end: StageEnd, inputs: Inputs, request: Request) -> StageImages:
+        """The clean estimate of a stage; of the last one the decoded images."""
+        if stage + 1 < len(self.tables):
+            return self._estimate(stage, end, inputs, request.out_dtype)
         state = self.final(end, inputs, torch.float32)
         images = state if request.out_dtype == torch.float32 else self.final(end, inputs, request.out_dtype)
-        yield StageImages(s, images, state)
+        return StageImages(stage, images, state)
 
     def stages(self, inputs: Inputs, request: Request, noise: Sequence[Tensor] | None = None) -> Iterator[StageEnd]:
         """Run every stage up to its last evaluation; ``final`` takes the last one's end to an image."""
@@ -92,7 +91,7 @@ class Program:
         return patchify(renoise_upsample_with(state, alpha, beta, noise[stage].float()).to(self.dtype), p)
 
     def _estimate(self, s: int, end: StageEnd, inputs: Inputs, out_dtype: torch.dtype) -> StageImages:
-        """What ``stream`` yields of a stage that is not the last."""
+        """Of a stage that is not the last."""
         step = self.tables[s].steps[-1]
         v = end.v if end.v_uncond is None else self.ops.cfg_combine(end.v, end.v_uncond, inputs.scale)
         x_t, velocity = (unpatchify_rows(r, self.config.patch_size).float() for r in (end.x, v))

@@ -35,7 +35,9 @@ class SSDDProgram:
             x = self.ops.euler_step(x, network.velocity(x, context, step), step.dt)
         return convert(x, request.out_dtype).contiguous()
 
-    def stream(self, inputs: Inputs, request: Request) -> Iterator[StageImages]:
-        """The one stage."""
-        state = self.decode(inputs, request._replace(out_dtype=torch.float32))
-        yield StageImages(0, convert(state, request.out_dtype), state)
+    def stages(self, inputs: Inputs, request: Request) -> Iterator[Tensor]:
+        """The one stage: its images in float32."""
+        yield self.decode(inputs, request._replace(out_dtype=torch.float32))
+
+    def images(self, stage: int, end: Tensor, inputs: Inputs, request: Request) -> StageImages:
+        return StageImages(stage, convert(end, request.out_dtype), end)
