@@ -62,7 +62,7 @@ def bare_products(engine: FastDecoder, z: Tensor) -> tuple[Callable[[], None], i
         def record(self: Any, x: Tensor, out: Tensor | None = None) -> Tensor:
             nonlocal flops
             y = original(self, x) if out is None else original(self, x, out)
-            flops += 2 * x.numel() * y.shape[-1] if isinstance(self, DenseLinear) else 0
+            flops += 2 * x.numel() * self.features if isinstance(self, DenseLinear) else 0
             calls.append((self, (like(x, "x"),) if out is None else (like(x, "x"), like(y, "out"))))
             return y
 

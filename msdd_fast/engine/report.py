@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Protocol
 
 import torch
@@ -52,6 +52,7 @@ class Report:
     sampling: str
     graphs: str
     batch_sizes: tuple[int, ...]
+    products: tuple[str, ...]
     memory: dict[str, int]
     constant: tuple[str, ...]
     accuracy: tuple[Accuracy, ...]
@@ -67,6 +68,7 @@ class Report:
             ("sampling", self.sampling),
             ("graphs", self.graphs),
             ("batch sizes", ", ".join(map(str, self.batch_sizes))),
+            *(("products", line) for line in self.products),
             *(("memory", f"{size / 2**20:.1f} MiB {name}") for name, size in self.memory.items()),
             *(("constant", line) for line in self.constant),
             *((f"vs {a.against}", str(a)) for a in self.accuracy),
@@ -160,6 +162,7 @@ def describe(engine: Engine, z: Tensor | None) -> Report:
         sampling=engine.family.describe_sampling(engine.steps, engine.cfg_scale),
         graphs=f"{'yes' if engine.graphs else 'no'}: {engine.graphs_reason}",
         batch_sizes=engine.batch_sizes,
+        products=products(engine.program.network.w),
         memory={**engine.memory, **engine.graph_memory()},
         constant=engine.family.constant,
         accuracy=(
@@ -169,6 +172,25 @@ def describe(engine: Engine, z: Tensor | None) -> Report:
         notes=tuple(engine.notes),
         ops=choices.result(),
     )
+
+
+def products(weights: Any) -> tuple[str, ...]:
+    """Who multiplies with which number of an engine's weights, and why."""
+    count: collections.Counter[str] = collections.Counter()
+
+    def walk(x: Any) -> None:
+        description = getattr(x, "description", None)
+        if isinstance(description, str):
+            count[description] += 1
+        elif isinstance(x, (list, tuple)):
+            for part in x:
+                walk(part)
+        elif is_dataclass(x):
+            for field in fields(x):
+                walk(getattr(x, field.name))
+
+    walk(weights)
+    return tuple(f"{n} {text}" for text, n in count.most_common())
 
 
 def random_latents(family: Family, batch: int) -> Tensor:

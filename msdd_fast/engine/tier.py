@@ -61,7 +61,7 @@ def fast_tier(tokenizer: Tokenizer, device: torch.device, dtype: torch.dtype, op
     family = family_of(tokenizer.config)
     _require(not family.no_fast_tier, family.no_fast_tier)
     if _is_cpu(device):
-        _require(*int8.available())
+        _require(*int8.available(dtype))
         return Tier("fast", int8.int8_linear, int8.description())
     _require(*fp8.available(device))
     if dtype != torch.bfloat16:

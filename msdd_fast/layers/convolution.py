@@ -10,6 +10,8 @@ from torch import Tensor
 class Convolution:
     """k x k, padding k // 2, with the weight (out, in, k, k) in channels-last order."""
 
+    description = "convolutions of PyTorch (cuDNN, oneDNN)"
+
     def __init__(self, weight: Tensor, bias: Tensor | None, stride: int = 1) -> None:
         self.weight, self.bias, self.stride = channels_last(weight), bias, stride
 
@@ -29,6 +31,8 @@ class UpsampleConvolution:
     are sums of the 3 x 3 ones. 4/9 of the FLOPs, exact but for rounding, the border included.
     """
 
+    description = Convolution.description
+
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
         """``weight`` (out, in, 3, 3), float32, of the convolution behind the upsampling; ``bias`` has the dtype."""
         folded = _fold(_fold(weight, 2), 3).to(bias.dtype)
@@ -44,6 +48,8 @@ class UpsampleConvolution:
 
 class Shortcut:
     """A 1 x 1 convolution without a bias that is added to what is there: the epilogue of a matrix product."""
+
+    description = "products of PyTorch, added to a result"
 
     def __init__(self, weight: Tensor) -> None:
         self.weight_t = weight.flatten(1).t()  # (in, out)

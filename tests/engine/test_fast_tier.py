@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from msdd_fast import Tokenizer, accelerate, ops
+from msdd_fast.backends.extension import extension_status, load_extension
 from msdd_fast.engine import decoder as fast_decoder
 from msdd_fast.engine import tier
 from msdd_fast.errors import AccuracyError, BackendUnavailableError, InputError
@@ -26,6 +27,7 @@ from tests.engine.test_parity import latents
 from tests.perturbed import perturbed
 
 HAS_FP8 = torch.cuda.is_available() and fp8.available(torch.device("cuda"))[0]
+NATIVE_INT8 = extension_status()[0] and load_extension().linear_int8_level() != "plain"
 HAS_INT8 = int8.available()[0]
 needs_int8 = pytest.mark.skipif(not HAS_INT8, reason=int8.available()[1])
 DEVICES = [
@@ -158,6 +160,30 @@ def test_int8_nano_is_within_the_limit():
     assert engine.memory["weights"] < accelerate(tok, dtype=torch.float32).memory["weights"] / 3
     z = latents(tok, 3)
     assert psnr(engine.decode(z, 1), tok.decode(z, 1)).min() > 43
+
+
+@pytest.mark.skipif(not NATIVE_INT8, reason="no instructions for int8, or no extension, on this machine")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_native_int8_nano(monkeypatch, dtype):
+    """Recorded like the exact tier, with a quarter of the error of 7 bits."""
+    pytest.importorskip("skimage")
+    monkeypatch.setenv("MSDD_FAST_NATIVE_LINEAR", "auto")
+    tok = nano()
+    engine = accelerate(tok, dtype=dtype, tier="fast", graphs=True)
+    z = latents(tok, 3)
+    images = engine.decode(z, 1)
+    assert engine.accuracy.expected_loss < 0.02 and psnr(images, tok.decode(z, 1)).min() > 45
+    assert torch.equal(engine.decode(z, 1), images) and engine.graphs
+    assert "int8 products of the extension: the fast tier" in str(engine.report())
+    for i in range(3):
+        assert (engine.decode(z[i : i + 1], 1 + i) - images[i]).abs().max() < 1e-5
+
+
+def test_int8_of_onednn_is_declined_where_bfloat16_is_faster(cross, monkeypatch):
+    monkeypatch.setenv("MSDD_FAST_NATIVE_LINEAR", "0")
+    monkeypatch.setenv("MSDD_FAST_CPU_BF16", "1")
+    with pytest.raises(BackendUnavailableError, match=r"tier='fast' cannot be had: oneDNN's int8 products measured"):
+        accelerate(cross, dtype=torch.bfloat16, tier="fast")
 
 
 def test_float8_nano_is_within_the_limit(float8):

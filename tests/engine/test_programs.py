@@ -121,6 +121,16 @@ def test_what_cannot_be_recorded_runs_without_and_says_why(cross, monkeypatch):
         accelerate(cross, dtype=torch.float32, graphs=True).decode(z)
 
 
+def test_the_report_says_who_multiplies(cross, monkeypatch):
+    fast = accelerate(cross, graphs=True)
+    fast.decode(latents(cross, 1))
+    text = str(fast.report())
+    count = 2 + 1 + 2 * 5  # patches, context, final; 2 blocks of qkv, proj, SwiGLU, down and the context's kv
+    assert f"products  {count} products of the extension: MSDD_FAST_NATIVE_LINEAR=1" in text and "graphs\n" in text
+    monkeypatch.setenv("MSDD_FAST_NATIVE_LINEAR", "0")
+    assert f"products  {count} products of PyTorch: MSDD_FAST_NATIVE_LINEAR=0" in str(accelerate(cross).report())
+
+
 def test_a_stream_has_a_program_per_stage(cross):
     """Of any batch size; what it yields stays as it is when the next one runs."""
     fast = accelerate(cross, graphs=True)

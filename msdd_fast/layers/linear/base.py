@@ -42,7 +42,10 @@ class LinearBase(ABC):
     Attributes:
         features: rows of the weight.
         out_features: columns of the result.
+        description: who multiplies, and why.
     """
+
+    description: str
 
     def __init__(self, features: int, swiglu: Swiglu | None) -> None:
         self.features, self.swiglu = features, swiglu

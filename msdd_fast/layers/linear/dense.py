@@ -12,6 +12,9 @@ from msdd_fast.layers.linear.base import LinearBase, Swiglu, is_within
 from msdd_fast.layers.linear.native import NativeLinear, products, size_of
 
 
+_MULTIPLIERS = {"cpu": "products of the extension", "torch": "products of PyTorch"}
+
+
 class DenseLinear(LinearBase):
     """Plain weights (out, in) in the engine's dtype; cuBLAS on a GPU, oneDNN, MKL or the extension on a CPU.
 
@@ -29,7 +32,7 @@ class DenseLinear(LinearBase):
         """``taken``: the products to choose from, of "torch" and "cpu" (default: ``products(weight)``)."""
         super().__init__(len(weight), swiglu)
         self.bias, self.device = bias, weight.device
-        taken = products(weight) if taken is None else taken
+        taken, reason = products(weight) if taken is None else (taken, "as asked")
         self._within = is_within(swiglu)
         self.native = NativeLinear(weight, bias, self._within) if "cpu" in taken else None
         self.packed = "torch" in taken and can_pack(weight)
@@ -38,6 +41,7 @@ class DenseLinear(LinearBase):
             self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
         elif "torch" in taken:
             self.weight = weight.t()
+        self.description = f"{' or '.join(_MULTIPLIERS[t] for t in sorted(taken))}: {reason}"
         self._fastest = partial(tuned.fastest, "linear", weight.device, weight.dtype, size_of(weight))
         self._by_rows: dict[int, str | None] = {}
 

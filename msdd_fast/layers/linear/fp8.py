@@ -33,6 +33,7 @@ class Fp8Linear(LinearBase):
         quantize: Callable[[Tensor], tuple[Tensor, Tensor]],
     ) -> None:
         super().__init__(len(weight), swiglu)
+        self.description = "float8 products of PyTorch: the fast tier"
         q, scale = quantize_rows_eager(weight)
         self.weight_t, self.scale = q.t(), scale.reshape(1, -1)
         self.bias, self.quantize = bias, quantize

@@ -66,22 +66,37 @@ class NativeLinear:
         return self._run.memory()
 
 
-def products(weight: Tensor) -> set[str]:
-    """What multiplies with a weight: "cpu" is NativeLinear, "torch" is torch's own; both where it depends on the rows.
+def wanted() -> str:
+    """MSDD_FAST_NATIVE_LINEAR: "auto", "0" or "1". Raises InputError for anything else."""
+    choice = os.environ.get("MSDD_FAST_NATIVE_LINEAR") or DEFAULT
+    if choice not in ("auto", "0", "1"):
+        raise InputError(f"MSDD_FAST_NATIVE_LINEAR must be auto, 0 or 1, got {choice!r}")
+    return choice
+
+
+def products(weight: Tensor) -> tuple[set[str], str]:
+    """What multiplies with a weight, and why: "cpu" is NativeLinear, "torch" is torch's own; both where it depends on
+    the rows.
 
     By the table of backends/tuned.py; for a size that is not in it, by the level (``MEASURED_LEVELS``).
     MSDD_FAST_NATIVE_LINEAR = 1 or 0 takes the one or the other everywhere. Raises InputError for another value of it.
     """
-    choice = os.environ.get("MSDD_FAST_NATIVE_LINEAR") or DEFAULT
-    if choice not in ("auto", "0", "1"):
-        raise InputError(f"MSDD_FAST_NATIVE_LINEAR must be auto, 0 or 1, got {choice!r}")
+    choice = wanted()
     usual = weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16) and type(weight) is Tensor
-    if choice == "0" or not usual or not extension_status()[0]:
-        return {"torch"}
-    if choice == "1":
-        return {"cpu"}
-    usual_choice = {"cpu"} if load_extension().linear_level() in MEASURED_LEVELS else {"torch"}
-    return tuned.measured("linear", weight.device, weight.dtype, size_of(weight)) or usual_choice
+    if not usual:
+        return {"torch"}, f"{str(weight.dtype).removeprefix('torch.')} on {weight.device.type}"
+    loaded, status = extension_status()
+    if not loaded:
+        return {"torch"}, f"msdd_fast._C {status}"
+    if choice != "auto":
+        return {"torch" if choice == "0" else "cpu"}, f"MSDD_FAST_NATIVE_LINEAR={choice}"
+    measured = tuned.measured("linear", weight.device, weight.dtype, size_of(weight))
+    if measured:
+        return measured, "by the measured table"
+    level = load_extension().linear_level()
+    if level in MEASURED_LEVELS:
+        return {"cpu"}, f"faster with {level}"
+    return {"torch"}, f"the extension's are not known to be faster with {level}"
 
 
 def size_of(weight: Tensor) -> str:
