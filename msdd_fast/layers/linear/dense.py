@@ -11,7 +11,6 @@ from msdd_fast.backends import tuned
 from msdd_fast.layers.linear.base import LinearBase, Swiglu, is_within
 from msdd_fast.layers.linear.native import NativeLinear, products, size_of
 
-
 _MULTIPLIERS = {"cpu": "products of the extension", "torch": "products of PyTorch"}
 
 
@@ -83,4 +82,3 @@ def can_pack(weight: Tensor) -> bool:
         return False
     known = all(hasattr(torch.ops.mkldnn, name) for name in ("_reorder_linear_weight", "_linear_pointwise"))
     return known and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
