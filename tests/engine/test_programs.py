@@ -131,12 +131,19 @@ def test_the_report_says_who_multiplies(cross, monkeypatch):
     assert f"products  {count} products of PyTorch: MSDD_FAST_NATIVE_LINEAR=0" in str(accelerate(cross).report())
 
 
+def stages_of(tok, z):
+    """Clean estimate and state of every stage, eager."""
+    found = []
+    tok.decode(z, stage_callback=lambda r: found.append((r.clean, r.state)))
+    return found
+
+
 def test_a_stream_has_a_program_per_stage(cross):
     """Of any batch size; what it yields stays as it is when the next one runs."""
     fast = accelerate(cross, graphs=True)
     for batch in (8, 3):
-        z, expected = latents(cross, batch), []
-        cross.decode(z, stage_callback=lambda r: expected.append((r.clean, r.state)))
+        z = latents(cross, batch)
+        expected = stages_of(cross, z)
         first = list(fast.stream(z))
         list(fast.stream(latents(cross, batch, seed=5), 9))
         again = [fast.stream(z), fast.stream(z)]  # the second one runs beside the first, without
