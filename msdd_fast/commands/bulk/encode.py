@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from safetensors import safe_open
 
@@ -34,13 +35,9 @@ def encode_on_ray(args: argparse.Namespace, options: RayOptions) -> None:
         Unit(part.start, len(part), str(path), names[part.start : part.stop], [list(refs[i]) for i in part])
         for path, part in shard_paths(output, len(refs), size)
     ]
-    for unit in units:
-        _adopt(output, unit)
-    arguments = {
-        "checkpoint": absolute_checkpoint(args.checkpoint),
-        "dtype": DTYPES[args.dtype],
-        "batch": args.batch_size,
-    }
+    adopt(output, units, _facts)
+    checkpoint = absolute_checkpoint(args.checkpoint)
+    arguments = {"checkpoint": checkpoint, "dtype": DTYPES[args.dtype], "batch": args.batch_size}
     reader, shape = ImageReader(tokenizer.config.image_size), []
     for line in run_units(EncodeWorker, arguments, units, output, options):
         reader.count += line["count"]
@@ -52,16 +49,15 @@ def encode_on_ray(args: argparse.Namespace, options: RayOptions) -> None:
     reader.report(args.strict)
 
 
-def _adopt(folder: Path, unit: Unit) -> None:
-    """Keep a shard that ``encode`` wrote without Ray, or whose line a kill of this process has cost."""
-    there = names_in(Path(unit.output))
-    if there is None:
-        return
-    if not set(there) <= set(unit.names):
+def _facts(unit: Unit) -> dict[str, Any] | None:
+    """Of a shard that ``encode`` wrote without Ray, or whose line a kill of this process has cost."""
+    found = names_in(Path(unit.output))
+    if found is None:
+        return None
+    there = set(found)
+    if not there <= set(unit.names):
         raise InputError(f"{unit.output} holds other images: use --overwrite, or another folder")
-    done = set(there)
-    lost = [ref for ref, name in zip(unit.inputs, unit.names, strict=True) if name not in done]
-    reasons = [[str(Ref(*r)), f"{Ref(*r)} was not readable in an earlier run"] for r in lost]
+    lost = [str(Ref(*r)) for r, name in zip(unit.inputs, unit.names, strict=True) if name not in there]
+    reasons = [[name, f"{name} was not readable in an earlier run"] for name in lost]
     with safe_open(unit.output, framework="pt") as f:
-        shape = f.get_slice("latents").get_shape()
-    adopt(folder, unit, {"shape": shape, "unreadable": reasons})
+        return {"shape": f.get_slice("latents").get_shape(), "unreadable": reasons}

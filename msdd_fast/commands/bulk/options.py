@@ -58,6 +58,11 @@ def ray_options(args: argparse.Namespace) -> RayOptions | None:
         return None
     if Path(args.ray).exists():
         raise InputError(f"--ray takes an address, got the path {args.ray}: put --ray behind the other arguments")
-    if importlib.util.find_spec("ray") is None or importlib.util.find_spec("pyarrow") is None:
+    if not has_ray():
         raise InputError("--ray needs Ray Data: pip install 'msdd-fast[ray]'")
     return RayOptions(args.ray, args.workers, args.cpus_per_worker or 0, args.device)
+
+
+def has_ray() -> bool:
+    """Whether Ray Data is installed."""
+    return all(importlib.util.find_spec(name) is not None for name in ("ray", "pyarrow"))

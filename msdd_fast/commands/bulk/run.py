@@ -58,11 +58,16 @@ def run_units(
             yield line
 
 
-def adopt(folder: Path, unit: Unit, facts: dict[str, Any]) -> None:
-    """Enter a unit that was done without Ray into the folder's manifest, unless it is there."""
-    first, count, output = _key(unit, folder)
-    if all(_key_of(line) != (first, count, output) for line in read_json_lines(folder / MANIFEST)):
-        append_json_lines(folder / MANIFEST, [{"first": first, "count": count, "output": output, **facts}])
+def adopt(folder: Path, units: Sequence[Unit], facts: Callable[[Unit], dict[str, Any] | None]) -> None:
+    """Enter units that were done without Ray into the folder's manifest; ``facts`` gives None for one that was not."""
+    known = {_key_of(line) for line in read_json_lines(folder / MANIFEST)}
+    lines = []
+    for unit in units:
+        key = _key(unit, folder)
+        found = None if key in known else facts(unit)
+        if found is not None:
+            lines.append({**dict(zip(("first", "count", "output"), key, strict=True)), **found})
+    append_json_lines(folder / MANIFEST, lines)
 
 
 def _key(unit: Unit, folder: Path) -> tuple[int, int, str]:

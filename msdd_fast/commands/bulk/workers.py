@@ -23,7 +23,8 @@ from torch import Tensor
 
 from msdd_fast.commands.bulk.sources import Piece, Ref, load_pieces, load_ref
 from msdd_fast.commands.shards import EncodeJob
-from msdd_fast.errors import MsddFastError
+from msdd_fast.diffusion.checks import first_not_finite
+from msdd_fast.errors import InputError, MsddFastError
 from msdd_fast.integrations.ray.stages import Decoder, Rows, pick_device
 from msdd_fast.io.files import atomic_write
 from msdd_fast.io.images import save_image
@@ -89,6 +90,10 @@ class DecodeWorker(Worker):
 
     def do(self, unit: Unit) -> dict[str, Any]:
         z = load_pieces([Piece(*p) for p in unit.inputs])
+        first = first_not_finite(z)
+        if first is not None:
+            name = unit.names[first]
+            raise InputError(f"latents must be finite, got NaN or Inf in item {unit.first + first} ({name})")
         images = self._images(z, unit)
         if unit.output.endswith(".tar"):
             write_shard(unit.output, unit.names, images)
