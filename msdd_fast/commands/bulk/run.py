@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,7 @@ def run_units(
             append_json_lines(manifest, [line])
             bar.update(line["count"])
             yield line
+    sweep(units)
 
 
 def adopt(folder: Path, units: Sequence[Unit], facts: Callable[[Unit], dict[str, Any] | None]) -> None:
@@ -68,6 +70,18 @@ def adopt(folder: Path, units: Sequence[Unit], facts: Callable[[Unit], dict[str,
         if found is not None:
             lines.append({**dict(zip(("first", "count", "output"), key, strict=True)), **found})
     append_json_lines(folder / MANIFEST, lines)
+
+
+def sweep(units: Sequence[Unit]) -> None:
+    """Remove what workers were writing when they were killed; now that all units are done, nobody is writing."""
+    folders = set()
+    for unit in units:
+        output = Path(unit.output)
+        folders |= {output.parent} if output.is_file() else {(output / name).parent for name in unit.names}
+    for folder in folders:
+        for path in folder.iterdir():
+            if re.fullmatch(r"\.[0-9a-f]{32}\.(tar|safetensors|png)", path.name):
+                path.unlink(missing_ok=True)
 
 
 def _key(unit: Unit, folder: Path) -> tuple[int, int, str]:

@@ -134,7 +134,11 @@ def test_a_killed_decode_goes_on(run, ray, z_file, tmp_path, survive):
     with open(out / "manifest.jsonl", "a") as f:
         f.write('{"first": 0, "cou')  # a line that the kill cut off
     ray.survive = None
+    (out / f".{'0' * 32}.tar").touch()  # what a killed worker was writing
+    (out / ".mine.tar").touch()
     assert run(*args, "-o", out)[0] == 0
+    assert [p.name for p in out.iterdir() if p.name.startswith(".")] == [".mine.tar"]
+    (out / ".mine.tar").unlink()
     assert sorted(ray.done) == [0, 1, 2]  # none twice
     assert digests(out, ".tar") == digests(tmp_path / "whole", ".tar")
     assert len(read_json_lines(out / "manifest.jsonl")) == 3
