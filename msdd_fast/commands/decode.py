@@ -10,11 +10,12 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from msdd_fast.commands.bulk.decode import decode_on_ray
+from msdd_fast.commands.bulk.options import add_ray, ray_options
 from msdd_fast.commands.common import (
     add_batch_size,
     add_checkpoint,
@@ -23,18 +24,16 @@ from msdd_fast.commands.common import (
     chunks,
     load_engine,
     load_tokenizer,
+    positive_int,
 )
-from msdd_fast.commands.encode import RECORD
-from msdd_fast.commands.record import digest, read_record
+from msdd_fast.commands.record import claim, decode_options, digest
+from msdd_fast.commands.shards import RECORD, SHARD_SIZE
 from msdd_fast.diffusion.checks import check_latents
 from msdd_fast.diffusion.noise import resolve_seeds
-from msdd_fast.engine import FastDecoder
 from msdd_fast.errors import InputError
 from msdd_fast.io.files import require_writable
 from msdd_fast.io.images import IMAGE_SUFFIXES, save_image, to_image
-from msdd_fast.io.json_files import write_json
 from msdd_fast.io.latents import Latents, concatenate, load_latents
-from msdd_fast.tokenizer import Tokenizer
 
 OPTIONS = "decode.json"
 
@@ -45,6 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-o", "--output", default="decoded", help="folder, or a .png for a single image (default: %(default)s)"
     )
     parser.add_argument("--overwrite", action="store_true", help="decode again what is already there")
+    parser.add_argument("--shards", action="store_true", help="with --ray: WebDataset shards of PNG files")
+    parser.add_argument("--shard-size", type=positive_int, help=f"images in a shard (default: {SHARD_SIZE})")
+    add_ray(parser)
     add_checkpoint(parser)
     add_sampling(parser)
     add_dtype(parser)
@@ -52,6 +54,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    ray = ray_options(args)
+    if ray is not None:
+        decode_on_ray(args, ray, OPTIONS)
+        return
+    if args.shard_size is not None:
+        raise InputError("--shard-size needs --ray and --shards")
     latents = read(Path(args.source))
     targets = output_files(latents, Path(args.output))
     if targets:
@@ -61,8 +69,9 @@ def run(args: argparse.Namespace) -> None:
     check_finite(latents)
     seeds = resolve_seeds(args.seed, len(latents.z))
     engine = load_engine(args, tokenizer, args.batch_size)
-    mine = options(latents, tokenizer, engine, args.seed, args.dtype)
-    record(mine, options_file(Path(args.output)), targets, args.overwrite)
+    z = digest(json.dumps(latents.names), {"z": latents.z})
+    mine = decode_options(z, tokenizer, args.seed, engine.steps, engine.cfg_scale, args.dtype, engine.dtype)
+    claim(mine, options_file(Path(args.output)), targets, args.overwrite)
     missing = [args.overwrite or not path.exists() for path in targets]
     if not all(missing):
         print(f"{len(targets) - sum(missing)} of {len(targets)} are already there")
@@ -81,47 +90,9 @@ def run(args: argparse.Namespace) -> None:
     print(f"wrote {sum(missing)} pictures to {args.output}")
 
 
-def options(latents: Latents, tokenizer: Tokenizer, engine: FastDecoder, seed: int, dtype: str) -> dict[str, Any]:
-    """Everything that the pictures depend on, other than by rounding."""
-    return {
-        "latents": digest(json.dumps(latents.names), {"z": latents.z}),
-        "model": digest(tokenizer.config.to_json(), tokenizer.decoder.state_dict()),
-        "seed": seed,
-        "steps": engine.steps,
-        "cfg_scale": engine.cfg_scale,
-        "dtype": dtype,
-        "computed_in": str(engine.dtype).removeprefix("torch."),
-    }
-
-
 def options_file(output: Path) -> Path:
     """Beside the one picture, or in the folder."""
     return output.with_name(f"{output.name}.json") if output.suffix.lower() in IMAGE_SUFFIXES else output / OPTIONS
-
-
-def record(mine: dict[str, Any], file: Path, targets: list[Path], overwrite: bool) -> None:
-    """Write the options down before the first picture.
-
-    Raises InputError if pictures are there that other options, or nobody knows which, have given. With ``overwrite``
-    those pictures are removed first: a run that is interrupted must not leave them to be taken for its own.
-    """
-    theirs = read_record(file)
-    if theirs == mine:
-        return
-    there = [path for path in targets if path.exists()]
-    if there and not overwrite:
-        if theirs is not None:
-            differ = [f"{k} {theirs.get(k)!r} instead of {v!r}" for k, v in mine.items() if theirs.get(k) != v]
-            reason = f"was decoded with {', '.join(differ) or 'other options'}"
-        else:
-            reason = f"is there, and {file} does not say how it was decoded"
-        raise InputError(f"{there[0]} {reason}; give --overwrite to decode again, or another --output")
-    try:
-        for path in there:
-            path.unlink()
-    except OSError as e:
-        raise InputError(f"cannot write {there[0]}: {e.strerror or e}") from e
-    write_json(file, mine)
 
 
 def read(source: Path) -> Latents:

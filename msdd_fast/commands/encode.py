@@ -10,38 +10,37 @@ and counted. The encoder runs in plain PyTorch: there is no engine for encoders.
 from __future__ import annotations
 
 import argparse
-import json
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
-from tqdm import tqdm
+from safetensors import safe_open
 
+from msdd_fast.commands.bulk.encode import encode_on_ray
+from msdd_fast.commands.bulk.options import add_ray, ray_options
 from msdd_fast.commands.common import (
     DTYPES,
     add_batch_size,
     add_checkpoint,
-    chunks,
-    device_of,
     load_tokenizer,
     positive_int,
 )
-from msdd_fast.commands.inputs import ImageReader, add_strict, encode, require_finite
-from msdd_fast.commands.record import digest, read_record
+from msdd_fast.commands.inputs import add_strict
+from msdd_fast.commands.shards import (
+    RECORD,
+    SHARD_SIZE,
+    EncodeJob,
+    names_in,
+    prepare_folder,
+    shard_paths,
+    shards_record,
+)
 from msdd_fast.errors import InputError
 from msdd_fast.io.files import as_path, require_writable
 from msdd_fast.io.images import find_image_files
-from msdd_fast.io.json_files import write_json
-from msdd_fast.io.latents import Latents, save_latents, unique_names
-from msdd_fast.tokenizer import Tokenizer
+from msdd_fast.io.latents import save_latents, unique_names
 
 MAX_FILE_BYTES = 2**30
-SHARD_SIZE = 8192
-RECORD = "encode.json"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,9 +61,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_strict(parser)
     add_checkpoint(parser)
     add_batch_size(parser)
+    add_ray(parser)
 
 
 def run(args: argparse.Namespace) -> None:
+    ray = ray_options(args)
+    if ray is not None:
+        encode_on_ray(args, ray)
+        return
     output = as_path("--output", args.output)
     single = _is_single(output, args.shard_size)
     require_writable(output if single else output / RECORD)
@@ -72,7 +76,7 @@ def run(args: argparse.Namespace) -> None:
     files = find_image_files(source)
     names = unique_names(files, source if source.is_dir() else source.parent)
     tokenizer = load_tokenizer(args)
-    job = _Job(tokenizer, files, names, DTYPES[args.dtype], args.batch_size)
+    job = EncodeJob(tokenizer, files, names, DTYPES[args.dtype], args.batch_size)
     if single:
         latents = job.encode(range(len(files)), limit=MAX_FILE_BYTES)
         job.reader.require_any()
@@ -98,46 +102,13 @@ def _is_single(output: Path, shard_size: int | None) -> bool:
     return single
 
 
-class _Job:
-    """What is to be encoded, and how."""
-
-    def __init__(
-        self, tokenizer: Tokenizer, files: list[Path], names: list[str], dtype: torch.dtype, batch_size: int
-    ) -> None:
-        self.tokenizer, self.files, self.names = tokenizer, files, names
-        self.dtype, self.batch_size = dtype, batch_size
-        self.reader = ImageReader(tokenizer.config.image_size)
-        self.bar = tqdm(total=len(files), unit="img", disable=None)
-
-    def encode(self, index: range, limit: int | None = None) -> Latents:
-        """The latents of these files, as far as they can be read. Raises InputError if they exceed ``limit`` bytes."""
-        parts: list[Tensor] = []
-        names: list[str] = []
-        for part in chunks(len(index), self.batch_size):
-            files = [self.files[index[i]] for i in part]
-            read, images = self.reader.read(files)
-            z = encode(self.tokenizer, images.to(device_of(self.tokenizer)), [files[i] for i in read])
-            z = z.to("cpu", self.dtype)
-            require_finite(f"rounding to {str(self.dtype).removeprefix('torch.')}", z, [files[i] for i in read])
-            parts.append(z)
-            names += [self.names[index[part.start + i]] for i in read]
-            needed = len(index) * z[:1].nbytes
-            if limit is not None and needed > limit:
-                raise InputError(
-                    f"--output must be a folder for latents of more than {limit / 2**30:g} GiB, got one file for "
-                    f"{needed / 2**30:.1f} GiB"
-                )
-            self.bar.update(len(part))
-        return Latents(torch.cat(parts), names)
-
-
-def _write_shards(job: _Job, folder: Path, size: int, overwrite: bool) -> Sequence[int]:
+def _write_shards(job: EncodeJob, folder: Path, size: int, overwrite: bool) -> Sequence[int]:
     """Shards of ``size`` images each; those that are there already are kept. Returns the shape of the latents."""
-    shards = [(folder / f"{i:06d}.safetensors", part) for i, part in enumerate(chunks(len(job.files), size))]
-    _prepare(folder, _record(job, size), overwrite)
+    shards = shard_paths(folder, len(job.files), size)
+    prepare_folder(folder, shards_record(job.tokenizer, job.names, job.dtype, size), overwrite)
     kept = 0
     for path, part in shards:
-        there = _names_in(path)
+        there = names_in(path)
         if there is None:
             continue
         if not set(there) <= {job.names[i] for i in part}:
@@ -147,7 +118,7 @@ def _write_shards(job: _Job, folder: Path, size: int, overwrite: bool) -> Sequen
         print(f"{kept} of {len(shards)} shards are already there")
     shape: Sequence[int] = ()
     for path, part in shards:
-        there = _names_in(path)
+        there = names_in(path)
         if there is None:
             latents = job.encode(part)
             save_latents(latents, path)
@@ -163,47 +134,3 @@ def _write_shards(job: _Job, folder: Path, size: int, overwrite: bool) -> Sequen
             shape = f.get_slice("latents").get_shape()
     job.reader.require_any()
     return shape
-
-
-def _record(job: _Job, size: int) -> dict[str, object]:
-    """What the shards of a folder depend on."""
-    return {
-        "encoder": digest("", job.tokenizer.encoder.state_dict()),
-        "image_size": job.tokenizer.config.image_size,
-        "dtype": str(job.dtype).removeprefix("torch."),
-        "shard_size": size,
-        "images": len(job.files),
-        "names": digest(json.dumps(job.names)),
-    }
-
-
-def _prepare(folder: Path, record: dict[str, object], overwrite: bool) -> None:
-    """Leave ``record`` in the folder. Raises InputError if the folder's latents are of something else."""
-    # Hidden files are what a killed run was writing.
-    there = {p.name for p in folder.glob("*.safetensors") if not p.name.startswith(".")}
-    foreign = sorted(n for n in there if not re.fullmatch(r"\d{6,}\.safetensors", n))
-    if foreign:
-        raise InputError(f"{folder} must hold nothing but shards of this command, got {foreign[0]}")
-    if overwrite:
-        for name in there:
-            (folder / name).unlink()
-    elif there:
-        before = read_record(folder / RECORD) or {}
-        differ = [name for name in record if before.get(name) != record[name]]
-        if differ:
-            raise InputError(
-                f"{folder} holds latents of another run (other {', '.join(differ)}): use --overwrite, or another folder"
-            )
-    write_json(folder / RECORD, record)
-
-
-def _names_in(path: Path) -> list[str] | None:
-    """The names in a shard; None if there is no such file, or it does not load."""
-    try:
-        with safe_open(path, framework="pt") as f:
-            if "latents" not in f.keys():  # noqa: SIM118 (not a dict)
-                return None
-            names = json.loads((f.metadata() or {}).get("names", "null"))
-    except (OSError, ValueError, SafetensorError):
-        return None
-    return names if isinstance(names, list) and all(isinstance(n, str) for n in names) else None

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 import warnings
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from msdd_fast.errors import InputError
@@ -27,14 +28,15 @@ class ImageReader:
 
     Args:
         size: pixels per side.
+        load: what is to be read, to an RGB image.
     """
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    def __init__(self, size: int, load: Callable[[Any], Image.Image] = load_image) -> None:
+        self.size, self.load = size, load
         self.count = 0
-        self.unreadable: list[tuple[Path, str]] = []
+        self.unreadable: list[tuple[object, str]] = []
 
-    def read(self, files: Sequence[Path]) -> tuple[list[int], Tensor]:
+    def read(self, files: Sequence[object]) -> tuple[list[int], Tensor]:
         """Which of ``files`` could be read, and their images: float32 (n, 3, size, size) in [-1, 1]."""
         self.count += len(files)
         read: list[int] = []
@@ -43,13 +45,13 @@ class ImageReader:
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # what decoders say of odd files; errors are reported
-                    images.append(to_tensor(center_crop(load_image(file), self.size)))
+                    images.append(to_tensor(center_crop(self.load(file), self.size)))
                 read.append(i)
             except InputError as e:
                 self.pass_over(file, str(e))
         return read, torch.stack(images) if images else torch.empty(0, 3, self.size, self.size)
 
-    def pass_over(self, file: Path, reason: str) -> None:
+    def pass_over(self, file: object, reason: str) -> None:
         self.unreadable.append((file, reason))
 
     def require_any(self) -> None:

@@ -8,9 +8,10 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -42,6 +43,36 @@ def load_latents(path: str | os.PathLike[str]) -> Latents:
 
     Raises InputError for a missing, damaged or foreign file, and for names that point outside a folder.
     """
+    with _opened(path) as f:
+        z, metadata = f.get_tensor("latents"), f.metadata() or {}
+    return Latents(z, _names(path, tuple(z.shape), metadata))
+
+
+class Head(NamedTuple):
+    """What a latents file says without its numbers: shape (N, ...) of the latents, their dtype, N names."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    names: list[str]
+
+
+def latents_head(path: str | os.PathLike[str]) -> Head:
+    """Only the header of a latents file is read. Otherwise as ``load_latents``."""
+    with _opened(path) as f:
+        piece, metadata = f.get_slice("latents"), f.metadata() or {}
+        shape, dtype = tuple(piece.get_shape()), piece.get_dtype()
+    return Head(shape, dtype, _names(path, shape, metadata))
+
+
+def load_rows(path: str | os.PathLike[str], first: int, last: int) -> Tensor:
+    """The latents ``first`` to ``last`` of a file. Raises as ``load_latents``."""
+    with _opened(path) as f:
+        rows: Tensor = f.get_slice("latents")[first:last]
+    return rows
+
+
+@contextmanager
+def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
     as_path("latents file", path)
     try:
         if Path(path).exists() and not Path(path).is_file():
@@ -49,24 +80,25 @@ def load_latents(path: str | os.PathLike[str]) -> Latents:
         with safe_open(path, framework="pt") as f:
             if "latents" not in f.keys():  # noqa: SIM118 (not a dict)
                 raise InputError(f"{path} must hold a tensor 'latents', got {', '.join(f.keys()) or 'nothing'}")
-            z = f.get_tensor("latents")
-            metadata = f.metadata() or {}
+            yield f
     except FileNotFoundError as e:
         raise InputError(f"latents file {path} does not exist") from e
     except (SafetensorError, OSError, ValueError, RuntimeError) as e:
         if isinstance(e, InputError):
             raise
         raise InputError(f"{path} is damaged or not a safetensors file: {e}") from e
-    if z.ndim not in (3, 4):
-        raise InputError(
-            f"{path}: latents must be (N, tokens, dim) or (N, channels, height, width), got {tuple(z.shape)}"
-        )
+
+
+def _names(path: str | os.PathLike[str], shape: tuple[int, ...], metadata: dict[str, str]) -> list[str]:
+    if len(shape) not in (3, 4):
+        raise InputError(f"{path}: latents must be (N, tokens, dim) or (N, channels, height, width), got {shape}")
     try:
-        names = parse_json(metadata["names"].encode()) if "names" in metadata else [f"{i:06d}" for i in range(len(z))]
+        names = parse_json(metadata["names"].encode()) if "names" in metadata else [f"{i:06d}" for i in range(shape[0])]
     except ValueError as e:
         raise InputError(f"{path}: its list of names is not valid JSON: {e}") from e
-    check_names(names, len(z), path)
-    return Latents(z, names)
+    check_names(names, shape[0], path)
+    found: list[str] = names
+    return found
 
 
 def unique_names(files: list[Path], root: Path) -> list[str]:

@@ -1,0 +1,1 @@
+"""Bulk work on Ray: what ``--ray`` does (docs/bulk.md)."""
