@@ -58,7 +58,7 @@ Kernel kernel_for(DType dtype, std::int64_t keys) {
 }
 
 // Loads every kernel on the current device, where CUDA would do it at its first launch, perhaps inside a capture, and
-// raises the limit of shared memory where it is above the 48 KiB that need no leave.
+// raises the limit of shared memory where it is above the 48 KiB that every kernel may use.
 void prepare() {
     for (const DType dtype : {DType::bfloat16, DType::float16}) {
         for (const std::int64_t keys : {127, 128, 191, 192, 256}) {  // one of each kernel
