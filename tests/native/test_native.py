@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from msdd_fast import backends, native, ops
+from msdd_fast.backends.extension import load_extension
 from msdd_fast.diffusion import noise
 from msdd_fast.errors import InputError
 from msdd_fast.native._call import operand
@@ -32,6 +36,22 @@ def renoise_noise(seeds, shape, stage, correlation):
     c, h, w = shape
     x = torch.zeros(len(seeds), c, h // 2, w // 2)
     return native.renoise_upsample(x, ZERO, ONE, seeds, stage, correlation)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [("plain", "plain plain plain"), ("avx2", "avx2 avx2 plain"), ("sse9", "must be auto, plain, avx2")],
+)
+def test_the_highest_level_can_be_chosen(value, expected):
+    if value == "avx2" and load_extension().linear_level() == "plain":
+        pytest.skip("this machine cannot run avx2")
+    code = (
+        "from msdd_fast.backends.extension import load_extension; e = load_extension();"
+        "print(e.linear_level(), e.attention_level(), e.linear_int8_level())"
+    )
+    env = {**os.environ, "MSDD_FAST_CPU_LEVEL": value}
+    run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert expected in run.stdout + run.stderr
 
 
 def test_integers_equal_the_reference():

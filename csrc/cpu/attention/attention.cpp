@@ -19,10 +19,10 @@ AttentionTask task_of(const std::string& level) {
     if (level == "plain") return attention_task_plain;
     if (level == "plain_bf16") return attention_task_plain_bf16;
 #ifdef MSDD_X86_LEVELS
-    if (level == "avx2" && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return attention_task_avx2;
-    if (level == "avx512" && __builtin_cpu_supports("avx512f") && task_of("avx2")) return attention_task_avx512;
-    if (level == "avx512bf16" && __builtin_cpu_supports("avx512bf16") && task_of("avx512"))
-        return attention_task_avx512bf16;
+    if (!can_run(level)) return nullptr;
+    if (level == "avx2") return attention_task_avx2;
+    if (level == "avx512") return attention_task_avx512;
+    if (level == "avx512bf16") return attention_task_avx512bf16;
 #endif
     return nullptr;
 }

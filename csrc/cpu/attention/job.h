@@ -2,6 +2,7 @@
 #pragma once
 
 #include "msdd_fast/attention.h"
+#include "msdd_fast/detail/levels.h"
 
 namespace msdd_fast {
 
@@ -32,8 +33,7 @@ constexpr std::int64_t scratch_floats(std::int64_t head_size) {
 void attention_task_plain(const AttentionJob&, std::int64_t, std::int64_t, std::int64_t, std::int64_t, float*);
 void attention_task_plain_bf16(const AttentionJob&, std::int64_t, std::int64_t, std::int64_t, std::int64_t, float*);
 
-#if defined(__x86_64__) && defined(__GNUC__)
-#define MSDD_X86_LEVELS
+#ifdef MSDD_X86_LEVELS
 void attention_task_avx2(const AttentionJob&, std::int64_t, std::int64_t, std::int64_t, std::int64_t, float*);
 void attention_task_avx512(const AttentionJob&, std::int64_t, std::int64_t, std::int64_t, std::int64_t, float*);
 void attention_task_avx512bf16(const AttentionJob&, std::int64_t, std::int64_t, std::int64_t, std::int64_t, float*);

@@ -9,6 +9,7 @@
 
 #include <string>
 
+#include "msdd_fast/detail/levels.h"
 #include "msdd_fast/linear.h"
 #include "msdd_fast/linear_int8.h"
 
@@ -61,9 +62,6 @@ float element(const Operand& x, std::int64_t at);
 // Throws std::invalid_argument on negative sizes and on an odd `out` with swiglu.
 void expect_shape(const LinearShape& shape);
 
-// Whether the machine can run the code of this name.
-bool can_run(const std::string& level);
-
 // The product of `rows` rows, in tasks for several threads. `row_bytes`: of a row of x as the tiles read it.
 void run_linear(const LinearJob& job, const LinearLevel& level, std::int64_t rows, const LinearShape& shape,
                 std::int64_t row_bytes, int threads);
@@ -74,15 +72,13 @@ void linear_task_plain_amx(const LinearJob&, const LinearPart&);
 void linear_task_plain_int8(const LinearJob&, const LinearPart&);
 void linear_task_plain_amx_int8(const LinearJob&, const LinearPart&);
 
-#if defined(__x86_64__) && defined(__GNUC__)
-#define MSDD_X86_LEVELS
+#ifdef MSDD_X86_LEVELS
 void linear_task_avx2(const LinearJob&, const LinearPart&);
 void linear_task_avx512(const LinearJob&, const LinearPart&);
 void linear_task_avx512bf16(const LinearJob&, const LinearPart&);
 void linear_task_amx(const LinearJob&, const LinearPart&);
 void linear_task_avx512vnni(const LinearJob&, const LinearPart&);
 void linear_task_amx_int8(const LinearJob&, const LinearPart&);
-bool linear_has_amx();
 #endif
 
 constexpr std::int64_t PANEL_PLAIN = 16, PANEL_AVX2 = 16, PANEL_AVX512 = 64;

@@ -60,21 +60,6 @@ std::int64_t rows_per_task(std::int64_t rows, std::int64_t panels, std::int64_t 
 
 }  // namespace
 
-bool can_run(const std::string& level) {
-#ifdef MSDD_X86_LEVELS
-    if (level == "avx2") return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    if (level == "avx512")
-        return can_run("avx2") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-               __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
-    if (level == "avx512bf16") return can_run("avx512") && __builtin_cpu_supports("avx512bf16");
-    if (level == "avx512vnni") return can_run("avx512") && __builtin_cpu_supports("avx512vnni");
-    if (level == "amx") return can_run("avx512bf16") && linear_has_amx();
-#else
-    (void)level;
-#endif
-    return false;
-}
-
 void expect_shape(const LinearShape& shape) {
     expect(shape.out >= 0 && shape.in >= 0, "sizes must not be negative");
     expect(!shape.swiglu || shape.out % 2 == 0, "out must be even with swiglu, got " + std::to_string(shape.out));

@@ -16,8 +16,8 @@ from msdd_fast.errors import InputError
 
 DEFAULT = "auto"
 # Levels of the extension at which decodes with its products, recorded as programs, measured faster than with oneDNN and
-# MKL in bfloat16 and float32 (docs/benchmarks.md). Elsewhere PyTorch multiplies until `msdd-fast tune` says otherwise.
-MEASURED_LEVELS = ("avx512bf16",)
+# MKL (docs/engine.md). Elsewhere PyTorch multiplies until `msdd-fast tune` says otherwise.
+MEASURED_LEVELS = ("avx2", "avx512", "avx512bf16")
 MAX_PLANS = 256
 
 
