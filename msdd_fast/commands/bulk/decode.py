@@ -72,7 +72,7 @@ def decode_on_ray(args: argparse.Namespace, options: RayOptions, record: str) ->
         "cfg_scale": cfg_scale,
         "dtype": DTYPES[args.dtype],
     }
-    wrote = 0
-    for line in run_units(DecodeWorker, arguments, units, output, options):
-        wrote += line["count"]
+    wrote = sum(line["count"] for line, new in run_units(DecodeWorker, arguments, units, output, options) if new)
+    if wrote < count:
+        print(f"{count - wrote} of {count} are already there")
     print(f"wrote {wrote} pictures to {args.output}")

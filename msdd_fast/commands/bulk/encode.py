@@ -39,7 +39,7 @@ def encode_on_ray(args: argparse.Namespace, options: RayOptions) -> None:
     checkpoint = absolute_checkpoint(args.checkpoint)
     arguments = {"checkpoint": checkpoint, "dtype": DTYPES[args.dtype], "batch": args.batch_size}
     reader, shape = ImageReader(tokenizer.config.image_size), []
-    for line in run_units(EncodeWorker, arguments, units, output, options):
+    for line, _ in run_units(EncodeWorker, arguments, units, output, options):
         reader.count += line["count"]
         for file, reason in line["unreadable"]:
             reader.pass_over(file, reason)

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,11 @@ def run_units(
     units: Sequence[Unit],
     folder: Path,
     options: RayOptions,
-) -> Iterator[dict[str, Any]]:
-    """Does the units that the folder's manifest does not have yet, or whose file is gone; yields the manifest's lines.
+) -> Iterator[tuple[dict[str, Any], bool]]:
+    """Does the units that the folder's manifest does not have yet, or whose file is gone.
 
-    Those of earlier runs come first. A line is written when its unit is. Raises InputError with the first error of a
-    unit, BackendUnavailableError if Ray fails.
+    Yields the manifest's lines, and whether this run has added them; those of earlier runs come first. A line is
+    written when its unit is. Raises InputError with the first error of a unit, BackendUnavailableError if Ray fails.
     """
     manifest = folder / MANIFEST
     there = {_key(unit, folder) for unit in units if is_there(unit)}
@@ -43,7 +44,7 @@ def run_units(
     for number, unit in enumerate(units):
         line = done.get(_key(unit, folder))
         if line is not None:
-            yield line
+            yield line, False
         else:
             todo.append({"unit": number, "work": json.dumps(unit)})
     if not todo:
@@ -56,7 +57,7 @@ def run_units(
             line["output"] = os.path.relpath(line["output"], folder)
             append_json_lines(manifest, [line])
             bar.update(line["count"])
-            yield line
+            yield line, True
     sweep(units)
 
 
@@ -106,6 +107,7 @@ def _on_ray(
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     import ray
 
+    _require_reachable(options.address)
     local = {"include_dashboard": False} if options.address == LOCAL else {}
     try:
         ray.init(address=options.address, log_to_driver=False, logging_level=logging.ERROR, **local)
@@ -134,6 +136,17 @@ def _on_ray(
         raise BackendUnavailableError(f"Ray gave up: {_reason(e)}") from e
     finally:
         ray.shutdown()
+
+
+def _require_reachable(address: str) -> None:
+    """Fail at once where Ray would try for minutes. Raises BackendUnavailableError if nobody listens at HOST:PORT."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except OSError as e:
+        raise BackendUnavailableError(f"--ray {address}: {e.strerror or e}") from e
 
 
 def _workers(options: RayOptions, cluster: dict[str, float]) -> tuple[int, dict[str, Any]]:

@@ -5,6 +5,7 @@ test_on_ray.py does the same on Ray itself.
 
 import json
 import random
+import socket
 import tarfile
 
 import numpy as np
@@ -16,6 +17,7 @@ from safetensors.torch import save_file
 from msdd_fast.commands import main as cli
 from msdd_fast.commands.bulk import options as bulk_options
 from msdd_fast.commands.bulk import run as bulk_run
+from msdd_fast.errors import BackendUnavailableError
 from msdd_fast.io.json_files import read_json_lines
 from msdd_fast.io.latents import Latents, load_latents, save_latents
 from tests.commands.bulk.conftest import COUNT, digests
@@ -42,15 +44,6 @@ class InProcess:
             rows = {name: np.array([value], dtype=object) for name, value in row.items()}
             self.done.append(row["unit"])
             yield json.loads(made(rows)["result"][0])
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Of PyTorch: these are many small decodes."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -142,7 +135,8 @@ def test_a_killed_decode_goes_on(run, ray, z_file, tmp_path, survive):
     assert sorted(ray.done) == [0, 1, 2]  # none twice
     assert digests(out, ".tar") == digests(tmp_path / "whole", ".tar")
     assert len(read_json_lines(out / "manifest.jsonl")) == 3
-    assert f"wrote {COUNT} pictures" in run(*args, "-o", out)[1] and len(ray.done) == 3
+    again = run(*args, "-o", out)[1]
+    assert again == f"{COUNT} of {COUNT} are already there\nwrote 0 pictures to {out}\n" and len(ray.done) == 3
     (out / "000001.tar").unlink()
     run(*args, "-o", out)
     assert ray.done[3:] == [1] and digests(out, ".tar") == digests(tmp_path / "whole", ".tar")
@@ -254,6 +248,16 @@ def test_more_workers_than_this_machine_has_cores_are_refused():
     for given in (("local", 3, 1, None), ("local", 1, 3, None), ("auto", 1, 3, None)):
         with pytest.raises(Exception, match="cores, Ray has 2"):
             workers(options(*given), {"CPU": 2.0})
+
+
+def test_an_address_where_nobody_listens_is_said_at_once():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        for address in (f"127.0.0.1:{port}", f"ray://127.0.0.1:{port}", "local", "auto"):
+            bulk_run._require_reachable(address)
+    for address in (f"127.0.0.1:{port}", f"ray://127.0.0.1:{port}"):
+        with pytest.raises(BackendUnavailableError, match=f"--ray {address}: Connection refused"):
+            bulk_run._require_reachable(address)
 
 
 def test_pictures_of_the_command_are_what_the_engine_gives(run, ray, z_file, latents, tiny, tmp_path):
