@@ -33,7 +33,7 @@ def dtype_name(text: str) -> str:
 
 def renamed(words: Sequence[str], names: Mapping[str, str]) -> list[str]:
     """``words`` with the options of version 0.1 under their new names, each with a warning."""
-    new = []
+    new: list[str] = []
     for i, word in enumerate(words):
         if word == "--":
             return [*new, *words[i:]]
@@ -46,7 +46,7 @@ def renamed(words: Sequence[str], names: Mapping[str, str]) -> list[str]:
 
 
 def pick_device(name: str | None) -> torch.device:
-    """The device of that name, by default cuda if there is one, else cpu. Raises InputError if it does not work here."""
+    """The device of that name (default: cuda if there is one, else cpu). Raises InputError if it does not work here."""
     import torch
 
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
