@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 DELAY = 2.0
-"""Seconds before a progress bar appears."""
+"""Seconds before a progress bar of many items appears."""
 
 
 def add_json(parser: argparse.ArgumentParser, content: str) -> None:
@@ -41,16 +41,16 @@ def finish(args: argparse.Namespace, result: dict[str, Any]) -> None:
         write_json(args.json, result)
 
 
-def bar(args: argparse.Namespace, total: int, unit: str = "img") -> tqdm[NoReturn]:
-    """A progress bar on stderr for what takes longer than 2 s: on a terminal only, and not with --quiet."""
+def bar(args: argparse.Namespace, total: int, unit: str = "img", delay: float | None = None) -> tqdm[NoReturn]:
+    """A progress bar on stderr, if it takes longer than ``delay`` (2 s): on a terminal only, and not with --quiet."""
     from tqdm import tqdm
 
     off = True if getattr(args, "quiet", False) else None  # None: tqdm looks whether stderr is a terminal
-    return tqdm(total=total, unit=unit, disable=off, delay=DELAY, leave=False)
+    return tqdm(total=total, unit=unit, disable=off, delay=DELAY if delay is None else delay, leave=False)
 
 
 class Steps:
-    """The steps of a command whose lengths nobody knows, as a progress bar with a name."""
+    """The steps of a slow command, as a progress bar that has the name of the current one from its beginning."""
 
     def __init__(self, shown: tqdm[NoReturn]) -> None:
         self._shown, self._begun = shown, 0
@@ -64,5 +64,5 @@ class Steps:
 
 @contextmanager
 def steps(args: argparse.Namespace, count: int) -> Iterator[Steps]:
-    with bar(args, count, "step") as shown:
+    with bar(args, count, "step", 0) as shown:
         yield Steps(shown)
