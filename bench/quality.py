@@ -13,7 +13,8 @@ import argparse
 import dataclasses
 import math
 import statistics
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -24,9 +25,13 @@ from msdd_fast.bench.report.text import markdown_table
 from msdd_fast.bench.timing.clock import WallTimer
 from msdd_fast.diffusion.schedule import StageSchedule
 from msdd_fast.engine import accelerate
+from msdd_fast.errors import InputError
 from msdd_fast.families import family_of
+from msdd_fast.io.arguments import positive_int, renamed
+from msdd_fast.io.files import require_writable
 from msdd_fast.io.images import CROP_DESCRIPTION, center_crop, find_image_files, load_image, to_tensor
 from msdd_fast.io.json_files import write_json
+from msdd_fast.io.program import run_program
 from msdd_fast.metrics.image import figures
 from msdd_fast.metrics.vgg19 import Vgg19Distance
 from msdd_fast.sampling import VelocityModel, sample
@@ -93,7 +98,7 @@ def evaluate_set(
         for steps in args.steps:
             if steps == 1 and grid != args.grids[0]:
                 continue  # one step is the same in every grid
-            for scale in args.cfg:
+            for scale in args.cfg_scale:
 
                 def decode(
                     p: range, schedule: StageSchedule = schedule, steps: int = steps, scale: float = scale
@@ -142,18 +147,23 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     return "\n".join(markdown_table(table))
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint")
+    parser.add_argument("checkpoint", help="bundled name, directory or hub id")
     parser.add_argument("--set", action="append", required=True, metavar="NAME=DIR", dest="sets")
     parser.add_argument("--vgg19", metavar="FILE")
-    parser.add_argument("--steps", type=int, nargs="+", default=[1, 4, 30])
-    parser.add_argument("--cfg", type=float, nargs="+", default=[1.0, 1.5, 2.0])
+    parser.add_argument("--steps", type=positive_int, nargs="+", default=[1, 4, 30])
+    parser.add_argument("--cfg-scale", type=float, nargs="+", default=[1.0, 1.5, 2.0])
     parser.add_argument("--grids", nargs="+", default=["uniform"], choices=["uniform", "authors"])
-    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--batch-size", type=positive_int, default=8)
     parser.add_argument("--speed", type=float, default=0.0, metavar="SECONDS", help="also time the engine")
     parser.add_argument("--json", metavar="FILE")
-    args = parser.parse_args()
+    args = parser.parse_args(renamed(sys.argv[1:] if arguments is None else arguments, {"--cfg": "--cfg-scale"}))
+    if args.json:
+        require_writable(args.json)
+    for item in args.sets:
+        if not all(item.partition("=")):
+            raise InputError(f"--set must be NAME=DIR, got {item!r}")
     tokenizer = Tokenizer.from_pretrained(args.checkpoint)
     distance = Vgg19Distance(args.vgg19) if args.vgg19 else None
     size = tokenizer.config.image_size
@@ -170,4 +180,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program(main))

@@ -1,6 +1,6 @@
 """Throughput and memory of stage-1 training on one device, and estimates for whole configurations.
 
-    python -m msdd_fast.bench.training measure --preset msdd-d12 --batch 32 64 128 256 --out d12.json
+    python -m msdd_fast.bench.training measure --preset msdd-d12 --batch-size 32 64 128 256 --json d12.json
     python -m msdd_fast.bench.training estimate stage1-cross-4scale --measured d12.json --gpus 8
 
 FLOP are those of matrix products and attention (families/work.py); a backward pass counts as two forward passes.
@@ -18,15 +18,18 @@ from typing import Any, NamedTuple
 import torch
 
 from msdd_fast.bench.decode.models import resolutions_of
-from msdd_fast.bench.report.documents import read_json
+from msdd_fast.bench.report.documents import read_json, taken_for
 from msdd_fast.bench.report.text import markdown_table
 from msdd_fast.bench.timing.ceilings import gemm_rate
 from msdd_fast.diffusion.config import Config
 from msdd_fast.diffusion.schedule import NUM_TIMESTEPS, StageSchedule
-from msdd_fast.errors import InputError, MsddFastError
+from msdd_fast.errors import InputError
 from msdd_fast.families import family_of, get_preset
 from msdd_fast.families.work import total
+from msdd_fast.io.arguments import pick_device, positive_int, renamed
+from msdd_fast.io.files import require_writable
 from msdd_fast.io.json_files import write_json
+from msdd_fast.io.program import run_program
 from msdd_fast.tokenizer import Tokenizer
 from msdd_fast.training.config import read_config
 from msdd_fast.training.data import ImageDataset
@@ -122,16 +125,18 @@ def measure(
 
 
 def measure_all(args: argparse.Namespace) -> None:
-    device = args.device or ("cuda" if torch.cuda.is_available() else None)
-    if device is None:
+    if args.device is None and not torch.cuda.is_available():
         raise InputError("training throughput is measured on a GPU, and none is here; use --device cpu to try it out")
+    device = str(pick_device(args.device))
+    if args.json:
+        require_writable(args.json)
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else "CPU"
     record: dict[str, Any] = {"preset": args.preset, "device": name, "torch": torch.__version__, "rows": []}
     record |= {"activation_checkpointing": args.activation_checkpointing, "compile": args.compile}
     print(
         f"{args.preset} on {name}", *markdown_table([["batch", "img/s", "TFLOP/s", "of a large GEMM", "GiB"]]), sep="\n"
     )
-    for batch in args.batch:
+    for batch in args.batch_size:
         try:
             row = measure(args.preset, batch, device, args.steps, args.activation_checkpointing, args.compile)
         except torch.OutOfMemoryError:
@@ -145,8 +150,8 @@ def measure_all(args: argparse.Namespace) -> None:
             f"| {row.memory_gib:.1f} |",
             flush=True,
         )
-    if args.out:
-        write_json(args.out, record, indent=1)
+    if args.json:
+        write_json(args.json, record, indent=1)
 
 
 def estimate(
@@ -190,13 +195,15 @@ def estimate(
 
 
 def print_estimate(args: argparse.Namespace) -> None:
-    measured = read_json(args.measured, "a file that measure wrote")
+    what = "a file that measure wrote"
+    measured = read_json(args.measured, what)
     kind: Any = MSDDDistillConfig if args.config.startswith("stage2") else MSDDTrainConfig
     config = read_config(kind, args.config, missing="")
     preset = args.preset or getattr(config, "preset", None)
     if preset is None:
         raise InputError("--preset must name the model of a stage-2 configuration, got none")
-    print("\n".join(estimate(config, preset, measured, args.gpus)))
+    with taken_for(args.measured, what):
+        print("\n".join(estimate(config, preset, measured, args.gpus)))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -204,26 +211,22 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True)
     one = commands.add_parser("measure", help="img/s, fraction of the peak and memory at several batch sizes")
     one.add_argument("--preset", default="msdd-d12")
-    one.add_argument("--batch", type=int, nargs="+", default=[32, 64, 128, 256])
-    one.add_argument("--steps", type=int, default=10)
+    one.add_argument("--batch-size", type=positive_int, nargs="+", default=[32, 64, 128, 256])
+    one.add_argument("--steps", type=positive_int, default=10)
     one.add_argument("--device")
     one.add_argument("--activation-checkpointing", action="store_true")
     one.add_argument("--compile", action="store_true")
-    one.add_argument("--out", help="JSON file")
+    one.add_argument("--json", metavar="FILE")
     one.set_defaults(run=measure_all)
     two = commands.add_parser("estimate", help="time and memory of a configuration on such devices")
     two.add_argument("config", help="a configuration's name or file")
     two.add_argument("--measured", required=True, help="what measure wrote")
-    two.add_argument("--gpus", type=int, default=8)
+    two.add_argument("--gpus", type=positive_int, default=8)
     two.add_argument("--preset", help="the model, for stage 2")
     two.set_defaults(run=print_estimate)
-    args = parser.parse_args(argv)
-    try:
-        args.run(args)
-    except MsddFastError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 1
-    return 0
+    names = {"--batch": "--batch-size", "--out": "--json"}
+    args = parser.parse_args(renamed(sys.argv[1:] if argv is None else argv, names))
+    return run_program(lambda: args.run(args))
 
 
 if __name__ == "__main__":

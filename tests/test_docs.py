@@ -1,6 +1,10 @@
 """What the documents say is what the code does."""
 
+import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -95,3 +99,17 @@ def test_commands_in_the_readme_exist():
     targets = re.findall(r"^make ([\w-]+)", README, re.M)
     makefile = (ROOT / "Makefile").read_text()
     assert targets and all(re.search(rf"^{t}:", makefile, re.M) for t in targets)
+
+
+def test_completion(tmp_path):
+    """The function of the page completes commands, in a shell whose msdd-fast prints help."""
+    if shutil.which("bash") is None:
+        pytest.skip("needs bash")
+    (script,) = re.findall(r"```bash\n(declare.*?)```", (ROOT / "docs/command-line.md").read_text(), re.S)
+    program = tmp_path / "msdd-fast"
+    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m msdd_fast "$@"\n')
+    program.chmod(0o755)
+    ask = 'COMP_WORDS=(msdd-fast de) COMP_CWORD=1; _msdd_fast; echo "${COMPREPLY[@]}"'
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "COLUMNS": "80"}
+    done = subprocess.run(["bash", "-c", script + ask], capture_output=True, text=True, env=environment)
+    assert done.stdout.split() == ["demo", "decode"], done.stderr

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib.util
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -31,13 +32,15 @@ from msdd_fast.bench.baselines.ours import OURS
 from msdd_fast.bench.baselines.peer import Peer, build, size_of
 from msdd_fast.bench.baselines.rae import RAE
 from msdd_fast.bench.baselines.turns import WAYS, Options, in_turns
-from msdd_fast.bench.ops.suite import DTYPES
-from msdd_fast.bench.report.documents import read_json
+from msdd_fast.bench.report.documents import read_json, taken_for
 from msdd_fast.bench.report.text import aligned, number
 from msdd_fast.bench.timing.ceilings import copy_bandwidth, gemm_rate
 from msdd_fast.bench.timing.machine import machine_info
 from msdd_fast.errors import InputError
+from msdd_fast.io.arguments import DTYPES, dtype_name, pick_device, positive_int, renamed
+from msdd_fast.io.files import require_writable
 from msdd_fast.io.json_files import write_json
+from msdd_fast.io.program import run_program
 
 PEERS = (*AUTOENCODERS, RAE, CONSISTENCY)
 
@@ -104,10 +107,10 @@ def table(rows: Sequence[dict[str, Any]], batch: int) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16" if torch.cuda.is_available() else "fp32")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--batch-size", type=positive_int, default=1)
+    parser.add_argument("--dtype", type=dtype_name, choices=DTYPES, help="default: bfloat16 on a GPU, else float32")
+    parser.add_argument("--device", help="torch device (default: cuda if there is one, else cpu)")
+    parser.add_argument("--rounds", type=positive_int, default=20)
     parser.add_argument("--seconds", type=float, default=10.0, help="per decoder and way (default: %(default)s)")
     parser.add_argument("--compile-seconds", type=float, default=60.0, help="0 leaves it out (default: %(default)s)")
     parser.add_argument("--only", nargs="*", default=[], metavar="NAME")
@@ -115,24 +118,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--from", dest="source", type=Path, metavar="FILE", help="measure nothing: print a stored table"
     )
-    args = parser.parse_args(arguments)
+    args = parser.parse_args(renamed(sys.argv[1:] if arguments is None else arguments, {"--batch": "--batch-size"}))
     if args.source:
-        document = read_json(args.source, "a JSON file of peers")
-        print("\n".join(table(document["rows"], document["batch"])))
+        what = "a JSON file of peers"
+        document = read_json(args.source, what)
+        with taken_for(args.source, what):
+            print("\n".join(table(document["rows"], document["batch"])))
         return
+    if args.json:
+        require_writable(args.json)
     known = [p.name for p in PEERS] + list(OURS)
     if set(args.only) - set(known):
         raise InputError(f"--only must name some of {', '.join(known)}, got {', '.join(args.only)}")
-    options = Options(
-        torch.device(args.device), DTYPES[args.dtype], args.batch, args.rounds, args.seconds, args.compile_seconds
-    )
+    if {p.name for p in PEERS} & set(args.only or known) and importlib.util.find_spec("diffusers") is None:
+        raise InputError("other decoders need diffusers: pip install 'msdd-fast[peers]'")
+    device = pick_device(args.device)
+    dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    options = Options(device, getattr(torch, dtype), args.batch_size, args.rounds, args.seconds, args.compile_seconds)
     rows = measure(options, args.only, lambda name: print(f"measuring {name}", file=sys.stderr, flush=True))
-    print("\n".join(table(rows, args.batch)))
+    print("\n".join(table(rows, args.batch_size)))
     if args.json:
-        ceilings = {"copy": copy_bandwidth(options.device), args.dtype: gemm_rate(options.device, options.dtype)}
+        ceilings = {"copy": copy_bandwidth(options.device), dtype: gemm_rate(options.device, options.dtype)}
         document = {
-            "batch": args.batch,
-            "dtype": args.dtype,
+            "batch": args.batch_size,
+            "dtype": dtype,
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "machine": machine_info(),
             "ceilings": ceilings,
@@ -142,4 +151,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program(main))

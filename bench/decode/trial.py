@@ -16,24 +16,28 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from msdd_fast.bench.decode.regressions import GATE, between, lines
 from msdd_fast.bench.timing.machine import machine_info
+from msdd_fast.io.arguments import pick_device, positive_int
+from msdd_fast.io.files import require_writable
 from msdd_fast.io.json_files import write_json
+from msdd_fast.io.program import run_program
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--times", type=int, default=5, help="comparisons with itself (default: %(default)s)")
+    parser.add_argument("--times", type=positive_int, default=5, help="comparisons with itself (default: %(default)s)")
     parser.add_argument("--plant", type=float, default=0.15, help="share of the slowdown (default: %(default)s)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", help="torch device (default: cuda if there is one, else cpu)")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(arguments)
+    device = pick_device(args.device).type
+    if args.json:
+        require_writable(args.json)
     runs: list[dict[str, Any]] = []
     for slowdown in [0.0] * args.times + [args.plant]:
         begin = time.perf_counter()
-        verdicts = between(None, GATE, args.device, slowdown)
+        verdicts = between(None, GATE, device, slowdown)
         seconds = time.perf_counter() - begin
         good = all(v.slower == (slowdown > 0) for v in verdicts)
         runs.append({"slowdown": slowdown, "seconds": seconds, "good": good, "verdicts": [*map(asdict, verdicts)]})
@@ -53,4 +57,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program(main))

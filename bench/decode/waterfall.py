@@ -13,6 +13,7 @@ weights.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -33,7 +34,10 @@ from msdd_fast.bench.timing.trace import count_launches
 from msdd_fast.engine import FastDecoder, accelerate
 from msdd_fast.engine.report import Accuracy
 from msdd_fast.errors import AccuracyError, BackendUnavailableError, InputError
+from msdd_fast.io.arguments import pick_device, positive_int, renamed
+from msdd_fast.io.files import require_writable
 from msdd_fast.io.json_files import write_json
+from msdd_fast.io.program import run_program
 from msdd_fast.layers.convolution import Convolution, Shortcut, UpsampleConvolution
 from msdd_fast.layers.linear.dense import DenseLinear
 from msdd_fast.tokenizer import Tokenizer
@@ -192,16 +196,18 @@ def table(result: dict[str, Any]) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1])
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--steps", type=int, help="default: the config's")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--batch-size", type=positive_int, nargs="+", default=[1])
+    parser.add_argument("--rounds", type=positive_int, default=7)
+    parser.add_argument("--steps", type=positive_int, help="default: the config's")
+    parser.add_argument("--device", help="torch device (default: cuda if there is one, else cpu)")
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--json", type=Path)
-    args = parser.parse_args(arguments)
-    tokenizer = load(args.model, torch.device(args.device))
+    args = parser.parse_args(renamed(sys.argv[1:] if arguments is None else arguments, {"--batch": "--batch-size"}))
+    if args.json:
+        require_writable(args.json)
+    tokenizer = load(args.model, pick_device(args.device))
     results = []
-    for batch in args.batch:
+    for batch in args.batch_size:
         results.append(measure(tokenizer, batch, args.rounds, not args.no_compile, args.steps))
         print(f"{args.model}, batch {batch}\n{table(results[-1])}\n", flush=True)
     if args.json:
@@ -209,4 +215,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program(main))

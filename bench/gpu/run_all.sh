@@ -148,7 +148,7 @@ training() {
       skip "training-$preset" "no GPU"
     else
       run "training-$preset" "$python" -m msdd_fast.bench.training measure --preset "$preset" \
-        --batch 32 64 128 256 --out "$out/training-$preset.json"
+        --batch-size 32 64 128 256 --json "$out/training-$preset.json"
     fi
   done
 }

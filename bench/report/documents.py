@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,3 +17,12 @@ def read_json(path: str | Path, what: str) -> Any:
         return files.read_json(path)
     except (OSError, ValueError) as error:
         raise InputError(f"{path} must be {what}: {error}") from error
+
+
+@contextmanager
+def taken_for(path: str | Path, what: str) -> Iterator[None]:
+    """Raises InputError, which says that ``path`` must be ``what``, if the block misses something in its content."""
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} must be {what}: it has no {error}") from error

@@ -6,13 +6,15 @@ python -m msdd_fast.bench.report.op_table FILE.json [...]     (prints Markdown)
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterable, Mapping
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from msdd_fast.bench.report.documents import read_json
+from msdd_fast.bench.report.documents import read_json, taken_for
 from msdd_fast.bench.report.text import aligned, ceilings_line, markdown_table
+from msdd_fast.io.program import run_program
 
 HEADER = ("op", "px", "dtype", "batch", "provider", "median us", "GB/s", "% of copy", "speed-up", "img/s", "max error")
 LEFT = (1, 3)  # dtype and provider, without the op
@@ -65,8 +67,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", type=Path)
     for path in parser.parse_args().files:
-        print(markdown(read_json(path, "a JSON file of pytest-benchmark")))
+        what = "a JSON file of pytest-benchmark"
+        document = read_json(path, what)
+        with taken_for(path, what):
+            print(markdown(document))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program(main))

@@ -11,13 +11,15 @@ from __future__ import annotations
 import argparse
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image, ImageChops
 
-from msdd_fast.errors import BackendUnavailableError
+from msdd_fast.errors import BackendUnavailableError, InputError
+from msdd_fast.io.program import run_program
 
 SIZES = {"bench": (940, 9000), "bench-phone": (390, 12000)}
 THEMES = {"light": (), "dark": ("--blink-settings=preferredColorScheme=0",)}
@@ -51,6 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     if shutil.which(args.browser) is None:
         raise BackendUnavailableError(f"screenshots need the browser {args.browser!r} on the PATH")
+    if not args.report.is_file():
+        raise InputError(f"report must be a file of msdd-fast bench --html, got {args.report}")
     args.folder.mkdir(parents=True, exist_ok=True)
     for name, size in SIZES.items():
         for theme, options in THEMES.items():
@@ -60,4 +64,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program(main))

@@ -23,7 +23,10 @@ from msdd_fast.bench.report.text import aligned
 from msdd_fast.bench.timing import overhead_worker
 from msdd_fast.bench.timing.machine import ROOT, machine_info
 from msdd_fast.errors import InputError
+from msdd_fast.io.arguments import positive_int
+from msdd_fast.io.files import require_writable
 from msdd_fast.io.json_files import write_json
+from msdd_fast.io.program import run_program
 
 WAYS = ("op", "bound", "C")
 
@@ -113,9 +116,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, nargs="*", default=[], metavar="TREE", help="other trees to measure too")
     parser.add_argument("--only", nargs="*", default=[], metavar="OP")
-    parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
+    parser.add_argument("--rounds", type=positive_int, default=5, help="default: %(default)s")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(arguments)
+    if args.json:
+        require_writable(args.json)
     found = measure([ROOT, *(root.resolve() for root in args.root)], args.rounds, args.only)
     print("\n".join(table(found)))
     if args.json:
@@ -123,4 +128,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program(main))

@@ -13,6 +13,7 @@ import importlib
 import multiprocessing
 import pkgutil
 import re
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -22,8 +23,9 @@ import msdd_fast.kernels
 from msdd_fast.bench.report.text import markdown_table
 from msdd_fast.bench.work.offsets import crossing_offsets
 from msdd_fast.bench.work.sass import disassemble, widest
-from msdd_fast.io.files import atomic_write
+from msdd_fast.io.files import atomic_write, require_writable
 from msdd_fast.io.json_files import write_json
+from msdd_fast.io.program import run_program
 from msdd_fast.kernels._aot import DTYPES, NVIDIA, TARGETS, AotCase
 
 INTRO = """# Kernel report
@@ -173,6 +175,9 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--markdown", metavar="FILE")
     args = parser.parse_args()
+    for path in (args.json, args.markdown):
+        if path:
+            require_writable(path)
     wanted = [
         (i, d, t)
         for i, (_, case) in enumerate(all_cases())
@@ -192,4 +197,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program(main))

@@ -11,11 +11,13 @@ import itertools
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from msdd_fast.commands.common import pick_device, positive_int
+from msdd_fast.commands.output import bar, say
 from msdd_fast.errors import RegressionError
+from msdd_fast.io.arguments import pick_device, positive_int
 from msdd_fast.io.files import atomic_write, require_writable
 
 if TYPE_CHECKING:
@@ -27,11 +29,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("what to measure")
     what.add_argument("--suite", choices=("standard", "full"), default="standard", help="default: %(default)s")
     what.add_argument("--gate", action="store_true", help="a subset that takes at most a minute")
-    what.add_argument("--model", nargs="+", help="checkpoints or presets (random weights) instead of a suite")
-    what.add_argument("--batch", type=positive_int, nargs="+", default=[1], help="with --model (default: 1)")
-    what.add_argument("--steps", type=positive_int, default=1, help="with --model (default: 1)")
-    what.add_argument("--cfg-scale", type=float, default=1.0, help="with --model (default: 1)")
-    what.add_argument("--kind", nargs="+", choices=("decode", "encode"), default=["decode"], help="with --model")
+    what.add_argument("--checkpoint", nargs="+", help="or presets (random weights), instead of a suite")
+    what.add_argument("--batch-size", type=positive_int, nargs="+", default=[1], help="with --checkpoint (default: 1)")
+    what.add_argument("--steps", type=positive_int, default=1, help="with --checkpoint (default: 1)")
+    what.add_argument("--cfg-scale", type=float, default=1.0, help="with --checkpoint (default: 1)")
+    what.add_argument("--kind", nargs="+", choices=("decode", "encode"), default=["decode"], help="with --checkpoint")
     how = parser.add_argument_group("how")
     how.add_argument("--device", help="torch device (default: cuda if there is one, else cpu)")
     how.add_argument("--rounds", type=positive_int, default=200, help="maximum (default: %(default)s)")
@@ -40,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--no-compile", action="store_true", help="do not measure torch.compile")
     how.add_argument("--no-cold-start", action="store_true", help="do not measure the cold start")
     out = parser.add_argument_group("output")
-    out.add_argument("--json", metavar="FILE", help="store the run")
+    out.add_argument("--json", metavar="FILE", help="store the run; - is standard output")
     out.add_argument("--html", metavar="FILE", help="write a report as one self-contained page")
     out.add_argument("--from", dest="source", metavar="FILE", help="measure nothing and use this stored run")
     out.add_argument(
@@ -62,24 +64,32 @@ def run(args: argparse.Namespace) -> None:
     base = args.compare
     if base is not None and not Path(base).is_file():
         specs = regressions.GATE if args.gate else regressions.ALL
-        _finish(regressions.against_revision(base, device.type, specs, _progress))
+        _finish(args, regressions.against_revision(base, device.type, specs, partial(_progress, args)))
         return
     stored = results.read(base) if base is not None else None
     if args.source:
         document = results.read(args.source)
-        print("\n".join(line for result in document["cases"] for line in [*results.case_lines(result), ""]))
+        for result in document["cases"]:
+            _print_case(args, result)
     else:
         cases = _cases(args)
-        document = decode.run_suite(
-            cases,
-            device,
-            args.rounds,
-            with_cold_start=not (args.no_cold_start or args.gate),
-            waterfall_of=cases[0].model if args.html and cases[0].kind == "decode" else None,
-            progress=_print_case,
-            note=_progress,
-        )
-    print("\n".join(results.metadata_lines(document)))
+        with bar(args, len(cases), "case") as shown:
+
+            def progress(result: dict[str, Any]) -> None:
+                shown.clear()
+                _print_case(args, result)
+                shown.update()
+
+            document = decode.run_suite(
+                cases,
+                device,
+                args.rounds,
+                with_cold_start=not (args.no_cold_start or args.gate),
+                waterfall_of=cases[0].model if args.html and cases[0].kind == "decode" else None,
+                progress=progress,
+                note=partial(_progress, args),
+            )
+    say(args, *results.metadata_lines(document))
     if args.json:
         results.save(document, args.json)
     if args.html:
@@ -88,16 +98,16 @@ def run(args: argparse.Namespace) -> None:
         with atomic_write(args.html) as temporary:
             temporary.write_text(page(document, results.history(document)))
     if stored is not None:
-        _finish(regressions.against_document(stored, document))
+        _finish(args, regressions.against_document(stored, document))
 
 
 def _cases(args: argparse.Namespace) -> list[DecodeCase]:
     from msdd_fast.bench.decode.cases import SUITES, DecodeCase
 
-    if args.model:
+    if args.checkpoint:
         cases = [
             DecodeCase(model, batch, args.steps, args.cfg_scale, kind)
-            for model, batch, kind in itertools.product(args.model, args.batch, args.kind)
+            for model, batch, kind in itertools.product(args.checkpoint, args.batch_size, args.kind)
         ]
     else:
         cases = SUITES["gate" if args.gate else args.suite]()
@@ -108,21 +118,22 @@ def _cases(args: argparse.Namespace) -> list[DecodeCase]:
     return cases
 
 
-def _print_case(result: dict[str, Any]) -> None:
+def _print_case(args: argparse.Namespace, result: dict[str, Any]) -> None:
     from msdd_fast.bench.report.results import case_lines
 
-    print("\n".join(case_lines(result)) + "\n", flush=True)
+    say(args, *case_lines(result), "")
 
 
-def _progress(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
+def _progress(args: argparse.Namespace, message: str) -> None:
+    if not getattr(args, "quiet", False):
+        print(message, file=sys.stderr, flush=True)
 
 
-def _finish(verdicts: Sequence[Verdict]) -> None:
+def _finish(args: argparse.Namespace, verdicts: Sequence[Verdict]) -> None:
     """Print the verdicts. Raises RegressionError if a case is slower."""
     from msdd_fast.bench.decode.regressions import lines
 
-    print("\n".join(lines(verdicts)))
+    say(args, *lines(verdicts))
     slower = [v.name for v in verdicts if v.slower]
     if slower:
         raise RegressionError(f"{len(slower)} of {len(verdicts)} cases became slower: {'; '.join(slower)}")

@@ -8,7 +8,9 @@ from collections.abc import Iterator
 import torch
 
 from msdd_fast.engine import FastDecoder, accelerate
-from msdd_fast.errors import InputError
+from msdd_fast.io.arguments import dtype_name as dtype_name
+from msdd_fast.io.arguments import pick_device as pick_device
+from msdd_fast.io.arguments import positive_int as positive_int
 from msdd_fast.io.images import load_batch as load_batch
 from msdd_fast.tokenizer import Tokenizer
 
@@ -25,6 +27,10 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="image i uses seed + i (default: 0)")
+    add_steps_and_guidance(parser)
+
+
+def add_steps_and_guidance(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=None, help="denoising steps per scale (default: the checkpoint's)")
     parser.add_argument(
         "--cfg-scale", type=float, default=None, help="classifier-free guidance (default: the checkpoint's)"
@@ -34,6 +40,7 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
 def add_dtype(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype",
+        type=dtype_name,
         choices=sorted(DTYPES),
         default="bfloat16",
         help="arithmetic of the decoder (default: %(default)s; a CPU without fast bfloat16 calculates in float32)",
@@ -46,29 +53,10 @@ def add_batch_size(parser: argparse.ArgumentParser, default: int = 8) -> None:
     )
 
 
-def positive_int(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
-
-
 def load_tokenizer(args: argparse.Namespace) -> Tokenizer:
     """The checkpoint of the command line on its device."""
     device = pick_device(args.device)
     return Tokenizer.from_pretrained(args.checkpoint).to(device)
-
-
-def pick_device(name: str | None) -> torch.device:
-    """The device named by --device, else the default; InputError if it does not work here."""
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).cpu()
-    except (RuntimeError, AssertionError, ImportError) as e:  # a device that is unknown, absent, or holds no data
-        reason = (str(e).splitlines() or [type(e).__name__])[0]
-        raise InputError(f"--device must name a torch device that works here, got {name!r}: {reason}") from e
-    return device
 
 
 def load_engine(args: argparse.Namespace, tokenizer: Tokenizer, batch_size: int) -> FastDecoder:

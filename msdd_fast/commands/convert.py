@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from msdd_fast.checkpoint import check_destination
+from msdd_fast.commands.output import add_json, check_json, finish, say
 from msdd_fast.errors import InputError
 from msdd_fast.families import families
 from msdd_fast.families.base import Option, ReleasedFormat
@@ -46,9 +47,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             help=f"{who}{first.help} (default: {first.default})",
         )
     parser.add_argument("--export", action="store_true", help="from our checkpoint to a file in the authors' format")
+    add_json(parser, "what was written")
 
 
 def run(args: argparse.Namespace) -> None:
+    check_json(args)
     known, source = formats(), Path(args.source)
     options = {option: getattr(args, option) for f in known.values() for option in f.options}
     given = {option: value for option, value in options.items() if value is not None}
@@ -58,7 +61,8 @@ def run(args: argparse.Namespace) -> None:
             raise InputError(f"output must end in .safetensors, got {args.output}")
         require_writable(args.output)
         Tokenizer.from_pretrained(args.source).export_released(args.output)
-        print(f"wrote {args.output}")
+        say(args, f"wrote {args.output}")
+        finish(args, {"out": args.output})
         return
     if source.is_dir():
         _refuse({**given, **_given_family(args)}, ("weights", "image_size"), "for a state of a training run")
@@ -73,9 +77,11 @@ def run(args: argparse.Namespace) -> None:
         found = known[family].load(source, **given)
         tokenizer, unused = Tokenizer.from_stored(found.config, found.tensors, found.source), found.unused
     tokenizer.save_pretrained(args.output)
-    print(f"wrote {args.output}: {sum(p.numel() for p in tokenizer.parameters()) / 1e6:.1f} M parameters")
+    parameters = sum(p.numel() for p in tokenizer.parameters())
+    say(args, f"wrote {args.output}: {parameters / 1e6:.1f} M parameters")
     if unused:
-        print(f"{len(unused)} unused tensors left out: {', '.join(unused)}")
+        say(args, f"{len(unused)} unused tensors left out: {', '.join(unused)}")
+    finish(args, {"out": args.output, "parameters": parameters, "unused": list(unused)})
 
 
 def _family_for(suffix: str, known: dict[str, ReleasedFormat]) -> str:

@@ -12,7 +12,6 @@ import json
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from msdd_fast.commands.bulk.decode import decode_on_ray
 from msdd_fast.commands.bulk.options import add_ray, ray_options
@@ -26,6 +25,7 @@ from msdd_fast.commands.common import (
     load_tokenizer,
     positive_int,
 )
+from msdd_fast.commands.output import add_json, bar, check_json, finish, say
 from msdd_fast.commands.record import claim, decode_options, digest
 from msdd_fast.commands.shards import RECORD, SHARD_SIZE
 from msdd_fast.diffusion.checks import check_latents
@@ -41,7 +41,7 @@ OPTIONS = "decode.json"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", help="a latents file, or a folder of them")
     parser.add_argument(
-        "-o", "--output", default="decoded", help="folder, or a .png for a single image (default: %(default)s)"
+        "-o", "--out", default="decoded", help="folder, or a .png for a single image (default: %(default)s)"
     )
     parser.add_argument("--overwrite", action="store_true", help="decode again what is already there")
     parser.add_argument("--shards", action="store_true", help="with --ray: WebDataset shards of PNG files")
@@ -51,9 +51,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_sampling(parser)
     add_dtype(parser)
     add_batch_size(parser)
+    add_json(parser, "what was written")
 
 
 def run(args: argparse.Namespace) -> None:
+    check_json(args)
     ray = ray_options(args)
     if ray is not None:
         decode_on_ray(args, ray, OPTIONS)
@@ -61,7 +63,7 @@ def run(args: argparse.Namespace) -> None:
     if args.shard_size is not None:
         raise InputError("--shard-size needs --ray and --shards")
     latents = read(Path(args.source))
-    targets = output_files(latents, Path(args.output))
+    targets = output_files(latents, Path(args.out))
     if targets:
         require_writable(targets[0])
     tokenizer = load_tokenizer(args)
@@ -71,11 +73,11 @@ def run(args: argparse.Namespace) -> None:
     engine = load_engine(args, tokenizer, args.batch_size)
     z = digest(json.dumps(latents.names), {"z": latents.z})
     mine = decode_options(z, tokenizer, args.seed, engine.steps, engine.cfg_scale, args.dtype, engine.dtype)
-    claim(mine, options_file(Path(args.output)), targets, args.overwrite)
+    claim(mine, options_file(Path(args.out)), targets, args.overwrite)
     missing = [args.overwrite or not path.exists() for path in targets]
     if not all(missing):
-        print(f"{len(targets) - sum(missing)} of {len(targets)} are already there")
-    with tqdm(total=sum(missing), unit="img", disable=None) as bar:
+        say(args, f"{len(targets) - sum(missing)} of {len(targets)} are already there")
+    with bar(args, sum(missing)) as shown:
         for part in chunks(len(targets), args.batch_size):
             todo = [i for i in part if missing[i]]
             if todo:
@@ -86,8 +88,9 @@ def run(args: argparse.Namespace) -> None:
                     raise InputError(f"decoding gave NaN or Inf for one of {', '.join(latents.names[index])}")
                 for i in todo:
                     save_image(to_image(images[i - part.start]), targets[i])
-                bar.update(len(todo))
-    print(f"wrote {sum(missing)} pictures to {args.output}")
+                shown.update(len(todo))
+    say(args, f"wrote {sum(missing)} pictures to {args.out}")
+    finish(args, {"out": args.out, "images": [str(t) for t in targets], "written": sum(missing), "options": mine})
 
 
 def options_file(output: Path) -> Path:
@@ -122,8 +125,8 @@ def output_files(latents: Latents, output: Path) -> list[Path]:
     """Where every picture goes."""
     if output.suffix.lower() in IMAGE_SUFFIXES:
         if len(latents.z) != 1:
-            raise InputError(f"--output must be a folder for {len(latents.z)} images, got {output}")
+            raise InputError(f"--out must be a folder for {len(latents.z)} images, got {output}")
         return [output]
     if output.exists() and not output.is_dir():
-        raise InputError(f"--output must be a folder or a picture file, got the file {output}")
+        raise InputError(f"--out must be a folder or a picture file, got the file {output}")
     return [output / f"{name}.png" for name in latents.names]

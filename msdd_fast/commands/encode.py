@@ -1,6 +1,6 @@
 """Encode images to latents with a name for each image.
 
-An --output that ends in .safetensors is one file, for sets whose latents fit into memory. Any other is a folder of
+An --out that ends in .safetensors is one file, for sets whose latents fit into memory. Any other is a folder of
 shards (000000.safetensors, ...), which `decode` reads whole. A run that was interrupted goes on with the first shard
 that is missing and gives the same shards. Images are turned as EXIF says, converted to sRGB by their ICC profile and
 composited on white where they are transparent; of 16 bits the upper 8 count. Images that cannot be read are passed over
@@ -10,7 +10,6 @@ and counted. The encoder runs in plain PyTorch: there is no engine for encoders.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from msdd_fast.commands.common import (
     positive_int,
 )
 from msdd_fast.commands.inputs import add_strict
+from msdd_fast.commands.output import add_json, bar, check_json, finish, say
 from msdd_fast.commands.shards import (
     RECORD,
     SHARD_SIZE,
@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", help="an image, or a folder that is searched for images")
     parser.add_argument(
         "-o",
-        "--output",
+        "--out",
         default="latents.safetensors",
         help="a .safetensors file, or a folder for shards (default: %(default)s)",
     )
@@ -62,33 +62,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_checkpoint(parser)
     add_batch_size(parser)
     add_ray(parser)
+    add_json(parser, "what was written")
 
 
 def run(args: argparse.Namespace) -> None:
+    check_json(args)
     ray = ray_options(args)
     if ray is not None:
         encode_on_ray(args, ray)
         return
-    output = as_path("--output", args.output)
+    output = as_path("--out", args.out)
     single = _is_single(output, args.shard_size)
     require_writable(output if single else output / RECORD)
     source = as_path("source", args.source)
     files = find_image_files(source)
     names = unique_names(files, source if source.is_dir() else source.parent)
     tokenizer = load_tokenizer(args)
-    job = EncodeJob(tokenizer, files, names, DTYPES[args.dtype], args.batch_size)
-    if single:
-        latents = job.encode(range(len(files)), limit=MAX_FILE_BYTES)
-        job.reader.require_any()
-        save_latents(latents, output)
-        shape: Sequence[int] = latents.z.shape
-        wrote = str(output)
-    else:
-        shape = _write_shards(job, output, args.shard_size or SHARD_SIZE, args.overwrite)
-        wrote = f"{output}/"
-    count = len(files) - len(job.reader.unreadable)
-    stream = sys.stderr if str(output) == "-" else sys.stdout
-    print(f"wrote {wrote}: {' x '.join(map(str, (count, *shape[1:])))}", file=stream)
+    kept = 0
+    with bar(args, len(files)) as shown:
+        job = EncodeJob(tokenizer, files, names, DTYPES[args.dtype], args.batch_size, shown=shown)
+        if single:
+            latents = job.encode(range(len(files)), limit=MAX_FILE_BYTES)
+            job.reader.require_any()
+            save_latents(latents, output)
+            shape: Sequence[int] = latents.z.shape
+            wrote = str(output)
+        else:
+            shards = _prepare_shards(job, output, args.shard_size or SHARD_SIZE, args.overwrite)
+            kept = sum(names_in(path) is not None for path, _ in shards)
+            if kept:
+                say(args, f"{kept} of {len(shards)} shards are already there")
+            shape = _write_shards(job, shards)
+            wrote = f"{output}/"
+    shape = (len(files) - len(job.reader.unreadable), *shape[1:])
+    say(args, f"wrote {wrote}: {' x '.join(map(str, shape))}")
+    unreadable = [str(file) for file, _ in job.reader.unreadable]
+    result = {"out": args.out, "shape": list(shape), "dtype": args.dtype}
+    finish(args, {**result, "unreadable": unreadable, "shards_kept": kept})
     job.reader.report(args.strict)
 
 
@@ -96,26 +106,25 @@ def _is_single(output: Path, shard_size: int | None) -> bool:
     special = str(output) == "-" or (output.exists() and not output.is_dir() and not output.is_file())
     single = special or output.suffix == ".safetensors"
     if not single and not output.is_dir() and (output.suffix or output.is_file()):
-        raise InputError(f"--output must end in .safetensors, got {output} (a name without a suffix is a folder)")
+        raise InputError(f"--out must end in .safetensors, got {output} (a name without a suffix is a folder)")
     if single and shard_size is not None:
-        raise InputError(f"--shard-size needs a folder as --output, got {output}")
+        raise InputError(f"--shard-size needs a folder as --out, got {output}")
     return single
 
 
-def _write_shards(job: EncodeJob, folder: Path, size: int, overwrite: bool) -> Sequence[int]:
-    """Shards of ``size`` images each; those that are there already are kept. Returns the shape of the latents."""
+def _prepare_shards(job: EncodeJob, folder: Path, size: int, overwrite: bool) -> list[tuple[Path, range]]:
+    """Shards of ``size`` images each, of which those that are there already are kept."""
     shards = shard_paths(folder, len(job.files), size)
     prepare_folder(folder, shards_record(job.tokenizer, job.names, job.dtype, size), overwrite)
-    kept = 0
     for path, part in shards:
         there = names_in(path)
-        if there is None:
-            continue
-        if not set(there) <= {job.names[i] for i in part}:
+        if there is not None and not set(there) <= {job.names[i] for i in part}:
             raise InputError(f"{path} holds other images: use --overwrite, or another folder")
-        kept += 1
-    if kept:
-        print(f"{kept} of {len(shards)} shards are already there")
+    return shards
+
+
+def _write_shards(job: EncodeJob, shards: Sequence[tuple[Path, range]]) -> Sequence[int]:
+    """Those that are missing. Returns the shape of the latents."""
     shape: Sequence[int] = ()
     for path, part in shards:
         there = names_in(path)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import json
 from typing import Any
 
 from msdd_fast import __version__
 from msdd_fast.backends.environment import collect_env, shortcomings
 from msdd_fast.errors import BackendUnavailableError
+from msdd_fast.io.json_files import write_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="machine-readable")
+    parser.add_argument("--json", metavar="FILE", nargs="?", const="-", help="write it as JSON; alone, or -, to stdout")
     parser.add_argument("--check", action="store_true", help="exit with 1 if something is missing")
 
 
@@ -20,8 +20,8 @@ def run(args: argparse.Namespace) -> None:
     missing = shortcomings()
     report = {"msdd_fast": __version__, **collect_env(), "missing": missing}
     if args.json:
-        print(json.dumps(report, indent=2))
-    else:
+        write_json(args.json, report)
+    elif not getattr(args, "quiet", False):
         print("\n".join(_lines({name: value for name, value in report.items() if name != "missing"})))
         print("\nverdict: " + ("; ".join(missing) if missing else "everything that this machine can use is there"))
     if args.check and missing:

@@ -9,14 +9,12 @@ from __future__ import annotations
 import argparse
 import importlib
 import logging
-import os
-import signal
 import sys
 from collections.abc import Sequence
-from types import FrameType
 
 from msdd_fast import __version__
-from msdd_fast.errors import MsddFastError
+from msdd_fast.io.arguments import renamed
+from msdd_fast.io.program import run_program
 
 COMMANDS = {
     "demo": "reconstruct bundled photographs; img/s for each scale",
@@ -24,6 +22,7 @@ COMMANDS = {
     "encode": "images -> latents (.safetensors)",
     "decode": "latents (.safetensors) -> images",
     "eval": "PSNR, SSIM and perceptual distance over a folder",
+    "export": "a decoder as a program for torch.export, AOTInductor or ONNX",
     "convert": "authors' checkpoint or a state of a training run -> msdd-fast checkpoint directory",
     "train": "train a tokenizer on image folders or tar shards",
     "distill": "distil a trained tokenizer into one step per scale",
@@ -35,13 +34,26 @@ COMMANDS = {
 }
 
 
+# Options of version 0.1 -> their names today. They go in 0.3.
+RENAMED = {
+    "reconstruct": {"--output": "--out"},
+    "encode": {"--output": "--out"},
+    "decode": {"--output": "--out"},
+    "bench": {"--model": "--checkpoint", "--batch": "--batch-size"},
+    "profile": {"--model": "--checkpoint", "--batch": "--batch-size"},
+}
+LEVELS = ("-v", "--verbose", "-q", "--quiet")
+
+
 def build_parser(chosen: str | None = None) -> argparse.ArgumentParser:
     """The parser of the whole command line; only ``chosen`` has its arguments."""
     levels = argparse.ArgumentParser(add_help=False)
     levels.add_argument(
         "-v", "--verbose", action="store_true", default=argparse.SUPPRESS, help="log what the library decides"
     )
-    levels.add_argument("-q", "--quiet", action="store_true", default=argparse.SUPPRESS, help="log errors only")
+    levels.add_argument(
+        "-q", "--quiet", action="store_true", default=argparse.SUPPRESS, help="errors only, no progress"
+    )
     parser = argparse.ArgumentParser(
         prog="msdd-fast",
         description="Decode image latents to pixels, fast.",
@@ -69,34 +81,12 @@ def build_parser(chosen: str | None = None) -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
-    try:
-        before = signal.signal(signal.SIGTERM, _terminate)
-    except ValueError:  # not in the main thread
-        before = None
-    try:
-        code = _run(words)
-        sys.stdout.flush()
-        return code
-    except MsddFastError as e:
-        return _fail(f"error: {' '.join(str(e).split())}", 1)
-    except KeyboardInterrupt:
-        return _fail("interrupted", 130)
-    except BrokenPipeError:
-        _drop_output()
-        return 141
-    except OSError as e:  # a full disk, most often that of stdout
-        _drop_output()
-        where = "" if e.filename is None else f": {e.filename}"
-        return _fail(f"error: {e.strerror or e}{where}", 1)
-    except _TerminatedError:
-        return _fail("terminated", 143)
-    finally:
-        if before is not None:
-            signal.signal(signal.SIGTERM, before)
+    return run_program(lambda: _run(words))
 
 
 def _run(words: list[str]) -> int:
     chosen = next((w for w in words if not w.startswith("-")), None)
+    words = renamed(words, RENAMED.get(chosen or "", {}))
     parser = build_parser(chosen)
     args, rest = parser.parse_known_args(words)
     if args.command is None:
@@ -106,33 +96,13 @@ def _run(words: list[str]) -> int:
         return 0
     if rest and not args.forwards:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    args.rest = rest
-    verbose, quiet = getattr(args, "verbose", False), getattr(args, "quiet", False)
+    verbose = getattr(args, "verbose", False) or (args.forwards and not {"-v", "--verbose"}.isdisjoint(rest))
+    quiet = getattr(args, "quiet", False) or (args.forwards and not {"-q", "--quiet"}.isdisjoint(rest))
+    args.rest = [word for word in rest if not args.forwards or word not in LEVELS]
     level = logging.INFO if verbose else logging.ERROR if quiet else logging.WARNING
     logging.basicConfig(level=level, format="%(name)s: %(message)s")
     args.run(args)
     return 0
-
-
-def _drop_output() -> None:
-    """Python flushes stdout once more at exit, which must not fail again."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-class _TerminatedError(BaseException):
-    """SIGTERM, as an exception: what is being written is cleaned up on the way out."""
-
-
-def _terminate(number: int, frame: FrameType | None) -> None:
-    raise _TerminatedError
-
-
-def _fail(message: str, code: int) -> int:
-    print(f"msdd-fast: {message}", file=sys.stderr)
-    return code
 
 
 if __name__ == "__main__":

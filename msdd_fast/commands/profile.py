@@ -10,30 +10,34 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from msdd_fast.commands.common import add_sampling, pick_device, positive_int
+from msdd_fast.commands.common import add_sampling
+from msdd_fast.commands.output import add_json, check_json, finish, say, steps
 from msdd_fast.errors import BackendUnavailableError
+from msdd_fast.io.arguments import DTYPES, dtype_name, pick_device, positive_int
 from msdd_fast.io.files import atomic_write, require_writable
 
 NCU = ("ncu", "--set", "full", "--target-processes", "all", "--launch-skip", "2", "--launch-count", "1")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default="msdd-nano", help="checkpoint or preset (default: %(default)s)")
+    parser.add_argument("--checkpoint", default="msdd-nano", help="or a preset (default: %(default)s)")
     parser.add_argument("--device", help="torch device (default: cuda if there is one, else cpu)")
     parser.add_argument("--provider", choices=("engine", "eager"), default="engine", help="default: %(default)s")
-    parser.add_argument("--batch", type=positive_int, default=1, help="images (default: 1)")
+    parser.add_argument("--batch-size", type=positive_int, default=1, help="images (default: 1)")
     parser.add_argument("--top", type=positive_int, default=20, metavar="N", help="rows of the table (default: 20)")
     parser.add_argument("--trace", metavar="FILE", help="write a Chrome trace (.json), for ui.perfetto.dev")
     parser.add_argument("--memory", action="store_true", help="also print the peak of allocated memory")
+    add_json(parser, "the kernels")
     add_sampling(parser)
     op = parser.add_argument_group("one op alone, with its benchmark's inputs")
     op.add_argument("--op", metavar="NAME", help="profile this op instead of a decode")
     op.add_argument("--shape", default="1x256", metavar="BATCHxPIXELS", help="default: %(default)s")
-    op.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="default: the engine's compute dtype")
+    op.add_argument("--dtype", type=dtype_name, choices=DTYPES, help="default: the engine's compute dtype")
     op.add_argument("--backend", help="of the op or the engine (default: auto)")
     op.add_argument(
         "--ncu", action="store_true", help="run under Nsight Compute, or print its command if it is missing"
@@ -51,20 +55,23 @@ def run(args: argparse.Namespace) -> None:
     from msdd_fast.engine.compute import compute_dtype
 
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes a line for each start and stop
+    check_json(args)
     if args.trace:
         require_writable(args.trace)
     if args.ncu:
         _nsight(args)
         return
     device = pick_device(args.device)
-    dtype = suite.DTYPES[args.dtype] if args.dtype else compute_dtype(torch.bfloat16, device)[0]
+    dtype = getattr(torch, args.dtype) if args.dtype else compute_dtype(torch.bfloat16, device)[0]
     if args.op:
         batch, scale = parse_shape(args.shape)
         call = one_op(args.op, suite.Case(scale, dtype, batch, device), args.backend)
-        found, profiler = profile.rows(call, device)
+        with steps(args, 1) as step:
+            step("profiling")
+            found, profiler = profile.rows(call, device)
     else:
-        tokenizer = models.load(args.model, device)
-        z = models.random_latents(tokenizer.config, args.batch, device)
+        tokenizer = models.load(args.checkpoint, device)
+        z = models.random_latents(tokenizer.config, args.batch_size, device)
         sampling = {"steps": args.steps, "cfg_scale": args.cfg_scale}
         if args.provider == "engine":
             engine = accelerate(
@@ -72,7 +79,7 @@ def run(args: argparse.Namespace) -> None:
                 dtype=dtype,
                 backend=args.backend or "auto",
                 graphs=False,
-                batch_sizes=(args.batch,),
+                batch_sizes=(args.batch_size,),
                 **sampling,
             )
             dtype = engine.dtype
@@ -80,7 +87,9 @@ def run(args: argparse.Namespace) -> None:
             def call() -> object:
                 return engine.decode(z, args.seed)
 
-            found, profiler = profile.rows(call, device)
+            with steps(args, 1) as step:
+                step("profiling")
+                found, profiler = profile.rows(call, device)
         else:
             tokenizer = models.in_dtype(tokenizer, dtype)  # cast here: the layers named below must be those that run
             decode = models.eager(tokenizer, dtype)
@@ -89,16 +98,18 @@ def run(args: argparse.Namespace) -> None:
             def call() -> object:
                 return decode(z, seed=args.seed, **options)
 
-            with profile.named_layers(tokenizer.decoder):
+            with profile.named_layers(tokenizer.decoder), steps(args, 1) as step:
+                step("profiling")
                 found, profiler = profile.rows(call, device)
-    print("\n".join(table(found, device, dtype, args.top)))
+    say(args, *table(found, device, dtype, args.top))
     if args.memory:
         snapshot = Path(args.trace).with_suffix(".memory.pickle") if args.trace and device.type == "cuda" else None
-        print(memory(call, device, snapshot))
+        say(args, memory(call, device, snapshot))
     if args.trace:
         with atomic_write(args.trace) as temporary:
             profiler.export_chrome_trace(str(temporary))
-        print(f"wrote {args.trace}: open it at https://ui.perfetto.dev")
+        say(args, f"wrote {args.trace}: open it at https://ui.perfetto.dev")
+    finish(args, {"device": str(device), "dtype": str(dtype).removeprefix("torch."), "kernels": [*map(asdict, found)]})
 
 
 def _nsight(args: argparse.Namespace) -> None:

@@ -16,6 +16,7 @@ from msdd_fast.commands.common import (
     load_tokenizer,
 )
 from msdd_fast.commands.inputs import ImageReader, add_strict, printable, require_finite
+from msdd_fast.commands.output import add_json, check_json, finish, say
 from msdd_fast.commands.reconstruction import draw, reconstruct
 from msdd_fast.io.images import find_image_files, require_picture_path, save_image
 from msdd_fast.metrics.image import psnr
@@ -23,15 +24,17 @@ from msdd_fast.metrics.image import psnr
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("photos", nargs="+", metavar="PHOTO", help="any pictures; the largest centred square is used")
-    parser.add_argument("-o", "--output", default="reconstruction.png", help="picture to write (default: %(default)s)")
+    parser.add_argument("-o", "--out", default="reconstruction.png", help="picture to write (default: %(default)s)")
     add_strict(parser)
     add_checkpoint(parser)
     add_sampling(parser)
     add_dtype(parser)
+    add_json(parser, "the PSNR of every image")
 
 
 def run(args: argparse.Namespace) -> None:
-    require_picture_path(args.output)
+    check_json(args)
+    require_picture_path(args.out)
     files = [f for photo in args.photos for f in find_image_files(photo)]
     tokenizer = load_tokenizer(args)
     reader = ImageReader(tokenizer.config.image_size)
@@ -41,8 +44,11 @@ def run(args: argparse.Namespace) -> None:
     images = images.to(device_of(tokenizer))
     r = reconstruct(tokenizer, images, seeds, load_engine(args, tokenizer, len(images)))
     require_finite("decoding", r.result, shown)
-    save_image(draw(r), args.output)
-    for file, value in zip(shown, psnr(r.result, r.original).tolist(), strict=True):
-        print(f"{printable(file)}: {value:.2f} dB")
-    print(f"wrote {args.output}: original, clean estimate of each coarser scale, result")
+    save_image(draw(r), args.out)
+    values = psnr(r.result, r.original).tolist()
+    for file, value in zip(shown, values, strict=True):
+        say(args, f"{printable(file)}: {value:.2f} dB")
+    say(args, f"wrote {args.out}: original, clean estimate of each coarser scale, result")
+    results = [{"file": str(file), "psnr_db": value} for file, value in zip(shown, values, strict=True)]
+    finish(args, {"out": args.out, "checkpoint": args.checkpoint, "images": results})
     reader.report(args.strict)

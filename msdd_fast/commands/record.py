@@ -71,7 +71,7 @@ def claim(mine: dict[str, Any], file: Path, targets: list[Path], overwrite: bool
             reason = f"was decoded with {', '.join(differ) or 'other options'}"
         else:
             reason = f"is there, and {file} does not say how it was decoded"
-        raise InputError(f"{there[0]} {reason}; give --overwrite to decode again, or another --output")
+        raise InputError(f"{there[0]} {reason}; give --overwrite to decode again, or another --out")
     try:
         for path in there:
             path.unlink()

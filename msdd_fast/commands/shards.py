@@ -38,11 +38,12 @@ class EncodeJob:
         dtype: torch.dtype,
         batch_size: int,
         load: Callable[[Any], Image.Image] = load_image,
+        shown: tqdm[Any] | None = None,
     ) -> None:
         self.tokenizer, self.files, self.names = tokenizer, files, names
         self.dtype, self.batch_size = dtype, batch_size
         self.reader = ImageReader(tokenizer.config.image_size, load)
-        self.bar = tqdm(total=len(files), unit="img", disable=None)
+        self.bar = tqdm(total=len(files), disable=True) if shown is None else shown
 
     def encode(self, index: range, limit: int | None = None) -> Latents:
         """The latents of these files, as far as they can be read. Raises InputError if they exceed ``limit`` bytes."""
@@ -59,7 +60,7 @@ class EncodeJob:
             needed = len(index) * z[:1].nbytes
             if limit is not None and needed > limit:
                 raise InputError(
-                    f"--output must be a folder for latents of more than {limit / 2**30:g} GiB, got one file for "
+                    f"--out must be a folder for latents of more than {limit / 2**30:g} GiB, got one file for "
                     f"{needed / 2**30:.1f} GiB"
                 )
             self.bar.update(len(part))

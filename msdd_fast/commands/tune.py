@@ -6,7 +6,6 @@ All that can run are timed in turn, round after round, and the medians are compa
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -19,7 +18,8 @@ import torch
 from msdd_fast.backends.extension import extension_status
 from msdd_fast.backends.tuned import machine
 from msdd_fast.commands.common import pick_device, positive_int
-from msdd_fast.io.files import require_writable
+from msdd_fast.commands.output import say, steps
+from msdd_fast.io.files import STDOUT, require_writable
 from msdd_fast.io.json_files import write_json
 from msdd_fast.layers.linear.base import Linear
 from msdd_fast.layers.linear.dense import DenseLinear
@@ -44,7 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rounds", type=positive_int, default=25, help="timings of each backend (default: %(default)s)"
     )
-    parser.add_argument("--out", metavar="FILE", help="write the table here, whole or not at all (default: print it)")
+    parser.add_argument(
+        "-o", "--out", "--json", dest="out", metavar="FILE", help="write the table here (default: print it)"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -52,17 +54,19 @@ def run(args: argparse.Namespace) -> None:
         require_writable(args.out)
     device = pick_device(args.device)
     measured: dict[str, Any] = {}
-    for dtype in DTYPES:
-        rows = {str(n): _fastest(n, args.heads, getattr(torch, dtype), device, args.rounds) for n in QUERIES}
-        measured[dtype] = {str(HEAD_SIZE): rows}
-    table = {machine(str(device), OP.name): {OP.name: measured}}
-    if device.type == "cpu" and extension_status()[0]:
-        table.setdefault(machine("cpu", "linear"), {})["linear"] = _linears(args.rounds)
+    linear = device.type == "cpu" and extension_status()[0]
+    with steps(args, len(DTYPES) + linear) as step:
+        for dtype in DTYPES:
+            step(f"attention, {dtype}")
+            rows = {str(n): _fastest(n, args.heads, getattr(torch, dtype), device, args.rounds) for n in QUERIES}
+            measured[dtype] = {str(HEAD_SIZE): rows}
+        table = {machine(str(device), OP.name): {OP.name: measured}}
+        if linear:
+            step("linear")
+            table.setdefault(machine("cpu", "linear"), {})["linear"] = _linears(args.rounds)
+    write_json(args.out or STDOUT, table)
     if args.out:
-        write_json(args.out, table)
-        print(f"to use it: export MSDD_FAST_TUNED={Path(args.out).absolute()}")
-    else:
-        print(json.dumps(table, indent=2))
+        say(args, f"to use it: export MSDD_FAST_TUNED={Path(args.out).absolute()}")
 
 
 @torch.no_grad()

@@ -65,7 +65,13 @@ def resolve_seeds(seed: int | Sequence[int] | Tensor, batch: int, device: torch.
 
     An int s gives image i the seed s + i; a sequence, integer tensor or integer array of length ``batch`` is taken as
     it is. Integers of NumPy are ints, too. Raises InputError unless every seed is in [0, 2^63).
+
+    Under torch.compile and torch.export an int64 tensor passes with its values unread, which would break the graph.
     """
+    if torch.compiler.is_compiling() and isinstance(seed, Tensor) and seed.dtype == torch.int64 and seed.ndim == 1:
+        if len(seed) != batch:
+            raise InputError(f"seed must be an int or {batch} ints, one per image, got {len(seed)}")
+        return seed.to(device)
     first = _as_seed(seed)
     if first is not None:
         seeds = list(range(first, first + batch))

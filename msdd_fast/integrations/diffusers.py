@@ -241,6 +241,16 @@ class TokenizerVAE(ModelMixin, ConfigMixin):
     def disable_slicing(self) -> None:
         self.use_slicing = False
 
+    def enable_tiling(self) -> NoReturn:
+        """Refused: the noise of a tile would not be that of its place in the image."""
+        raise InputError(
+            "enable_tiling is not there for diffusion decoders: bound the memory with as_vae(accelerate(tokenizer, "
+            "max_memory=BYTES)), or decode image by image with enable_slicing"
+        )
+
+    def disable_tiling(self) -> None:
+        """There is none to disable."""
+
     def save_pretrained(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refused: diffusers could not load it again."""
         raise InputError(

@@ -29,8 +29,12 @@ class LpipsVgg(nn.Module):
     Raises CheckpointError if a file is missing or holds another network.
     """
 
-    SOURCE = "torchvision's VGG-16, https://download.pytorch.org/models/vgg16-397923af.pth"
-    HEADS = "LPIPS v0.1's heads, lpips/weights/v0.1/vgg.pth of the lpips package"
+    # torchvision's names end with the first eight digits of the SHA-256.
+    SOURCE = "torchvision's VGG-16, https://download.pytorch.org/models/vgg16-397923af.pth (SHA-256 397923af...)"
+    HEADS = (
+        "LPIPS v0.1's heads, lpips/weights/v0.1/vgg.pth of https://pypi.org/project/lpips/ "
+        "(SHA-256 a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868)"
+    )
     # Convolutions by index in torchvision's `features`, grouped by what lies between two taps.
     _BLOCKS = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
     _WIDTHS = (64, 128, 256, 512, 512)

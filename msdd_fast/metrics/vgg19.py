@@ -25,7 +25,11 @@ class Vgg19Distance(nn.Module):
     Raises CheckpointError if the file is missing or is another network.
     """
 
-    SOURCE = "the VGG-19 features vgg_normalised_conv3_1.pth"
+    SOURCE = (
+        "the VGG-19 features vgg_normalised_conv3_1.pth, https://github.com/pietrocarbo/deep-transfer/raw/master/models/"
+        "autoencoder_vgg19/vgg19_3/vgg_normalised_conv3_1.pth "
+        "(SHA-256 ff8506173d3a17e7b0fbfbff242c00b6827cfbcd7c21852b46806ae6a3fd7b09)"
+    )
     _NETWORK = "the VGG-19 feature network up to relu3_1"
     # State-dict key -> (in, out, kernel); pools follow conv1_2 and conv2_2; taps after relu1_1, 2_1, 3_1.
     _LAYERS = ((0, 3, 3, 1), (2, 3, 64, 3), (5, 64, 64, 3), (9, 64, 128, 3), (12, 128, 128, 3), (16, 128, 256, 3))
@@ -34,7 +38,7 @@ class Vgg19Distance(nn.Module):
 
     def __init__(self, weights: str | os.PathLike[str]) -> None:
         super().__init__()
-        state = read_weights(weights, "VGG-19 features", "the file vgg_normalised_conv3_1.pth")
+        state = read_weights(weights, "VGG-19 features", self.SOURCE)
         self.convs = nn.ModuleDict()
         for key, n_in, n_out, kernel in self._LAYERS:
             conv = nn.Conv2d(n_in, n_out, kernel)

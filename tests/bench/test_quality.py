@@ -27,9 +27,8 @@ def test_report(tmp_path, monkeypatch, capsys):
     (tmp_path / "set").mkdir()
     for i in range(3):
         Image.new("RGB", (64, 64), (80 * i, 20, 90)).save(tmp_path / f"set/{i}.png")
-    command = (
-        f"quality {tmp_path}/tiny --set s={tmp_path}/set --steps 1 2 --cfg 1 2 --grids uniform authors --speed 0.01"
-    )
+    command = f"quality {tmp_path}/tiny --set s={tmp_path}/set --steps 1 2 --grids uniform authors --speed 0.01"
+    command += " --cfg-scale 1 2"
     monkeypatch.setattr(
         sys, "argv", [*command.split(), "--json", str(tmp_path / "q.json"), "--batch-size", "2", "--speed", "0.01"]
     )

@@ -47,7 +47,7 @@ def test_a_restarted_teacher_costs_less():
 
 def test_measure_and_estimate(tmp_path, capsys):
     file = tmp_path / "m.json"
-    options = ["--preset", "tiny", "--batch", "1", "2", "--steps", "1", "--device", "cpu", "--out", str(file)]
+    options = ["--preset", "tiny", "--batch-size", "1", "2", "--steps", "1", "--device", "cpu", "--json", str(file)]
     assert main(["measure", *options]) == 0
     rows = json.loads(file.read_text())["rows"]
     assert [row["batch"] for row in rows] == [1, 2] and all(0 < row["fraction"] < 1.5 for row in rows)

@@ -416,9 +416,9 @@ def test_unwritable_outputs(fails, photos, z_file, tmp_path, monkeypatch):
         assert f"cannot write {folder}/x.json: " in fails("eval", photos, "--json", f"{folder}/x.json")
         assert f"cannot write {folder}/x.png: " in fails("demo", "--out", f"{folder}/x.png")
         assert f"cannot write {folder}/out/v.png: " in fails("decode", z_file, "-o", f"{folder}/out")
-    assert "--output must be a folder or a picture file" in fails("decode", z_file, "-o", tmp_path / "file")
+    assert "--out must be a folder or a picture file" in fails("decode", z_file, "-o", tmp_path / "file")
     assert "output must end in one of .bmp, " in fails("reconstruct", photos, "-o", tmp_path / "x.txt")
-    assert "--output must end in .safetensors, got" in fails("encode", photos, "-o", tmp_path / "x.png")
+    assert "--out must end in .safetensors, got" in fails("encode", photos, "-o", tmp_path / "x.png")
     (tmp_path / "d.safetensors").mkdir()
     assert "output must be a file, got the folder" in fails("encode", photos, "-o", tmp_path / "d.safetensors")
     assert tree(tmp_path) == ["file", "z.safetensors"]
@@ -474,7 +474,7 @@ def test_weights_that_give_nan(tiny, z_file, tmp_path, capsys):
 
 def test_bad_latents(fails, z_file, latents, tmp_path):
     out = ("-o", tmp_path / "out")
-    assert "--output must be a folder for 5 images, got" in fails("decode", z_file, "-o", tmp_path / "one.png")
+    assert "--out must be a folder for 5 images, got" in fails("decode", z_file, "-o", tmp_path / "one.png")
     for z, message in (
         (torch.zeros(2, TOKENS, DIM + 1), "z must have shape (B, 16, 32), got (2, 16, 33)"),
         (torch.zeros(2, TOKENS + 1, DIM), "z must have shape (B, 16, 32), got (2, 17, 32)"),

@@ -310,16 +310,16 @@ def test_latents_beyond_a_dtype_are_an_error(run, photos, tmp_path, monkeypatch)
 def test_one_file_has_a_limit(run, photos, tmp_path, monkeypatch):
     monkeypatch.setattr(encode_command, "MAX_FILE_BYTES", 7 * 16 * 32 * 4 - 1)
     code, _, err = run("encode", photos, "-o", tmp_path / "z.safetensors", "--batch-size", 2)
-    assert code == 1 and "--output must be a folder for latents of more than" in err
+    assert code == 1 and "--out must be a folder for latents of more than" in err
     assert not (tmp_path / "z.safetensors").exists()
     assert run("encode", photos, "-o", tmp_path / "z.safetensors", "--dtype", "bfloat16")[0] == 0
 
 
 def test_shard_size_needs_a_folder(run, photos, tmp_path):
     code, _, err = run("encode", photos, "-o", tmp_path / "z.safetensors", "--shard-size", 3)
-    assert code == 1 and "--shard-size needs a folder as --output, got" in err
+    assert code == 1 and "--shard-size needs a folder as --out, got" in err
     (tmp_path / "file").touch()
-    assert "--output must end in .safetensors, got" in run("encode", photos, "-o", tmp_path / "file")[2]
+    assert "--out must end in .safetensors, got" in run("encode", photos, "-o", tmp_path / "file")[2]
 
 
 @pytest.mark.parametrize("name", ["a\0b", "x" * 5000, ""])

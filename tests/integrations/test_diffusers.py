@@ -378,6 +378,11 @@ def test_bad_calls(tok, tmp_path):
         vae.encode(torch.full((1, 3, 64, 64), 200.0))
     with pytest.raises(InputError, match="tokenizer must be a Tokenizer"):
         as_vae(3)
+    with pytest.raises(
+        InputError, match="enable_tiling is not there for diffusion decoders: bound the memory with as_v"
+    ):
+        vae.enable_tiling()
+    vae.disable_tiling()
     with pytest.raises(InputError, match="a pipeline cannot be saved with a tokenizer as its VAE"):
         dit(vae).save_pretrained(tmp_path / "pipe")
 

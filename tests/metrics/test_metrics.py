@@ -136,7 +136,9 @@ def random_state():
 
 def test_vgg_wrong_files(tmp_path):
     path = tmp_path / "w.pth"
-    with pytest.raises(CheckpointError, match=r"expected the file vgg_normalised_conv3_1\.pth, got .*w\.pth"):
+    with pytest.raises(
+        CheckpointError, match=r"expected the VGG-19 features .*https://.*\(SHA-256 ff850617.*, got .*w\.pth"
+    ):
         Vgg19Distance(path)
     path.write_text("hello")
     with pytest.raises(CheckpointError, match=r"w\.pth is damaged or not a PyTorch file"):

@@ -21,8 +21,8 @@ from msdd_fast.metrics._weights import copy_weight
 log = logging.getLogger(__name__)
 
 SOURCE = (
-    "DINO's ViT-S/16: dino_deitsmall16_pretrain.pth from "
-    "https://dl.fbaipublicfiles.com/dino/dino_deitsmall16_pretrain/, or timm's vit_small_patch16_224.dino"
+    "DINO's ViT-S/16: https://dl.fbaipublicfiles.com/dino/dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth "
+    "(SHA-256 unknown), or timm's vit_small_patch16_224.dino"
 )
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

@@ -81,4 +81,8 @@ def _named(name: str, option: str, file: str | None, source: str) -> str:
 def require_perceptual(weight: float, perceptual: object) -> None:
     """Raises ConfigError if the perceptual distance has a weight but is missing."""
     if weight > 0 and perceptual is None:
-        raise ConfigError("perceptual_weight > 0 needs a perceptual distance; give its weights file")
+        raise ConfigError(
+            f"perceptual_weight > 0 needs a perceptual distance: make_perceptual('vgg19', vgg19=FILE) with "
+            f"{Vgg19Distance.SOURCE}, or make_perceptual('lpips-vgg', vgg16=FILE, lpips_heads=FILE) with "
+            f"{LpipsVgg.SOURCE} and {LpipsVgg.HEADS}"
+        )

@@ -10,6 +10,7 @@ from msdd_fast.commands.bulk.run import MANIFEST, run_units, split_units
 from msdd_fast.commands.bulk.sources import list_latents
 from msdd_fast.commands.bulk.workers import DecodeWorker, Unit
 from msdd_fast.commands.common import DTYPES, pick_device
+from msdd_fast.commands.output import finish, say
 from msdd_fast.commands.record import claim, decode_options
 from msdd_fast.commands.shards import RECORD, SHARD_SIZE
 from msdd_fast.diffusion.checks import check_guidance, check_latents, check_sampling
@@ -26,9 +27,9 @@ BATCHES = 16
 
 def decode_on_ray(args: argparse.Namespace, options: RayOptions, record: str) -> None:
     """``record`` is the name of the file of options in the output folder."""
-    output = Path(args.output).absolute()  # workers have other working directories
+    output = Path(args.out).absolute()  # workers have other working directories
     if output.suffix.lower() in IMAGE_SUFFIXES or (output.exists() and not output.is_dir()):
-        raise InputError(f"--output must be a folder with --ray, got {output}")
+        raise InputError(f"--out must be a folder with --ray, got {output}")
     if args.shard_size is not None and not args.shards:
         raise InputError("--shard-size needs --shards")
     source = list_latents(Path(args.source).absolute(), (Path(args.source) / RECORD).exists())
@@ -74,5 +75,6 @@ def decode_on_ray(args: argparse.Namespace, options: RayOptions, record: str) ->
     }
     wrote = sum(line["count"] for line, new in run_units(DecodeWorker, arguments, units, output, options) if new)
     if wrote < count:
-        print(f"{count - wrote} of {count} are already there")
-    print(f"wrote {wrote} pictures to {args.output}")
+        say(args, f"{count - wrote} of {count} are already there")
+    say(args, f"wrote {wrote} pictures to {args.out}")
+    finish(args, {"out": args.out, "images": [str(t) for t in targets], "written": wrote, "options": mine})

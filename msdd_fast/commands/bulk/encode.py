@@ -14,6 +14,7 @@ from msdd_fast.commands.bulk.sources import Ref, list_images
 from msdd_fast.commands.bulk.workers import EncodeWorker, Unit
 from msdd_fast.commands.common import DTYPES
 from msdd_fast.commands.inputs import ImageReader
+from msdd_fast.commands.output import finish, say
 from msdd_fast.commands.shards import RECORD, SHARD_SIZE, names_in, prepare_folder, shard_paths, shards_record
 from msdd_fast.errors import InputError
 from msdd_fast.io.files import require_writable
@@ -21,9 +22,9 @@ from msdd_fast.tokenizer import Tokenizer
 
 
 def encode_on_ray(args: argparse.Namespace, options: RayOptions) -> None:
-    output = Path(args.output).absolute()  # workers have other working directories
+    output = Path(args.out).absolute()  # workers have other working directories
     if output.suffix or (output.exists() and not output.is_dir()):
-        raise InputError(f"--output must be a folder with --ray, got {output}")
+        raise InputError(f"--out must be a folder with --ray, got {output}")
     refs, names = list_images(Path(args.source).absolute())
     require_writable(output / RECORD)
     tokenizer = Tokenizer.from_pretrained(args.checkpoint)
@@ -45,7 +46,10 @@ def encode_on_ray(args: argparse.Namespace, options: RayOptions) -> None:
             reader.pass_over(file, reason)
         shape = line["shape"][1:]
     reader.require_any()
-    print(f"wrote {output}/: {' x '.join(map(str, (reader.count - len(reader.unreadable), *shape)))}")
+    shape = [reader.count - len(reader.unreadable), *shape]
+    say(args, f"wrote {output}/: {' x '.join(map(str, shape))}")
+    unreadable = [str(file) for file, _ in reader.unreadable]
+    finish(args, {"out": args.out, "shape": shape, "dtype": args.dtype, "unreadable": unreadable})
     reader.report(args.strict)
 
 

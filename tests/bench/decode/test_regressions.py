@@ -71,6 +71,48 @@ def test_stored_runs_are_compared_by_case_provider_and_scale():
     )
 
 
+def scaled(factors):
+    """A run whose providers take so many times as long."""
+    new = document()
+    for case in new["cases"]:
+        for p in case["providers"]:
+            factor = factors[p["provider"]]
+            p["samples"] = [factor * s for s in p["samples"]]
+            p["scales"] = {scale: [factor * s for s in samples] for scale, samples in p.get("scales", {}).items()}
+    return new
+
+
+@pytest.mark.parametrize(
+    ("plain", "engine", "slower", "note"),
+    [
+        (1.0, 1.0, 0, False),
+        (1.3, 1.3, 0, True),  # the machine
+        (1.3, 1.35, 0, True),
+        (1.3, 1.5, 3, True),  # the machine, and the engine
+        (1.08, 1.15, 0, True),
+        (1.04, 1.15, 3, False),  # the machine is as it was
+        (0.8, 1.15, 3, False),
+    ],
+)
+def test_a_machine_that_became_slower(plain, engine, slower, note):
+    """Plain PyTorch, which cannot have changed, tells it from a regression; a regression is found all the same."""
+    verdicts = against_document(document(), scaled({"eager-fp32": plain, "engine-exact": engine}))
+    assert [v.name for v in verdicts if v.slower] == [v.name for v in verdicts if "engine" in v.name][:slower]
+    said = "\n".join(lines(verdicts))
+    assert ("this machine is slower now: plain PyTorch, which cannot have changed, takes" in said) == note
+    if note:
+        assert f"takes {plain:.2f} times" in said and "eager" in said
+
+
+def test_tables_fit_into_80_columns():
+    long = [
+        Verdict(f"msdd-d12-joint-3scale decode, batch 64, 30 steps, CFG 1.5, engine-exact, {n} px", 1, 1, 1, False)
+        for n in (8, 256)
+    ]
+    table = lines(long)
+    assert max(map(len, table)) <= 80 and table[1] == long[0].name and "1000" in table[2]
+
+
 def test_another_device_or_other_cases_are_refused():
     other = document()
     other["machine"]["cpu"]["model"] = "Abacus"
@@ -88,8 +130,9 @@ def test_exit_codes(tmp_path, capsys):
     base, new = document(), document()
     save(base, tmp_path / "base.json")
     save(new, tmp_path / "same.json")
-    for p in new["cases"][0]["providers"]:
-        p["samples"] = [1.15 * s for s in p["samples"]]
+    engine = new["cases"][0]["providers"][1]
+    engine["samples"] = [1.15 * s for s in engine["samples"]]
+    engine["scales"]["16"] = [1.15 * s for s in engine["scales"]["16"]]
     save(new, tmp_path / "slow.json")
     compare = ["bench", "--compare", str(tmp_path / "base.json"), "--from"]
     assert cli.main([*compare, str(tmp_path / "same.json")]) == 0

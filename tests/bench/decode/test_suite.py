@@ -56,7 +56,7 @@ def test_a_case_has_every_provider_its_scales_and_its_work(tiny):
 def test_the_command_stores_what_it_prints(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("msdd_fast.bench.timing.ceilings.last_level_cache", lambda _: 2**20)
     target = tmp_path / "out" / "run.json"
-    command = ["bench", "--model", "tiny", "--kind", "encode", "--seconds", "0", "--no-compile", "--no-cold-start"]
+    command = ["bench", "--checkpoint", "tiny", "--kind", "encode", "--seconds", "0", "--no-compile", "--no-cold-start"]
     assert cli.main([*command, "--json", str(target), "--html", str(tmp_path / "r.html")]) == 0
     printed = capsys.readouterr().out
     stored = read(target)
@@ -171,11 +171,22 @@ def test_packed_weights_are_counted_as_plain_ones():
     assert [(r.kernel, r.calls, r.flops) for r in rows if r.flops] == [(f"{name} 5x32x48", 1, 2 * 5 * 32 * 48)]
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_profile_command_writes_a_trace(dtype, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("msdd_fast.bench.timing.ceilings.last_level_cache", lambda _: 2**20)
     trace = tmp_path / "trace.json"
-    command = ["profile", "--model", "tiny", "--provider", "eager", "--trace", str(trace), "--memory", "--top", "5"]
+    command = [
+        "profile",
+        "--checkpoint",
+        "tiny",
+        "--provider",
+        "eager",
+        "--trace",
+        str(trace),
+        "--memory",
+        "--top",
+        "5",
+    ]
     assert cli.main([*command, "--dtype", dtype]) == 0
     names = {e.get("name") for e in json.loads(trace.read_text())["traceEvents"]}
     assert {"scale 8", "scale 64", "layer 0", "layer 1"} <= names
@@ -186,7 +197,7 @@ def test_the_profile_command_writes_a_trace(dtype, tmp_path, capsys, monkeypatch
 
 def test_one_op_alone(capsys, monkeypatch):
     monkeypatch.setattr("msdd_fast.bench.timing.ceilings.last_level_cache", lambda _: 2**20)
-    op = ["profile", "--op", "swiglu", "--shape", "2x32", "--dtype", "fp32"]
+    op = ["profile", "--op", "swiglu", "--shape", "2x32", "--dtype", "float32"]
     assert cli.main([*op, "--backend", "eager"]) == 0
     assert "aten::silu" in capsys.readouterr().out
     assert cli.main(["profile", "--op", "nothing"]) == 1

@@ -213,8 +213,8 @@ def test_other_options_are_refused(run, fails, ray, z_file, photos, tmp_path):
 def test_wrong_arguments_are_one_line_and_write_nothing(run, fails, ray, z_file, photos, tmp_path):
     out = tmp_path / "out"
     for says, *args in (
-        ("--output must be a folder with --ray", "decode", z_file, "-o", tmp_path / "x.png", "--ray"),
-        ("--output must be a folder with --ray", "encode", photos, "-o", tmp_path / "x.safetensors", "--ray"),
+        ("--out must be a folder with --ray", "decode", z_file, "-o", tmp_path / "x.png", "--ray"),
+        ("--out must be a folder with --ray", "encode", photos, "-o", tmp_path / "x.safetensors", "--ray"),
         ("--shard-size needs --shards", "decode", z_file, "-o", out, "--ray", "--shard-size", 3),
         ("--shard-size needs --ray", "decode", z_file, "-o", out, "--shard-size", 3),
         ("--shards needs --ray", "decode", z_file, "-o", out, "--shards"),

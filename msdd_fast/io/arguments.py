@@ -1,0 +1,63 @@
+"""Command-line arguments that the commands and the benchmarks share. Does not import PyTorch before a device is asked
+for, so that help is fast."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from msdd_fast.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = ("bfloat16", "float16", "float32")
+_SHORT = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+def positive_int(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def dtype_name(text: str) -> str:
+    """A name in DTYPES. The short ones of version 0.1 warn."""
+    if text in _SHORT:
+        _warn(f"--dtype {text} is now --dtype {_SHORT[text]}")
+    return _SHORT.get(text, text)
+
+
+def renamed(words: Sequence[str], names: Mapping[str, str]) -> list[str]:
+    """``words`` with the options of version 0.1 under their new names, each with a warning."""
+    new: list[str] = []
+    for i, word in enumerate(words):
+        if word == "--":
+            return [*new, *words[i:]]
+        name, equals, value = word.partition("=")
+        if name in names:
+            _warn(f"{name} is now {names[name]}")
+            word = f"{names[name]}{equals}{value}"
+        new.append(word)
+    return new
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device of that name (default: cuda if there is one, else cpu). Raises InputError if it does not work here."""
+    import torch
+
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError, ImportError) as e:  # a device that is unknown, absent, or holds no data
+        reason = (str(e).splitlines() or [type(e).__name__])[0]
+        raise InputError(f"--device must name a torch device that works here, got {name!r}: {reason}") from e
+    return device
+
+
+def _warn(message: str) -> None:
+    print(f"msdd-fast: warning: {message}; the old name works until 0.3", file=sys.stderr)

@@ -1,0 +1,64 @@
+"""How every program of ours ends: an exit code, and one line on stderr instead of a traceback for a user's mistake."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from types import FrameType
+
+from msdd_fast.errors import MsddFastError
+
+
+def run_program(run: Callable[[], int | None]) -> int:
+    """The exit code: that of ``run`` (None is 0), or 1 for an error, 130 for Ctrl-C, 141 for a reader of the output who
+    is gone, 143 for SIGTERM.
+
+    Errors that are nobody's on purpose pass through, with their traceback.
+    """
+    try:
+        before = signal.signal(signal.SIGTERM, _terminate)
+    except ValueError:  # not in the main thread
+        before = None
+    try:
+        code = run()
+        sys.stdout.flush()
+        return code or 0
+    except MsddFastError as e:
+        return _fail(f"error: {' '.join(str(e).split())}", 1)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except BrokenPipeError:
+        _drop_output()
+        return 141
+    except OSError as e:  # a full disk, most often that of stdout
+        _drop_output()
+        where = "" if e.filename is None else f": {e.filename}"
+        return _fail(f"error: {e.strerror or e}{where}", 1)
+    except _TerminatedError:
+        return _fail("terminated", 143)
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _drop_output() -> None:
+    """Python flushes stdout once more at exit, which must not fail again."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class _TerminatedError(BaseException):
+    """SIGTERM, as an exception: what is being written is cleaned up on the way out."""
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise _TerminatedError
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"msdd-fast: {message}", file=sys.stderr)
+    return code
