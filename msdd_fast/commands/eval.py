@@ -35,6 +35,7 @@ from msdd_fast.commands.common import (
     device_of,
     load_engine,
     load_tokenizer,
+    pick_device,
     positive_int,
 )
 from msdd_fast.commands.evaluation import throughput
@@ -202,6 +203,8 @@ class _Job:
         self.suite = Suite(
             args.ssim, args.vgg19, args.lpips_vgg, args.lpips_alex, parse_features(args.features), args.pixels
         )
+        if self.suite.networks and len(files) < 2:
+            raise InputError(f"--features needs at least 2 images, got {len(files)}")
         self.about: dict[str, Any] = {}
         self.protocol: dict[str, Any] = {
             "images": digest(json.dumps([str(f) for f in files])),
@@ -222,6 +225,7 @@ class _Comparison(_Job):
 
     def __init__(self, args: argparse.Namespace, files: Sequence[Path]) -> None:
         super().__init__(args, files)
+        self.suite.to(pick_device(args.device))
         results = find_image_files(args.reconstructions)
         roots = Path(args.folder), Path(args.reconstructions)
         source = Compared(files, results, roots, args.crop, args.resize)

@@ -25,6 +25,12 @@ class KernelDistance(NamedTuple):
     subset_size: int
 
 
+def require_torch_fidelity() -> None:
+    """Raise InputError, which says why, if the distances cannot be computed here."""
+    for module in ("metric_fid", "metric_kid"):
+        import_package(f"torch_fidelity.{module}", "torch-fidelity")
+
+
 def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
     """Squared Frechet distance of two Gaussians with these means and covariances. FID if they are InceptionV3's.
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -365,15 +366,32 @@ def test_images_of_different_sizes(tmp_path):
         (("--throughput", "nan"), "--throughput must be a number of seconds, got nan"),
         (("--features", "dino=x"), "--features must be NETWORK=FILE with a network of inception, vgg19, squeezenet"),
         (("--features", "vgg19"), "--features must be NETWORK=FILE"),
+        (("--count", 1, "--features", "squeezenet=/no/file"), "SqueezeNet features not found"),
         (("--vgg19", "/no/file"), "VGG-19 features not found: expected the file vgg_normalised_conv3_1.pth"),
         (("--lpips-vgg", "/no/file"), "LPIPS weights not found: expected torchvision's VGG-16, https://"),
-        (("--features", "squeezenet=/no/file"), "SqueezeNet features not found"),
         (("--reconstructions", "/no/folder"), "/no/folder is neither a file nor a folder"),
     ],
 )
 def test_bad_options(run, photos, args, message):
     code, out, err = run(photos, *args)
     assert (code, out) == (1, "") and err.count("\n") == 1 and message in err
+
+
+def test_one_image_is_no_set(run, photos, squeezenet):
+    package("torch_fidelity", "torch-fidelity")
+    _, _, err = run(photos, "--count", 1, "--features", f"squeezenet={squeezenet}")
+    assert err == "msdd-fast: error: --features needs at least 2 images, got 1\n"
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"), [("skimage.metrics", "scikit-image"), ("torch_fidelity.metric_fid", "fidelity")]
+)
+def test_missing_packages_are_said_before_the_work(run, photos, squeezenet, monkeypatch, missing, message):
+    package("torch_fidelity", "torch-fidelity")
+    monkeypatch.setitem(sys.modules, missing, None)
+    monkeypatch.setattr("msdd_fast.Tokenizer.from_pretrained", None)
+    code, _, err = run(photos, "--features", f"squeezenet={squeezenet}")
+    assert code == 1 and err.count("\n") == 1 and message in err and "pip install 'msdd-fast[eval]'" in err
 
 
 def test_json_on_standard_output(run, photos):

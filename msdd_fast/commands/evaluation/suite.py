@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from msdd_fast.errors import InputError
+from msdd_fast.metrics.distances import require_torch_fidelity
 from msdd_fast.metrics.features import FEATURE_NETWORKS, FeatureNetwork
 from msdd_fast.metrics.image import psnr, ssim
 from msdd_fast.metrics.lpips import Lpips
@@ -47,9 +48,15 @@ class Suite:
         pixels: str = "float",
     ) -> None:
         self.pixels = pixels
+        self.device = torch.device("cpu")
         self.pairs: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"psnr_db": psnr}
         for name in ssim_variants:
             self.pairs[name] = partial(ssim, variant=name)
+        # What a figure needs and is not installed is said now, not after the first batch or the last.
+        for figure in self.pairs.values():
+            figure(torch.zeros(1, 3, 8, 8), torch.zeros(1, 3, 8, 8))
+        if features:
+            require_torch_fidelity()
         self.networks: list[FeatureNetwork] = []
         self.weights: dict[str, dict[str, str]] = {}
         self._modules: list[nn.Module] = []
@@ -64,18 +71,19 @@ class Suite:
             extractor = FEATURE_NETWORKS[name](file)
             self.networks.append(extractor)
             self._modules.append(extractor)
-            for figure in (extractor.frechet, extractor.kid):
-                self.weights[figure] = _provenance(extractor.network, file)
+            for title in (extractor.frechet, extractor.kid):
+                self.weights[title] = _provenance(extractor.network, file)
 
     def _add(self, name: str, module: nn.Module, network: str, file: str) -> None:
         self._modules.append(module)
         self.pairs[name] = module
         self.weights[name] = _provenance(network, file)
 
-    def to(self, device: torch.device) -> Suite:
+    def to(self, device: torch.device) -> None:
+        """Where figures are computed from now on."""
+        self.device = device
         for module in self._modules:
             module.to(device)
-        return self
 
     @torch.no_grad()
     def measure(self, results: Sequence[Tensor], references: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -90,7 +98,7 @@ class Suite:
         for group in groups:
             if not group:
                 continue
-            x, y = (torch.stack([images[i] for i in group]) for images in (results, references))
+            x, y = (torch.stack([images[i] for i in group]).to(self.device) for images in (results, references))
             for name, value in self._measure(x, y).items():
                 parts.setdefault(name, []).append(value)
         return {name: torch.cat(values) for name, values in parts.items()}
