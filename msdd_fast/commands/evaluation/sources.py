@@ -88,7 +88,7 @@ class Reconstructed:
         self.files, self.names = list(files), [str(f) for f in files]
         self.device, self.seed, self.context = device, seed, context
         self.encode_images, self.decode = encode_images, decode
-        self.reader = ImageReader(size, crop)
+        self.reader = ImageReader(size, crop=crop)
         self.unreadable: dict[int, str] = {}
 
     def images(self, part: range) -> tuple[list[int], Tensor]:
