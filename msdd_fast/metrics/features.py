@@ -33,6 +33,8 @@ class FeatureNetwork(nn.Module):
     SOURCE: ClassVar[str]
     network: str
     width: int
+    frechet: str
+    kid: str
 
     def __init__(self, network: str, width: int, frechet: str, kid: str) -> None:
         super().__init__()
@@ -62,11 +64,13 @@ class InceptionFeatures(FeatureNetwork):
     Raises InputError if torch-fidelity is not installed, CheckpointError if the file is missing or another network's.
     """
 
-    SOURCE = (
+    SOURCE: ClassVar[str] = (
         "torch-fidelity's InceptionV3, https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
         "weights-inception-2015-12-05-6726825d.pth"
     )
-    LAYERS = ("64", "192", "768", "2048")
+    LAYERS: ClassVar[tuple[str, ...]] = ("64", "192", "768", "2048")
+
+    extractor: nn.Module
 
     def __init__(self, weights: str | os.PathLike[str], layer: str = "2048") -> None:
         if layer not in self.LAYERS:
@@ -103,7 +107,9 @@ class Vgg19Features(FeatureNetwork):
     Raises CheckpointError if the file is missing or another network's.
     """
 
-    SOURCE = Vgg19Distance.SOURCE
+    SOURCE: ClassVar[str] = Vgg19Distance.SOURCE
+
+    vgg19: Vgg19Distance
 
     def __init__(self, weights: str | os.PathLike[str]) -> None:
         super().__init__("vgg19-relu3_1", 256, "frechet_vgg19", "kid_vgg19")
@@ -124,7 +130,7 @@ class SqueezeNetFeatures(FeatureNetwork):
     Raises CheckpointError if the file is missing or another network's.
     """
 
-    SOURCE = "the Caffe model's SqueezeNet 1.1 features, squeezenet1_1_caffe_features.pth"
+    SOURCE: ClassVar[str] = "the Caffe model's SqueezeNet 1.1 features, squeezenet1_1_caffe_features.pth"
     # Index in torchvision's `features`: channels in, squeezed, expanded (twice). 0 is a convolution; P is a pool.
     _FIRES: ClassVar[dict[int, tuple[int, int, int]]] = {
         **{3: (64, 16, 64), 4: (128, 16, 64), 6: (128, 32, 128), 7: (256, 32, 128)},
@@ -132,6 +138,7 @@ class SqueezeNetFeatures(FeatureNetwork):
     }
     _POOL_BEFORE = (3, 6, 9)
 
+    convs: nn.ModuleDict
     mean: Tensor
 
     def __init__(self, weights: str | os.PathLike[str]) -> None:

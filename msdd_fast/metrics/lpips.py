@@ -10,7 +10,7 @@ import contextlib
 import io
 import os
 import warnings
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -107,6 +107,8 @@ class Lpips(nn.Module):
         "vgg": "torchvision's VGG-16, https://download.pytorch.org/models/vgg16-397923af.pth",
         "alex": "torchvision's AlexNet, https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
     }
+
+    lpips: Any
 
     def __init__(self, network: str, backbone: str | os.PathLike[str]) -> None:
         super().__init__()

@@ -32,6 +32,8 @@ class Vgg19Distance(nn.Module):
     _TAPS = (2, 9, 16)
     _POOL_AFTER = (5, 12)
 
+    convs: nn.ModuleDict
+
     def __init__(self, weights: str | os.PathLike[str]) -> None:
         super().__init__()
         state = read_weights(weights, "VGG-19 features", "the file vgg_normalised_conv3_1.pth")
