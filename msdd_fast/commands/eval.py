@@ -295,6 +295,8 @@ class _Reconstruction(_Job):
         if args.throughput is None:
             return None
         _, images = self.reconstructed.images(range(min(args.batch_size, len(self.source.names))))
+        if not len(images):
+            raise InputError("--throughput needs an image that can be read in the first batch")
         x, seeds = images.to(self.device), [args.seed + i for i in range(len(images))]
         with self.context():
             z = self.encode(x, seeds)

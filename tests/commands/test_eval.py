@@ -423,7 +423,7 @@ def reports(tmp_path):
         },
     }
     second = {
-        **{"name": "sd", "set": "Kodak", "count": 24, "mode": "compare", "latent_shape": [4, 32, 32], "seed": 0},
+        **{"name": "sd", "set": "Kodak", "count": 24, "mode": "compare", "latent_shape": [4, 32, 32]},
         "mean": {"psnr_db": 30.0, "ssim": 0.9, "fid": 0.6149},
     }
     for name, content in (("a", first), ("b", second)):
@@ -465,6 +465,7 @@ def test_table_forms(table, reports, form):
     assert (b["rFID"], b["PSNR (dB)"], b["VGG-19 distance"]) == ("0.61", "30.00", "-")
     if form == 1:
         assert b["tokens"] == "1024"
+    assert "- sd: mode compare\n" in out
     assert len(published) == len(PUBLISHED) and all(row["model"].endswith(" (published)") for row in published)
     four = next(row for row in published if row["model"] == "MSDD, 4 scales (published)")
     assert four["img/s, authors' way"] == "87.16" and four["img/s, decode"] == four["rFID"] == four["set"] == "-"
@@ -499,6 +500,16 @@ def test_table_of_other_published_rows(table, reports, tmp_path):
     (tmp_path / "f.json").write_text(json.dumps(forged))
     out = table(tmp_path / "f.json", "--no-published", "--format", "markdown")[1]
     assert rows_of(out)[0]["model"] == "nano_a" and "99" not in out
+
+
+def test_table_of_odd_names(table, tmp_path):
+    """None breaks out of its cell, its line or its comment."""
+    (tmp_path / "r.json").write_text(json.dumps({"name": "a|b\nc", "set": "x\ny", "count": 1, "mean": {}}))
+    for form in ("markdown", "latex", "text"):
+        out = table(tmp_path / "r.json", "--no-published", "--format", form)[1]
+        assert "\nc" not in out and "\ny" not in out
+    out = table(tmp_path / "r.json", "--no-published", "--format", "markdown")[1]
+    assert "| a\\|b c | x y, 1 | - |" in out
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,7 @@ def cells(form: int, rows: Sequence[Row]) -> list[list[str]]:
     columns = (*FORMS[form], *ALWAYS, *shown)
     table = [[c.title for c in columns]]
     for row in rows:
-        line = ["-" if (v := c.value(row)) is None else format(v, c.format) for c in columns]
+        line = ["-" if (v := c.value(row)) is None else _one_line(format(v, c.format)) for c in columns]
         if "source" in row:
             line[0] += " (published)"
         table.append(line)
@@ -101,9 +101,13 @@ def notes(rows: Sequence[Row]) -> list[str]:
         if "source" in row:
             text = f"published: {row['source']}"
         else:
-            text = "; ".join(f"{k} {row[k]}" for k in CONDITIONS if row.get(k) not in (None, 0) or k == "seed")
-        found.setdefault(text, []).append(str(row.get("name")))
+            text = "; ".join(f"{k} {row[k]}" for k in CONDITIONS if row.get(k) is not None and (row[k] or k == "seed"))
+        found.setdefault(" ".join(text.split()), []).append(_one_line(row.get("name")))
     return [f"{', '.join(dict.fromkeys(names))}: {text}" for text, names in found.items()]
+
+
+def _one_line(value: object) -> str:
+    return " ".join(str(value).split())
 
 
 def text(form: int, rows: Sequence[Row]) -> str:
@@ -111,7 +115,8 @@ def text(form: int, rows: Sequence[Row]) -> str:
 
 
 def markdown(form: int, rows: Sequence[Row]) -> str:
-    return "\n".join([*markdown_table(cells(form, rows)), "", *(f"- {note}" for note in notes(rows))]) + "\n"
+    escaped = [[cell.replace("|", "\\|") for cell in line] for line in cells(form, rows)]
+    return "\n".join([*markdown_table(escaped), "", *(f"- {note}" for note in notes(rows))]) + "\n"
 
 
 def latex(form: int, rows: Sequence[Row]) -> str:
