@@ -23,6 +23,7 @@ PACKAGES = (
     "flash-attn",
     "xformers",
     "lpips",
+    "torch-fidelity",
     "torchvision",
     "scikit-image",
 )

@@ -19,20 +19,27 @@ from msdd_fast.tokenizer import Tokenizer
 _SHOWN = 10
 
 
-def add_strict(parser: argparse.ArgumentParser) -> None:
+def add_strict(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--strict", action="store_true", help="exit with 1, at the end, if an image could not be read")
 
 
 class ImageReader:
-    """Centre crops of image files.
+    """Square crops of image files.
 
     Args:
         size: pixels per side.
         load: what is to be read, to an RGB image.
+        crop: an image to one of ``size`` x ``size`` pixels; default ``center_crop``.
     """
 
-    def __init__(self, size: int, load: Callable[[Any], Image.Image] = load_image) -> None:
+    def __init__(
+        self,
+        size: int,
+        load: Callable[[Any], Image.Image] = load_image,
+        crop: Callable[[Image.Image], Image.Image] | None = None,
+    ) -> None:
         self.size, self.load = size, load
+        self.crop = crop or (lambda image: center_crop(image, size))
         self.count = 0
         self.unreadable: list[tuple[object, str]] = []
 
@@ -45,7 +52,7 @@ class ImageReader:
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # what decoders say of odd files; errors are reported
-                    images.append(to_tensor(center_crop(self.load(file), self.size)))
+                    images.append(to_tensor(self.crop(self.load(file))))
                 read.append(i)
             except InputError as e:
                 self.pass_over(file, str(e))
@@ -63,18 +70,23 @@ class ImageReader:
             )
 
     def report(self, strict: bool) -> None:
-        """Say on stderr what was passed over. With ``strict``, raise InputError if that is anything."""
-        if not self.unreadable:
-            return
-        for _, reason in self.unreadable[:_SHOWN]:
-            print(f"msdd-fast: {reason}", file=sys.stderr)
-        more = len(self.unreadable) - _SHOWN
-        if more > 0:
-            print(f"msdd-fast: and {more} more", file=sys.stderr)
-        total = f"{len(self.unreadable)} of {self.count} images could not be read"
-        if strict:
-            raise InputError(f"--strict: {total}")
-        print(f"msdd-fast: {total} and were passed over", file=sys.stderr)
+        """As ``report_unreadable``."""
+        report_unreadable([reason for _, reason in self.unreadable], self.count, strict)
+
+
+def report_unreadable(reasons: Sequence[str], count: int, strict: bool) -> None:
+    """Say on stderr which of ``count`` images were passed over. With ``strict``, raise InputError if that is any."""
+    if not reasons:
+        return
+    for reason in reasons[:_SHOWN]:
+        print(f"msdd-fast: {reason}", file=sys.stderr)
+    more = len(reasons) - _SHOWN
+    if more > 0:
+        print(f"msdd-fast: and {more} more", file=sys.stderr)
+    total = f"{len(reasons)} of {count} images could not be read"
+    if strict:
+        raise InputError(f"--strict: {total}")
+    print(f"msdd-fast: {total} and were passed over", file=sys.stderr)
 
 
 def encode(tokenizer: Tokenizer, images: Tensor, names: Sequence[object]) -> Tensor:

@@ -36,6 +36,13 @@ FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "AVIF")
 MAX_PIXELS = 2**26
 """Images with more are refused; the environment variable MSDD_FAST_MAX_PIXELS sets another limit."""
 MAX_FILE_BYTES = 2**30
+RESIZE_FILTERS = {
+    "bicubic": Image.Resampling.BICUBIC,
+    "bilinear": Image.Resampling.BILINEAR,
+    "lanczos": Image.Resampling.LANCZOS,
+    "box": Image.Resampling.BOX,
+}
+"""Pillow's, which are antialiased."""
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -144,18 +151,40 @@ def _check_image(image: object) -> None:
         raise InputError(f"image must be a PIL image, got {type(image).__name__}")
 
 
-def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """Largest centred square, then resized: BOX when shrinking by a whole factor, else antialiased bicubic.
+def center_crop(image: Image.Image, size: int, resample: Image.Resampling | None = None) -> Image.Image:
+    """Largest centred square, then resized, by default with BOX when shrinking by a whole factor, else bicubic.
 
     Raises InputError unless ``image`` is a PIL image and ``size`` a positive integer.
     """
     _check_image(image)
-    if isinstance(size, bool) or not isinstance(size, SupportsIndex) or operator.index(size) < 1:
-        raise InputError(f"size must be a positive integer, got {size!r}")
+    _check_size(size)
     short = min(image.size)
     left, top = (image.width - short) // 2, (image.height - short) // 2
     square = image.crop((left, top, left + short, top + short))
-    return square.resize((size, size), Image.Resampling.BOX if short % size == 0 else Image.Resampling.BICUBIC)
+    if resample is None:
+        resample = Image.Resampling.BOX if short % size == 0 else Image.Resampling.BICUBIC
+    return square.resize((size, size), resample)
+
+
+def adm_crop(image: Image.Image, size: int, resample: Image.Resampling = Image.Resampling.BICUBIC) -> Image.Image:
+    """The crop of ADM's evaluation, which the MSDD authors' code uses (docs/spec.md#evaluation).
+
+    Halved by box means while the shorter side is at least twice ``size``, then resized until it is ``size``; the pixels
+    in the middle. Raises InputError as ``center_crop`` does.
+    """
+    _check_image(image)
+    _check_size(size)
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize((max(size, round(image.width * scale)), max(size, round(image.height * scale))), resample)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def _check_size(size: object) -> None:
+    if isinstance(size, bool) or not isinstance(size, SupportsIndex) or operator.index(size) < 1:
+        raise InputError(f"size must be a positive integer, got {size!r}")
 
 
 CROP_DESCRIPTION = "largest centred square, resized by BOX (whole factors) or antialiased bicubic"

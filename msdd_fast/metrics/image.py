@@ -5,12 +5,18 @@ A metric is named after the network that it really uses.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from msdd_fast.errors import InputError
 from msdd_fast.metrics._checks import check_pair
 from msdd_fast.metrics.vgg19 import Vgg19Distance
+
+SSIM_DATA_RANGES: Mapping[str, float] = {"ssim": 1.0, "ssim_authors": 2.0}
+"""Data range of ``ssim`` by the name of the figure: 1 is right for images in [0, 1]; 2, which inflates it, is that of
+the MSDD authors' script (docs/spec.md#quantise-pixels)."""
 
 
 def psnr(x: Tensor, y: Tensor) -> Tensor:
@@ -20,18 +26,24 @@ def psnr(x: Tensor, y: Tensor) -> Tensor:
     return 10 * torch.log10(4.0 / mse.clamp_min(1e-12))
 
 
-def ssim(x: Tensor, y: Tensor) -> Tensor:
-    """Structural similarity per image (B,), scikit-image with its defaults (7x7 window), data range 1 on [0, 1].
+def ssim(x: Tensor, y: Tensor, variant: str = "ssim") -> Tensor:
+    """Structural similarity per image (B,), scikit-image with its defaults (7x7 window), on [0, 1].
 
-    The authors' script uses data range 2 on [0, 1], which inflates the figure (docs/spec.md#quantise-pixels).
+    ``variant`` is a name in SSIM_DATA_RANGES: "ssim" has data range 1, "ssim_authors" the authors' 2, which inflates
+    the figure. Raises InputError for another name, for sides below 7 pixels, or if scikit-image is not installed.
     """
     check_pair(x, y)
+    if variant not in SSIM_DATA_RANGES:
+        raise InputError(f"variant must be one of {', '.join(SSIM_DATA_RANGES)}, got {variant!r}")
     try:
         from skimage.metrics import structural_similarity
     except ImportError as e:
         raise InputError("ssim needs scikit-image: pip install 'msdd-fast[eval]'") from e
+    if min(x.shape[-2:]) < 7:
+        raise InputError(f"ssim needs sides of at least 7 pixels, got {x.shape[-2]} x {x.shape[-1]}")
     a, b = ((t.float().clamp(-1, 1) + 1).div(2).permute(0, 2, 3, 1).cpu().numpy() for t in (x, y))
-    values = [structural_similarity(p, q, channel_axis=2, data_range=1.0) for p, q in zip(a, b, strict=True)]
+    data_range = SSIM_DATA_RANGES[variant]
+    values = [structural_similarity(p, q, channel_axis=2, data_range=data_range) for p, q in zip(a, b, strict=True)]
     return torch.tensor(values, dtype=torch.float32)
 
 

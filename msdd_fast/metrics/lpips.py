@@ -1,18 +1,24 @@
-"""LPIPS with VGG-16 (Zhang et al., 2018, version 0.1) from two local files.
+"""LPIPS (Zhang et al., 2018, version 0.1) from local files: nothing is downloaded.
 
-The ``lpips`` package has torchvision download VGG-16 when it is built; here both files are named, and nothing is
-fetched. Images are float (B, 3, H, W) in [-1, 1].
+``Lpips`` is the authors' package ``lpips``, for evaluation. ``LpipsVgg``, for training, is the same distance with
+VGG-16 in plain PyTorch and needs no package. Images are float (B, 3, H, W) in [-1, 1].
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
+import warnings
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from msdd_fast.errors import InputError
 from msdd_fast.metrics._checks import check_pair, in_float32
+from msdd_fast.metrics._packages import import_package
 from msdd_fast.metrics._weights import copy_weight, read_weights
 
 
@@ -85,3 +91,48 @@ class LpipsVgg(nn.Module):
         for a, b, head in zip(self.features(x), self.features(y), self.heads, strict=True):
             total = total + ((a - b).square() * head).sum(dim=1).mean(dim=(1, 2))
         return total
+
+
+class Lpips(nn.Module):
+    """Learned perceptual image patch similarity of images in [-1, 1], float (B, 3, H, W). Differentiable; frozen.
+
+    The heads are those that the package bundles. Its backbone, which it would have torchvision download, is read from
+    the file that you name.
+
+    Args:
+        network: "vgg" or "alex".
+        backbone: torchvision's file of the network, see ``SOURCES`` (the classifier in it is ignored).
+
+    Raises InputError if the package is not installed or ``network`` is another, CheckpointError if the file is missing
+    or another network's.
+    """
+
+    SOURCES: ClassVar[dict[str, str]] = {
+        "vgg": "torchvision's VGG-16, https://download.pytorch.org/models/vgg16-397923af.pth",
+        "alex": "torchvision's AlexNet, https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
+    }
+
+    lpips: Any
+
+    def __init__(self, network: str, backbone: str | os.PathLike[str]) -> None:
+        super().__init__()
+        if network not in self.SOURCES:
+            raise InputError(f"network must be vgg or alex, got {network!r}")
+        self.network = network
+        state = read_weights(backbone, "LPIPS weights", self.SOURCES[network])
+        package = import_package("lpips", "lpips")
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it calls torchvision in a way that is deprecated
+            self.lpips = package.LPIPS(net=network, pnet_rand=True, verbose=False)
+        # Slices keep the numbers of torchvision's `features`.
+        for part in self.lpips.net.children():
+            for name, parameter in part.named_parameters():
+                copy_weight(parameter, state, f"features.{name}", backbone, self.SOURCES[network])
+        self.requires_grad_(False).eval()
+
+    @in_float32
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Distance per image (B,); 0 for equal images."""
+        check_pair(x, y)
+        out: Tensor = self.lpips(x.float(), y.float())
+        return torch.flatten(out)

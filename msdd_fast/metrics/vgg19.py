@@ -36,6 +36,8 @@ class Vgg19Distance(nn.Module):
     _TAPS = (2, 9, 16)
     _POOL_AFTER = (5, 12)
 
+    convs: nn.ModuleDict
+
     def __init__(self, weights: str | os.PathLike[str]) -> None:
         super().__init__()
         state = read_weights(weights, "VGG-19 features", self.SOURCE)
@@ -49,12 +51,16 @@ class Vgg19Distance(nn.Module):
 
     def features(self, x: Tensor) -> list[Tensor]:
         """Three feature maps with unit length over channels."""
+        return [F.normalize(a, dim=1, eps=1e-6) for a in self.activations(x)]
+
+    def activations(self, x: Tensor) -> list[Tensor]:
+        """The feature maps as the network gives them: (B, 64, H, W), (B, 128, H/2, W/2), (B, 256, H/4, W/4)."""
         out = []
         x = self.convs["0"]((x.float() + 1) / 2)
         for key, *_ in self._LAYERS[1:]:
             x = F.relu(self.convs[str(key)](F.pad(x, (1, 1, 1, 1), mode="reflect")))
             if key in self._TAPS:
-                out.append(F.normalize(x, dim=1, eps=1e-6))
+                out.append(x)
             if key in self._POOL_AFTER:
                 x = F.max_pool2d(x, 2)
         return out

@@ -64,6 +64,25 @@ def test_ssim(photo, blurred):
     assert values[1] == pytest.approx(metrics.structural_similarity(a, b, channel_axis=2, data_range=1.0), abs=1e-6)
 
 
+def test_ssim_as_the_authors_compute_it(photo, blurred):
+    metrics = pytest.importorskip("skimage.metrics")
+    a, b = (((t[0] + 1) / 2).permute(1, 2, 0).numpy() for t in (photo, blurred[2]))
+    expected = metrics.structural_similarity(a, b, channel_axis=2, data_range=2.0)
+    inflated = float(ssim(photo, blurred[2], "ssim_authors"))
+    assert inflated == pytest.approx(expected, abs=1e-6) and inflated > float(ssim(photo, blurred[2])) + 0.01
+    with pytest.raises(InputError, match="variant must be one of ssim, ssim_authors, got 'x'"):
+        ssim(photo, photo, "x")
+    with pytest.raises(InputError, match="ssim needs sides of at least 7 pixels, got 6 x 64"):
+        ssim(photo[:, :, :6], photo[:, :, :6])
+
+
+def test_psnr_is_scikit_images(photo, blurred):
+    metrics = pytest.importorskip("skimage.metrics")
+    a, b = (((t[0] + 1) / 2).permute(1, 2, 0).numpy() for t in (photo, blurred[1]))
+    expected = metrics.peak_signal_noise_ratio(a, b, data_range=1.0)
+    assert float(psnr(photo, blurred[1])) == pytest.approx(expected, abs=1e-4)
+
+
 def test_ssim_without_scikit_image(photo, monkeypatch):
     monkeypatch.setitem(sys.modules, "skimage.metrics", None)
     with pytest.raises(InputError, match=r"ssim needs scikit-image: pip install 'msdd-fast\[eval\]'"):

@@ -9,14 +9,7 @@ from typing import Literal
 from PIL import Image
 
 from msdd_fast.errors import InputError
-from msdd_fast.io.images import center_crop
-
-FILTERS = {
-    "bicubic": Image.Resampling.BICUBIC,
-    "bilinear": Image.Resampling.BILINEAR,
-    "lanczos": Image.Resampling.LANCZOS,
-    "box": Image.Resampling.BOX,
-}
+from msdd_fast.io.images import RESIZE_FILTERS, center_crop
 
 
 @dataclass(frozen=True)
@@ -44,7 +37,7 @@ class CropConfig:
 
 def crop_image(image: Image.Image, size: int, config: CropConfig, rng: random.Random) -> Image.Image:
     """A training image of ``size`` x ``size`` pixels from an RGB image."""
-    resample = FILTERS[config.resize]
+    resample = RESIZE_FILTERS[config.resize]
     if config.crop == "random":
         side = min(image.size) * rng.uniform(config.min_crop, 1.0)
         left, top = rng.uniform(0, image.width - side), rng.uniform(0, image.height - side)

@@ -1,0 +1,1 @@
+"""What `msdd-fast eval` and `msdd-fast table` are made of."""

@@ -1,0 +1,211 @@
+"""A measurement in parts that lie in a folder: it can be interrupted, and several processes can share it.
+
+A part is a few batches of the list of images; which ones depends on the list and the batch size alone. So are the
+figures: they do not depend on how many processes there were, or how often they were started.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from tqdm import tqdm
+
+from msdd_fast.commands.common import chunks
+from msdd_fast.commands.evaluation.sources import Source
+from msdd_fast.commands.evaluation.suite import Suite
+from msdd_fast.commands.record import read_record
+from msdd_fast.errors import InputError
+from msdd_fast.io.json_files import write_json
+from msdd_fast.io.safetensors import write_safetensors
+from msdd_fast.metrics.distances import frechet_distance, kernel_distance
+from msdd_fast.metrics.statistics import FeatureStatistics
+
+RECORD = "eval.json"
+_PART_IMAGES = 256
+_PARTS = 64
+
+
+class Part(NamedTuple):
+    """What was measured of consecutive images.
+
+    Attributes:
+        numbers: of the images that could be read.
+        tensors: as ``Suite.measure`` returns them.
+        unreadable: number and reason of the others.
+        seconds, rank: time as the authors count it, and the process that spent it.
+    """
+
+    numbers: list[int]
+    tensors: dict[str, Tensor]
+    unreadable: dict[int, str]
+    seconds: float
+    rank: int
+
+
+def part_size(count: int, batch: int) -> int:
+    """Images of a part: whole batches, at most 256 images, and about 64 parts if there are that many batches."""
+    batches = -(-count // batch)
+    return batch * max(1, min(-(-batches // _PARTS), _PART_IMAGES // batch))
+
+
+class PartFolder:
+    """Parts of a measurement of ``count`` images in a folder.
+
+    Args:
+        protocol: everything that the figures depend on, for ``prepare``.
+    """
+
+    def __init__(self, folder: Path, count: int, batch: int, protocol: Mapping[str, Any]) -> None:
+        self.folder, self.batch, self.protocol = folder, batch, dict(protocol)
+        self.parts = list(chunks(count, part_size(count, batch)))
+
+    def path(self, number: int) -> Path:
+        return self.folder / f"{number:06d}.safetensors"
+
+    def prepare(self, overwrite: bool) -> None:
+        """Leave the protocol in the folder. Raises InputError if parts of another one are there.
+
+        With ``overwrite``, all parts that are there are removed.
+        """
+        there = [p for p in self.folder.glob("*.safetensors") if not p.name.startswith(".")]
+        if overwrite:
+            for path in there:
+                path.unlink()
+        elif there:
+            before = read_record(self.folder / RECORD) or {}
+            differ = [name for name, value in _plain(self.protocol).items() if before.get(name) != value]
+            if differ:
+                raise InputError(
+                    f"{self.folder} holds figures of another run (other {', '.join(differ)}): use --overwrite, or "
+                    "another folder"
+                )
+        write_json(self.folder / RECORD, self.protocol)
+
+    def missing(self) -> list[int]:
+        """Numbers of the parts that are not there, or do not load."""
+        return [number for number in range(len(self.parts)) if not self._is_there(number)]
+
+    def _is_there(self, number: int) -> bool:
+        try:
+            with safe_open(self.path(number), framework="pt") as f:
+                return "rank" in (f.metadata() or {})
+        except (OSError, SafetensorError):
+            return False
+
+    def write(self, number: int, part: Part) -> None:
+        metadata = {
+            "unreadable": json.dumps({str(i): reason for i, reason in part.unreadable.items()}),
+            "seconds": repr(part.seconds),
+            "rank": str(part.rank),
+        }
+        tensors = {"index": torch.tensor(part.numbers, dtype=torch.int64), **part.tensors}
+        write_safetensors(tensors, self.path(number), metadata)
+
+    def read(self, number: int) -> Part | None:
+        """None if there is none, or it does not load."""
+        try:
+            with safe_open(self.path(number), framework="pt") as f:
+                about = f.metadata() or {}
+                tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 (not a dict)
+            index = tensors.pop("index").tolist()
+            unreadable = {int(i): str(reason) for i, reason in json.loads(about["unreadable"]).items()}
+            return Part(index, tensors, unreadable, float(about["seconds"]), int(about["rank"]))
+        except (OSError, ValueError, KeyError, SafetensorError):
+            return None
+
+    def __iter__(self) -> Iterator[Part]:
+        """All parts in order. Raises InputError if one is not there."""
+        for number in range(len(self.parts)):
+            part = self.read(number)
+            if part is None:
+                raise InputError(f"{self.path(number)} is missing or damaged: run the command again")
+            yield part
+
+
+def measure_parts(source: Source, suite: Suite, folder: PartFolder, numbers: Sequence[int], rank: int = 0) -> None:
+    """Measure these parts and write them. Progress is shown by process 0."""
+    total = sum(len(folder.parts[n]) for n in numbers)
+    with tqdm(total=total, unit="img", disable=True if rank else None) as bar:
+        for number in numbers:
+            index: list[int] = []
+            tensors: dict[str, list[Tensor]] = {}
+            seconds = 0.0
+            images = folder.parts[number]
+            for chunk in chunks(len(images), folder.batch):
+                pairs = source.read(range(images.start + chunk.start, images.start + chunk.stop))
+                index += pairs.numbers
+                seconds += pairs.seconds
+                for name, value in suite.measure(pairs.results, pairs.references).items():
+                    tensors.setdefault(name, []).append(value)
+                bar.update(len(chunk))
+            unreadable = {i: reason for i, reason in source.unreadable.items() if i in images}
+            whole = {name: torch.cat(values) for name, values in tensors.items()}
+            folder.write(number, Part(index, whole, unreadable, seconds, rank))
+
+
+class Result(NamedTuple):
+    """Figures of a set.
+
+    Attributes:
+        mean: of the figures of pairs, then the figures of the whole set.
+        images: the figures of every pair, by its number.
+        unreadable: by number.
+        seconds, timed: process 0's time as the authors count it, and its images.
+        details: what belongs to a figure of the whole set: how many features, KID's deviation and subsets.
+    """
+
+    mean: dict[str, float]
+    images: dict[int, dict[str, float]]
+    unreadable: dict[int, str]
+    seconds: float
+    timed: int
+    details: dict[str, dict[str, Any]]
+
+
+def collect(folder: PartFolder, suite: Suite) -> Result:
+    """Read all parts. Raises InputError if one is not there, or no image could be read."""
+    images: dict[int, dict[str, float]] = {}
+    unreadable: dict[int, str] = {}
+    seconds, timed = 0.0, 0
+    sides = ("reference", "result")
+    statistics = {(n.network, s): FeatureStatistics(n.width) for n in suite.networks for s in sides}
+    features: dict[tuple[str, str], list[Tensor]] = {key: [] for key in statistics}
+    for part in folder:
+        unreadable |= part.unreadable
+        if part.rank == 0:
+            seconds, timed = seconds + part.seconds, timed + len(part.numbers)
+        if not part.numbers:
+            continue
+        values = {name: part.tensors[name].tolist() for name in suite.pairs}
+        images |= {i: {name: v[k] for name, v in values.items()} for k, i in enumerate(part.numbers)}
+        for key, whole in statistics.items():
+            seen = part.tensors[f"features.{key[0]}.{key[1]}"]
+            mine = FeatureStatistics(seen.shape[1])
+            mine.update(seen)
+            whole.merge(mine)
+            features[key].append(seen)
+    if not images:
+        count, first = len(unreadable), next(iter(unreadable.values()))
+        raise InputError(first if count == 1 else f"none of {count} images can be read, the first: {first}")
+    mean = {name: sum(v[name] for v in images.values()) / len(images) for name in suite.pairs}
+    details: dict[str, dict[str, Any]] = {}
+    for network in suite.networks:
+        before, after = (statistics[network.network, s] for s in sides)
+        mean[network.frechet] = frechet_distance(before, after)
+        kernel = kernel_distance(*(torch.cat(features[network.network, s]) for s in sides))
+        mean[network.kid] = kernel.mean
+        details[network.frechet] = {"features": network.width, "images": before.count}
+        details[network.kid] = {"std": kernel.std, "subsets": kernel.subsets, "subset_size": kernel.subset_size}
+    return Result(mean, images, unreadable, seconds, timed, details)
+
+
+def _plain(content: Mapping[str, Any]) -> dict[str, Any]:
+    """As it comes back from a JSON file."""
+    plain: dict[str, Any] = json.loads(json.dumps(content))
+    return plain
