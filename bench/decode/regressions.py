@@ -81,7 +81,7 @@ def paired(name: str, base: Sequence[float], new: Sequence[float], device: str, 
 
 
 def against_document(base: Mapping[str, Any], new: Mapping[str, Any]) -> list[Verdict]:
-    """Verdicts for every case, provider and scale that both runs have.
+    """Verdicts for every case, provider and scale that both runs have, relative to ``machine_slowdown``.
 
     Raises InputError if they are from different devices, or have no case in common.
     """
@@ -90,21 +90,29 @@ def against_document(base: Mapping[str, Any], new: Mapping[str, Any]) -> list[Ve
             f"--compare must name a run of this device, {device_of(new)}, got one of {device_of(base)}: "
             "times of different devices say nothing about the code"
         )
-    old = dict(_medians(base))
-    verdicts = [
-        Verdict(
-            name,
-            old[name],
-            seconds,
-            seconds / old[name],
-            is_slower(old[name], seconds, seconds / old[name], RATIO[new["device"]]),
-        )
-        for name, seconds in _medians(new)
-        if name in old
-    ]
+    old, slowdown = dict(_medians(base)), machine_slowdown(base, new)
+    verdicts = []
+    for name, seconds in _medians(new):
+        if name in old:
+            expected = old[name] * slowdown
+            ratio = seconds / expected
+            verdicts.append(
+                Verdict(name, old[name], seconds, ratio, is_slower(expected, seconds, ratio, RATIO[new["device"]]))
+            )
     if not verdicts:
         raise InputError("--compare must name a run with a case of this run, got one without")
     return verdicts
+
+
+def machine_slowdown(base: Mapping[str, Any], new: Mapping[str, Any]) -> float:
+    """How many times as long plain PyTorch takes, which cannot have changed: the median over its cases.
+
+    1 if that is within the threshold, or if one of the runs has no case of it.
+    """
+    old = dict(_medians(base))
+    ratios = [s / old[n] for n, s in _medians(new) if n in old and n.split(", ")[-2].startswith("eager")]
+    ratio = statistics.median(ratios) if ratios else 1.0
+    return ratio if ratio > RATIO[new["device"]] else 1.0
 
 
 def _medians(document: Mapping[str, Any]) -> Iterator[tuple[str, float]]:

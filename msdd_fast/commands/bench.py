@@ -88,6 +88,12 @@ def run(args: argparse.Namespace) -> None:
         with atomic_write(args.html) as temporary:
             temporary.write_text(page(document, results.history(document)))
     if stored is not None:
+        slowdown = regressions.machine_slowdown(stored, document)
+        if slowdown > 1:
+            print(
+                f"this machine is slower now: plain PyTorch takes {slowdown:.2f} times as long as in {base}; "
+                "the ratios are relative to that"
+            )
         _finish(regressions.against_document(stored, document))
 
 

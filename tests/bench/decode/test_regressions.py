@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from msdd_fast.bench.decode import regressions, trial, worker
-from msdd_fast.bench.decode.regressions import Verdict, against_document, is_slower, lines, paired
+from msdd_fast.bench.decode.regressions import Verdict, against_document, is_slower, lines, machine_slowdown, paired
 from msdd_fast.bench.report.results import save
 from msdd_fast.commands import main as cli
 from msdd_fast.errors import InputError
@@ -69,6 +69,21 @@ def test_stored_runs_are_compared_by_case_provider_and_scale():
     assert (
         "SLOWER" in "\n".join(lines(list(verdicts.values()))) and lines(list(verdicts.values()))[-1] == "1 of 7 slower"
     )
+
+
+def test_a_machine_that_is_slower_is_no_regression():
+    """Plain PyTorch shows it; what became slower than that is still found."""
+    base, new = document(), document()
+    for case in new["cases"]:
+        for provider in case["providers"]:
+            provider["samples"] = [1.4 * s for s in provider["samples"]]
+            for scale, times in provider.get("scales", {}).items():
+                provider["scales"][scale] = [1.4 * s for s in times]
+    assert machine_slowdown(base, new) == pytest.approx(1.4) and machine_slowdown(base, base) == 1
+    assert not any(v.slower for v in against_document(base, new))
+    slow = new["cases"][0]["providers"][1]["scales"]
+    slow["16"] = [1.2 * s for s in slow["16"]]
+    assert [v.name.split(", ")[-2:] for v in against_document(base, new) if v.slower] == [["engine-exact", "16 px"]]
 
 
 def test_another_device_or_other_cases_are_refused():
