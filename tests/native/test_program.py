@@ -219,7 +219,7 @@ def test_the_ops_of_pid_see_new_values():
     packed = [pack_linear(w) for w in (first, second)]
     fc1, b1, fc2, b2 = randn(8, channels), randn(8), randn(channels, 8), randn(channels)
     stream, rms = randn(tokens, pixels, channels), randn(channels) + 1
-    qkv, angles = randn(2, 3, 3, 2, 20), randn(3, 10)
+    qkv, norm, cos, sin = randn(2, 3, 3, 2, 20), randn(1, 2, 20), randn(3, 10), randn(3, 10) + 1
     bound = bind("cpu")
 
     def run():
@@ -228,12 +228,11 @@ def test_the_ops_of_pid_see_new_values():
         s, h = bound.gate_residual_norm_modulate(s, h, shift, x[1:2], y[1:2], None, 1e-6, weight)
         a = bound.pixel_modulate(stream, h, first, biases[0], rms, packed[0])
         out = bound.pixel_block(stream, a, s, second, biases[1], rms, fc1, b1, fc2, b2, packed[1])
-        heads = bound.qk_norm_rope(qkv, fc_norm, None, angles, angles_sin)
+        heads = bound.qk_norm_rope(qkv, norm, None, cos, sin)
         image = bound.sde_step(state, noise, t, t_next, seeds, 1)
         image = bound.sde_step(image, noise, t, t_next, None, 0, state, None, True)
         return torch.cat([out.flatten(), heads.flatten(), image.flatten()])
 
-    fc_norm, angles_sin = randn(1, 2, 20), randn(3, 10) + 1
     program, result = recorded(run, x, y, offset, shift, weight, state, noise, seeds, t, t_next, packed, stream, rms)
     for tensor, value in ((t, 0.5), (t_next, 0.1), (shift, 0.2), (weight, 2.0)):
         tensor.fill_(value)

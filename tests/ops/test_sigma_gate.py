@@ -5,7 +5,7 @@ import torch
 
 from msdd_fast import ops
 from msdd_fast.errors import BackendUnavailableError, InputError
-from tests.ops.adaln import DTYPES, formula, per_row, randn, tables
+from tests.ops.adaln import DTYPES, formula, randn, tables
 
 NAMES = ("x", "y", "offset", "shift", "scale", "rms_weight", "logit", "weight")
 # What the gate is made of: the weight of a row's product, or logits, and whether logits and offset are as wide as x.
@@ -119,12 +119,6 @@ def test_eager_is_differentiable():
             return ops.sigma_gate(*(None if a is None else next(waiting) for a in args))
 
         assert torch.autograd.gradcheck(run, given)
-
-
-def test_per_row_helper_of_these_tests_is_the_ops_rule():
-    """12 rows of a table over 12 rows of x: each its own."""
-    table = torch.arange(12.0)[:, None]
-    assert torch.equal(per_row(table, 12, None), table)
 
 
 @pytest.mark.parametrize("name", ["cpu", "triton"])
