@@ -27,9 +27,9 @@ SIXTEEN_BYTES = {
 # A warp holds a row of 768 or 12 heads of 64, which takes registers; it does not need many neighbours to hide latency.
 # The statistics hold a tile of 64 x 32 elements twice, the window its sums, queries and a block's weights.
 REGISTERS = {"norm_modulate": 80, "gate_residual_norm_modulate": 96, "qk_norm_rope": 80, "context_attention": 224}
-# RMSNorm has one more row at hand, its weight. Of the pixel block 64 pixels have 64 hidden channels.
-REGISTERS |= {"gate_residual_norm_modulate (RMS)": 112, "sigma_gate": 96, "pixel_block": 160}
-REGISTERS |= {"qk_norm_rope (RMS, head size 72)": 80}
+# Two warps hold a row of 1536, and RMSNorm has one more at hand, its weight. 64 pixels have 64 hidden channels each.
+REGISTERS |= {"norm_modulate (RMS)": 120, "gate_residual_norm_modulate (RMS)": 120, "sigma_gate": 120}
+REGISTERS |= {"pixel_block": 160, "sde_step": 72}
 REGISTERS |= {"group_norm_parts": 96, "group_norm_apply": 80, "window_attention": 208}
 # cos, sin, weight and bias of a token are read once by a warp and passed on to the lanes of all heads; K, V and the
 # queries of a head (128 + 128 + 64 rows of 128 bytes, and barriers on sm_100) are operands of the tensor cores.
@@ -41,8 +41,8 @@ SHARED |= {"group_norm_parts": 512, "group_norm_merge": 64}
 # Per output: of the noise one block costs about 200, sin, cos and log would cost far more; a head's few features share
 # the scores of a query, and a group's few sums the loop over the parts of its image.
 INSTRUCTIONS = {"renoise_upsample_channels_last": 100, "final_step_channels_last": 100, "window_attention": 300}
-# Four values of erf for every output, and in float32 products without tensor cores.
-INSTRUCTIONS |= {"group_norm_merge": 128, "pixel_block": 320}
+# Four values of erf for every output, and in float32 products without tensor cores; noise and where a pixel lies.
+INSTRUCTIONS |= {"group_norm_merge": 128, "pixel_block": 320, "sde_step": 90}
 
 # float32 products of the window run without tensor cores: a handful of values of one head size leave the registers.
 SPILLS = {("window_attention", "fp32"): 16}
