@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstring>
 #include <numeric>
 #include <vector>
 
@@ -56,24 +57,36 @@ MSDD_SIMD_CLONES void modulate_tile(const PixelJob& job, const PixelTile& tile) 
     }
 }
 
+// Sixteen numbers that stay in registers, whatever the SIMD level; the compiler keeps no array there.
+constexpr int WIDE = 16;
+#if defined(__GNUC__)
+using Wide = float __attribute__((vector_size(WIDE * sizeof(float))));
+MSDD_INLINE void multiply_add(Wide& sum, float factor, const Wide& x) { sum += factor * x; }
+#else
+struct Wide {
+    float lane[WIDE];
+};
+MSDD_INLINE void multiply_add(Wide& sum, float factor, const Wide& x) {
+    for (int k = 0; k < WIDE; ++k) sum.lane[k] += factor * x.lane[k];
+}
+#endif
+
 // out[i][o] = bias[o] + sum over `in` of x[i][j] * weight[j][o] for COUNT pixels, in the order of j.
 template <int COUNT>
-MSDD_INLINE void small_linear(const float* x, std::int64_t x_stride, const float* __restrict weight,
-                              const float* __restrict bias, std::int64_t in, std::int64_t out_size,
-                              float* __restrict out, std::int64_t out_stride) {
-    constexpr int WIDTH = 16;  // sums of a pixel in registers
+MSDD_INLINE void small_linear(const float* x, std::int64_t x_stride, const float* weight, const float* bias,
+                              std::int64_t in, std::int64_t out_size, float* out, std::int64_t out_stride) {
     std::int64_t o = 0;
-    for (; o + WIDTH <= out_size; o += WIDTH) {
-        float sums[COUNT][WIDTH];
-        for (int i = 0; i < COUNT; ++i)
-            for (int k = 0; k < WIDTH; ++k) sums[i][k] = bias[o + k];
-        for (std::int64_t j = 0; j < in; ++j)
-            for (int i = 0; i < COUNT; ++i) {
-                const float factor = x[i * x_stride + j];
-                for (int k = 0; k < WIDTH; ++k) sums[i][k] += factor * weight[j * out_size + o + k];
-            }
-        for (int i = 0; i < COUNT; ++i)
-            for (int k = 0; k < WIDTH; ++k) out[i * out_stride + o + k] = sums[i][k];
+    for (; o + WIDE <= out_size; o += WIDE) {
+        Wide sums[COUNT], row;
+#pragma GCC unroll 8
+        for (int i = 0; i < COUNT; ++i) std::memcpy(&sums[i], bias + o, sizeof(Wide));
+        for (std::int64_t j = 0; j < in; ++j) {
+            std::memcpy(&row, weight + j * out_size + o, sizeof(Wide));
+#pragma GCC unroll 8
+            for (int i = 0; i < COUNT; ++i) multiply_add(sums[i], x[i * x_stride + j], row);
+        }
+#pragma GCC unroll 8
+        for (int i = 0; i < COUNT; ++i) std::memcpy(out + i * out_stride + o, &sums[i], sizeof(Wide));
     }
     for (; o < out_size; ++o)
         for (int i = 0; i < COUNT; ++i) {
