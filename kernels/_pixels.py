@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -15,4 +16,6 @@ def modulation_chunks(s: Tensor, weight: Tensor, bias: Tensor) -> Iterator[tuple
     rows = max(1, CHUNK_BYTES // max(1, len(weight) * s.element_size()))
     for begin in range(0, len(s), rows):
         tokens = slice(begin, min(begin + rows, len(s)))
-        yield tokens, F.linear(s[tokens], weight, bias)
+        with torch.autocast(s.device.type, enabled=False):  # dtypes are those of the arguments
+            modulation = F.linear(s[tokens], weight, bias)
+        yield tokens, modulation

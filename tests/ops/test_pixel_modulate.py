@@ -65,6 +65,17 @@ def test_chunks_of_the_modulation(device, monkeypatch, assert_near, backend):
     check(assert_near, backend, arguments((7, 4, 16, 24, 64), device, torch.float32))
 
 
+def test_autocast_changes_nothing(backend, device):
+    from msdd_fast.kernels._pixels import modulation_chunks
+
+    x, s, weight, bias, rms_weight = arguments((5, 4, 16, 24, 64), device, torch.float32)
+    given = (x, s, weight, bias, rms_weight, packed(backend, weight))
+    expected = ops.pixel_modulate(*given, backend=backend)
+    with torch.autocast(device.type, torch.bfloat16):
+        assert torch.equal(ops.pixel_modulate(*given, backend=backend), expected)
+        assert all(m.dtype == torch.float32 for _, m in modulation_chunks(s, weight, bias))
+
+
 def test_strided_operands(backend, device):
     args = arguments((5, 4, 16, 24, 64), device, torch.float32)
     x, s, weight, bias, rms_weight = args
