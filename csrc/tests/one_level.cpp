@@ -3,6 +3,8 @@
 #include "msdd_fast/cfg_euler.h"
 #include "msdd_fast/final_step.h"
 #include "msdd_fast/renoise_upsample.h"
+#include "msdd_fast/sde_step.h"
+#include "msdd_fast/sigma_gate.h"
 #include "msdd_fast/stage_transition.h"
 
 extern "C" void renoise_upsample(void* out, const void* x, int dtype, int channels_last, const std::int64_t* seeds,
@@ -37,4 +39,24 @@ extern "C" void final_step(void* out, const void* x, const void* v, const void* 
     const auto rows = [&](const void* data) { return patch_rows(data, dtype, batch, channels * patch * patch); };
     msdd_fast::final_step(out, static_cast<msdd_fast::PixelType>(type), false, rows(x), rows(v), rows(v_uncond),
                           {grid, batch, channels, patch}, {-0.25f, 1.7f}, 1);
+}
+
+// With noise of seeds, v as pixels of tokens.
+extern "C" void sde_step(void* out, const void* x, const void* v, int dtype, const std::int64_t* seeds,
+                         std::int64_t batch, std::int64_t channels, std::int64_t height, std::int64_t width,
+                         std::int64_t patch) {
+    const auto type = static_cast<msdd_fast::DType>(dtype);
+    msdd_fast::sde_step(out, {x, type}, {v, type}, {}, seeds, {batch, channels, height, width, patch},
+                        {0.866f, 0.634f, 2, true, false}, 1);
+}
+
+// A gate per row, the same tables for all rows.
+extern "C" void sigma_gate(void* x_new, void* h, const void* x, const void* y, const void* offset, const void* shift,
+                           const void* scale, const void* rms_weight, const void* weight, int dtype, std::int64_t rows,
+                           std::int64_t width) {
+    const auto type = static_cast<msdd_fast::DType>(dtype);
+    const msdd_fast::SigmaGate operands{
+        {x, type},      {y, type},          {{offset, type}, 1, false}, {},
+        {weight, type}, {{shift, type}, 0}, {{scale, type}, 0},         {rms_weight, type}};
+    msdd_fast::sigma_gate(x_new, h, operands, {rows, width, rows, 1, 1e-6f}, 1);
 }

@@ -285,7 +285,7 @@ def test_every_simd_level_gives_the_same_bits(level, tmp_path):
         pytest.skip(f"needs g++ and an x86 CPU of level {level}")
     (options,) = re.findall(r"-Wall -Wextra (-f[^>]*)>", (ROOT / "CMakeLists.txt").read_text())
     library = tmp_path / "one_level.so"
-    ops = ("renoise_upsample", "stage_transition", "final_step", "cfg_euler")
+    ops = ("renoise_upsample", "stage_transition", "final_step", "cfg_euler", "sde_step", "sigma_gate")
     names = (*ops, "runtime/dtype", "runtime/parallel")
     sources = [*(ROOT / f"csrc/cpu/{name}.cpp" for name in names), ROOT / "csrc/tests/one_level.cpp"]
     options += f" -O3 -std=c++17 -shared -fPIC -pthread -march={level} -DMSDD_SIMD_CLONES= -I{ROOT / 'csrc/include'}"
@@ -297,6 +297,8 @@ def test_every_simd_level_gives_the_same_bits(level, tmp_path):
     one.renoise_upsample.argtypes += [f32, f32, i64, ctypes.c_double]
     one.stage_transition.argtypes = [*[pointer] * 4, ctypes.c_int, pointer, *[i64] * 4]
     one.final_step.argtypes = [*[pointer] * 4, ctypes.c_int, ctypes.c_int, *[i64] * 4]
+    one.sde_step.argtypes = [*[pointer] * 3, ctypes.c_int, pointer, *[i64] * 5]
+    one.sigma_gate.argtypes = [*[pointer] * 9, ctypes.c_int, i64, i64]
     one.cfg_euler.argtypes = [*[pointer] * 4, ctypes.c_int, i64, f32, f32]
     for dtype, code in DTYPES.items():
         for order, last in ((torch.contiguous_format, 0), (torch.channels_last, 1)):
@@ -317,6 +319,17 @@ def test_every_simd_level_gives_the_same_bits(level, tmp_path):
             out = torch.empty_like(expected)
             one.final_step(*(a.data_ptr() for a in (out, *args)), code, pixel_code, 5, 2, 3, 8)
             assert torch.equal(bits(out), bits(expected))
+        x, v = randn(2, 3, 12, 68, dtype=dtype), randn(3 * 17, 2, 16, 3, dtype=dtype, seed=1)
+        expected = native.sde_step(x, v, torch.tensor(0.866), torch.tensor(0.634), seeds, 2, None, 4, False)
+        out = torch.empty_like(expected)
+        one.sde_step(*(a.data_ptr() for a in (out, x, v)), code, seeds.data_ptr(), 2, 3, 12, 68, 4)
+        assert torch.equal(bits(out), bits(expected))
+        shapes = ((5, 70), (5, 70), (5, 1), (1, 70), (1, 70), (70,), (70,))
+        args = [randn(*shape, dtype=dtype, seed=i) for i, shape in enumerate(shapes)]
+        expected = native.sigma_gate(*args[:6], None, args[6], 5, 1e-6)
+        out = [torch.empty_like(e) for e in expected]
+        one.sigma_gate(*(a.data_ptr() for a in (*out, *args)), code, 5, 70)
+        assert all(torch.equal(bits(o), bits(e)) for o, e in zip(out, expected, strict=True))
         args = [randn(12_345, dtype=dtype, seed=i) for i in range(3)]
         args[0][:3] = torch.tensor([math.nan, math.inf, -math.inf])
         out = torch.empty_like(args[0])
