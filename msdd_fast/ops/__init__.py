@@ -15,9 +15,13 @@ from msdd_fast.ops.gate_residual_norm_modulate import gate_residual_norm_modulat
 from msdd_fast.ops.group_norm_modulate_silu import group_norm_modulate_silu
 from msdd_fast.ops.linear import linear
 from msdd_fast.ops.norm_modulate import norm_modulate
+from msdd_fast.ops.pixel_block import pixel_block
+from msdd_fast.ops.pixel_modulate import pixel_modulate
 from msdd_fast.ops.qk_norm_rope import qk_norm_rope
 from msdd_fast.ops.quantize_rows import quantize_rows
 from msdd_fast.ops.renoise_upsample import renoise_upsample
+from msdd_fast.ops.sde_step import sde_step
+from msdd_fast.ops.sigma_gate import sigma_gate
 from msdd_fast.ops.stage_transition import stage_transition
 from msdd_fast.ops.start_noise import start_noise
 from msdd_fast.ops.swiglu import swiglu
@@ -34,9 +38,13 @@ __all__ = [
     "group_norm_modulate_silu",
     "linear",
     "norm_modulate",
+    "pixel_block",
+    "pixel_modulate",
     "qk_norm_rope",
     "quantize_rows",
     "renoise_upsample",
+    "sde_step",
+    "sigma_gate",
     "stage_transition",
     "start_noise",
     "swiglu",

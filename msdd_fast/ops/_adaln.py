@@ -1,7 +1,8 @@
-"""What the two adaLN ops share: checks of their arguments and the limits of their kernels."""
+"""What the adaLN ops share: RMSNorm, checks of their arguments and the limits of their kernels."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from msdd_fast.backends.choice import Verdict
@@ -34,15 +35,30 @@ def check_adaln(x: Tensor, split: int | None, **tables: Tensor) -> None:
         raise InputError(f"{first} must have 2 rows where split is given, got {groups}")
 
 
+def check_rms_weight(rms_weight: Tensor, x: Tensor, split: int | None) -> None:
+    """Raise InputError unless rms_weight is (D,) for x (*, D), or (2, D) with ``split``."""
+    check_floating("rms_weight", rms_weight)
+    expected = (x.shape[-1],) if split is None else (2, x.shape[-1])
+    if rms_weight.shape != expected:
+        raise InputError(f"rms_weight must be {expected}, got {tuple(rms_weight.shape)}")
+    check_device("rms_weight", rms_weight, "x", x)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """weight * (x / sqrt(mean(x^2) + eps)) over the last dimension; what the weight multiplies has the dtype of x."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
 def check_split(split: int, limit: int, what: str) -> None:
     if not isinstance(split, int) or isinstance(split, bool) or not 0 <= split <= limit:
         raise InputError(f"split must be an int in [0, {limit}], the number of {what}, got {split!r}")
 
 
-def kernels_fit(x: Tensor, *others: Tensor) -> Verdict:
+def kernels_fit(x: Tensor, *others: Tensor | None) -> Verdict:
     """Whether the kernels' limits hold."""
     for t in (x, *others):
-        if t.dtype not in FLOAT_DTYPES:
+        if t is not None and t.dtype not in FLOAT_DTYPES:
             return False, f"works in float32, bfloat16 and float16, got {t.dtype}"
     if x.shape[-1] > MAX_WIDTH:
         return False, f"works on rows of at most {MAX_WIDTH} elements, got {x.shape[-1]}"

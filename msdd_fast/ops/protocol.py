@@ -47,6 +47,7 @@ class Ops(Protocol):
         scale: Tensor,
         split: int | None = None,
         eps: float = NORM_EPS,
+        rms_weight: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]: ...
 
     def group_norm_modulate_silu(
@@ -71,11 +72,50 @@ class Ops(Protocol):
     ) -> Tensor: ...
 
     def norm_modulate(
-        self, x: Tensor, shift: Tensor, scale: Tensor, split: int | None = None, eps: float = NORM_EPS
+        self,
+        x: Tensor,
+        shift: Tensor,
+        scale: Tensor,
+        split: int | None = None,
+        eps: float = NORM_EPS,
+        rms_weight: Tensor | None = None,
+    ) -> Tensor: ...
+
+    def pixel_block(
+        self,
+        x: Tensor,
+        y: Tensor,
+        s: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        rms_weight: Tensor,
+        fc1_weight: Tensor,
+        fc1_bias: Tensor,
+        fc2_weight: Tensor,
+        fc2_bias: Tensor,
+        packed: Tensor | None = None,
+        eps: float = NORM_EPS,
+    ) -> Tensor: ...
+
+    def pixel_modulate(
+        self,
+        x: Tensor,
+        s: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        rms_weight: Tensor,
+        packed: Tensor | None = None,
+        eps: float = NORM_EPS,
     ) -> Tensor: ...
 
     def qk_norm_rope(
-        self, qkv: Tensor, weight: Tensor, bias: Tensor, cos: Tensor, sin: Tensor | None, split: int | None = None
+        self,
+        qkv: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        cos: Tensor,
+        sin: Tensor | None,
+        split: int | None = None,
     ) -> Tensor: ...
 
     def quantize_rows(self, x: Tensor) -> tuple[Tensor, Tensor]: ...
@@ -89,6 +129,32 @@ class Ops(Protocol):
         stage: int,
         correlation: float = -1.0 / 3.0,
     ) -> Tensor: ...
+
+    def sde_step(
+        self,
+        x: Tensor,
+        v: Tensor,
+        t: float | Tensor,
+        t_next: float | Tensor | None = None,
+        seeds: Tensor | None = None,
+        stage: int = 0,
+        noise: Tensor | None = None,
+        patch_size: int | None = None,
+        clamp: bool = False,
+    ) -> Tensor: ...
+
+    def sigma_gate(
+        self,
+        x: Tensor,
+        y: Tensor,
+        offset: Tensor,
+        shift: Tensor | None = None,
+        scale: Tensor | None = None,
+        rms_weight: Tensor | None = None,
+        logit: Tensor | None = None,
+        weight: Tensor | None = None,
+        eps: float = NORM_EPS,
+    ) -> tuple[Tensor, Tensor]: ...
 
     def stage_transition(
         self,

@@ -1,7 +1,8 @@
-"""qk_norm_rope: per-head LayerNorm and two-axis rotary embedding of q and k, as the linear layer left them
+"""qk_norm_rope: per-head LayerNorm or RMSNorm and two-axis rotary embedding of q and k, as the linear layer left them
 (docs/spec.md#qk-norm, docs/spec.md#rope).
 
     y = (x - mean) / sqrt(var + 1e-6) * weight + bias             over each head's d elements
+    y = x / sqrt(mean(x^2) + 1e-6) * weight                       where bias is None
     (out[2i], out[2i+1]) = (y[2i] cos_i - y[2i+1] sin_i, y[2i] sin_i + y[2i+1] cos_i)
 
 qkv is (B, N, P, H, d): P = 3 parts (q, k, v) or 2 (k, v), of which the first P - 1 are worked on; v is neither read nor
@@ -11,7 +12,7 @@ streams. cos and sin are float32 (N, d / 2); sin None is the "cosine" variant, o
 (B, N, P - 1, H, d) is dense in the memory order of qkv, (B, N, ...) or token-major (N, B, ...).
 
 qkv, weight and bias each float32, bfloat16 or float16 (eager: any float dtype). Kernels compute in float32, the
-variance in a second pass, and round once; they take d of 16, 32, 64 and 128, eager every multiple of 4. Moves
+variance in a second pass, and round once; they take every d that is a multiple of 4 up to 128. Moves
 2 B N (P - 1) H d elements and, once each, the tables. Eager is differentiable.
 """
 
@@ -31,19 +32,19 @@ from msdd_fast.diffusion.checks import check_layout
 from msdd_fast.diffusion.rope import RopeTable, apply_rope
 from msdd_fast.errors import InputError
 from msdd_fast.layout import empty_tokens, is_token_major, like_layout
-from msdd_fast.ops._adaln import check_split
+from msdd_fast.ops._adaln import check_split, rms_norm
 from msdd_fast.ops._checks import FLOAT_DTYPES, check_device, check_floating
 from msdd_fast.ops._native import register_native
 from msdd_fast.ops._registry import Op
 from msdd_fast.ops.norm_modulate import NORM_EPS
 
-HEAD_DIMS = (16, 32, 64, 128)  # as in csrc/cpu/qk_norm_rope.cpp
+MAX_HEAD_DIM = 128  # as in csrc/include/msdd_fast/qk_norm_rope.h
 
 
 def qk_norm_rope(
     qkv: Tensor,
     weight: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
     cos: Tensor,
     sin: Tensor | None,
     split: int | None = None,
@@ -59,6 +60,8 @@ def qk_norm_rope(
     if split is not None:
         check_split(split, tokens, "tokens")
     for name, t in (("weight", weight), ("bias", bias)):
+        if name == "bias" and t is None:
+            continue
         check_floating(name, t)
         shape = (1 if split is None else 2, parts - 1, d)
         if t.shape != shape:
@@ -77,18 +80,24 @@ def qk_norm_rope(
 
 
 def qk_norm_rope_eager(
-    qkv: Tensor, weight: Tensor, bias: Tensor, cos: Tensor, sin: Tensor | None, split: int | None
+    qkv: Tensor, weight: Tensor, bias: Tensor | None, cos: Tensor, sin: Tensor | None, split: int | None
 ) -> Tensor:
     """Reference: plain torch; the norm is rounded to the dtype before the rotation."""
-    _, tokens, parts, _, d = qkv.shape
+    _, tokens, parts, _, _ = qkv.shape
     cuts = [0, tokens] if split is None else [0, split, tokens]
     streams = [
-        torch.stack([F.layer_norm(x[:, :, p], (d,), weight[s, p], bias[s, p], NORM_EPS) for p in range(parts - 1)], 2)
+        torch.stack(
+            [_norm(x[:, :, p], weight[s, p], None if bias is None else bias[s, p]) for p in range(parts - 1)], 2
+        )
         for s, x in enumerate(qkv.split([b - a for a, b in itertools.pairwise(cuts)], dim=1))
     ]
     heads = torch.cat(streams, dim=1) if len(streams) > 1 else streams[0]
     out = apply_rope(heads.flatten(2, 3), RopeTable(cos, sin)).view_as(heads).to(qkv.dtype)
     return like_layout(out, qkv) if is_token_major(qkv) else out
+
+
+def _norm(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return rms_norm(x, weight, NORM_EPS) if bias is None else F.layer_norm(x, x.shape[-1:], weight, bias, NORM_EPS)
 
 
 def _inner_dense(qkv: Tensor) -> Tensor:
@@ -102,33 +111,36 @@ def _result(qkv: Tensor) -> Tensor:
 
 
 def _contiguous(
-    qkv: Tensor, weight: Tensor, bias: Tensor, cos: Tensor, sin: Tensor | None, split: int | None
+    qkv: Tensor, weight: Tensor, bias: Tensor | None, cos: Tensor, sin: Tensor | None, split: int | None
 ) -> tuple[Any, ...]:
     """The arguments as the kernels read them; copies only what is laid out otherwise."""
     sin = None if sin is None else sin.contiguous()
     limit = qkv.shape[1] if split is None else split
-    return _inner_dense(qkv), weight.contiguous(), bias.contiguous(), cos.contiguous(), sin, limit, NORM_EPS
+    bias = None if bias is None else bias.contiguous()
+    return _inner_dense(qkv), weight.contiguous(), bias, cos.contiguous(), sin, limit, NORM_EPS
 
 
-def _triton(qkv: Tensor, weight: Tensor, bias: Tensor, cos: Tensor, sin: Tensor | None, split: int | None) -> Tensor:
+def _triton(qkv: Tensor, *args: Any) -> Tensor:
     from msdd_fast.kernels.qk_norm_rope import qk_norm_rope as launch
 
     out = _result(qkv)
-    launch(out, *_contiguous(qkv, weight, bias, cos, sin, split))
+    launch(out, *_contiguous(qkv, *args))
     return out
 
 
-def _kernels_fit(qkv: Tensor, weight: Tensor, bias: Tensor, *_: Any) -> Verdict:
+def _kernels_fit(qkv: Tensor, weight: Tensor, bias: Tensor | None, *_: Any) -> Verdict:
     for t in (qkv, weight, bias):
-        if t.dtype not in FLOAT_DTYPES:
+        if t is not None and t.dtype not in FLOAT_DTYPES:
             return False, f"works in float32, bfloat16 and float16, got {t.dtype}"
     d = qkv.shape[4]
-    return d in HEAD_DIMS, f"works with head_dim 16, 32, 64 or 128, got {d}"
+    if bias is None:
+        return False, "has no RMSNorm yet"
+    return d in (16, 32, 64, 128), f"works with head_dim 16, 32, 64 or 128, got {d}"
 
 
 OP = Op(
     "qk_norm_rope",
-    "(Tensor qkv, Tensor weight, Tensor bias, Tensor cos, Tensor? sin, int? split) -> Tensor",
+    "(Tensor qkv, Tensor weight, Tensor? bias, Tensor cos, Tensor? sin, int? split) -> Tensor",
     qk_norm_rope_eager,
     lambda qkv, *_: _result(qkv),
 )
