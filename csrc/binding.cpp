@@ -25,9 +25,12 @@
 #include "msdd_fast/linear_int8.h"
 #include "msdd_fast/norm_modulate.h"
 #include "msdd_fast/philox.h"
+#include "msdd_fast/pixel_block.h"
 #include "msdd_fast/program.h"
 #include "msdd_fast/qk_norm_rope.h"
 #include "msdd_fast/renoise_upsample.h"
+#include "msdd_fast/sde_step.h"
+#include "msdd_fast/sigma_gate.h"
 #include "msdd_fast/stage_transition.h"
 #include "msdd_fast/start_noise.h"
 #include "msdd_fast/swiglu.h"
@@ -335,7 +338,7 @@ void final_step(Address out, int type, bool channels_last, const Tensor& x, cons
 }
 
 void norm_modulate(Address h, Address x_new, const Tensor& x, const Tensor& y, const Tensor& gate, const Tensor& shift,
-                   const Tensor& scale, std::int64_t run, float eps, int threads) {
+                   const Tensor& scale, std::int64_t run, float eps, const Tensor& rms_weight, int threads) {
     expect_present("x", x);
     expect(x.dimensions >= 1, "x must have a dimension");
     expect_contiguous("x", x);
@@ -350,9 +353,14 @@ void norm_modulate(Address h, Address x_new, const Tensor& x, const Tensor& y, c
         expect_inner(name, table, 1);
         return {operand_of(table), table.strides[0]};
     };
+    const bool one = rms_weight.dimensions == 1;  // for all rows
+    if (rms_weight.address != 0 && one) expect_shape("rms_weight", rms_weight, {width});
+    if (rms_weight.address != 0 && one) expect_contiguous("rms_weight", rms_weight);
+    const msdd_fast::Table weight =
+        one ? msdd_fast::Table{operand_of(rms_weight), 0} : table_of("rms_weight", rms_weight);
     call(&msdd_fast::norm_modulate, pointer<void>(h), pointer<void>(x_new), pointer<const void>(x.address),
          dtype_of(x.dtype), operand_of(y), table_of("gate", gate), table_of("shift", shift), table_of("scale", scale),
-         {width == 0 ? 0 : x.elements() / width, width, run, groups, eps}, threads);
+         weight, {width == 0 ? 0 : x.elements() / width, width, run, groups, eps}, threads);
 }
 
 void qk_norm_rope(const Tensor& out, const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& cos,
@@ -377,9 +385,9 @@ void qk_norm_rope(const Tensor& out, const Tensor& x, const Tensor& weight, cons
         return pointer<const float>(table.address);
     };
     const std::int64_t weights = (split >= tokens ? 1 : 2) * parts * size, angles = tokens * (size / 2);
-    const msdd_fast::HeadsTables tables{table_of("weight", weight, weights), table_of("bias", bias, weights),
-                                        table_of("cos", cos, angles),
-                                        sin.address == 0 ? nullptr : table_of("sin", sin, angles)};
+    const msdd_fast::HeadsTables tables{
+        table_of("weight", weight, weights), bias.address == 0 ? nullptr : table_of("bias", bias, weights),
+        table_of("cos", cos, angles), sin.address == 0 ? nullptr : table_of("sin", sin, angles)};
     call(&msdd_fast::qk_norm_rope, pointer<void>(out.address), pointer<const void>(x.address), dtype_of(x.dtype),
          tables,
          {batch, tokens, parts, heads, static_cast<int>(size), x.strides[0], x.strides[1], token_major, split, eps},
@@ -493,6 +501,121 @@ void linear_int8(const Tensor& out, const Tensor& values, const Tensor& scales, 
     call(&msdd_fast::linear_int8, pointer<void>(out.address), dtype_of(out.dtype), out.strides[0],
          {pointer<const std::uint8_t>(values.address), values.shape[1], pointer<const float>(scales.address)},
          out.shape[0], pointer<const void>(packed.address), operand_of(bias), shape, level, threads);
+}
+
+void sigma_gate(Address x_new, Address h, const Tensor& x, const Tensor& y, const Tensor& offset, const Tensor& shift,
+                const Tensor& scale, const Tensor& rms_weight, const Tensor& logit, const Tensor& weight,
+                std::int64_t run, float eps, int threads) {
+    expect_dimensions("x", x, 2);
+    expect_contiguous("x", x);
+    expect_like("y", y, x);
+    expect_contiguous("y", y);
+    const std::int64_t rows = x.shape[0], width = x.shape[1];
+    const auto logits_of = [&](const char* name, const Tensor& t) -> msdd_fast::Logits {
+        if (t.address == 0) return {};
+        expect_dimensions(name, t, 2);
+        if (t.shape[1] != 1) expect_shape(name, t, {rows, width});
+        expect_shape(name, t, {rows, t.shape[1]});
+        expect_inner(name, t, 1);
+        return {operand_of(t), t.strides[0], t.shape[1] != 1};
+    };
+    const auto vector_of = [&](const char* name, const Tensor& t) -> msdd_fast::Operand {
+        if (t.address == 0) return {};
+        expect_shape(name, t, {width});
+        expect_contiguous(name, t);
+        return operand_of(t);
+    };
+    const std::int64_t groups = shift.address == 0 ? 0 : shift.shape[0];
+    const auto table_of = [&](const char* name, const Tensor& table) -> msdd_fast::Table {
+        if (table.address == 0) return {};
+        expect_shape(name, table, {groups, width});
+        expect_inner(name, table, 1);
+        return {operand_of(table), table.strides[0]};
+    };
+    call(&msdd_fast::sigma_gate, pointer<void>(x_new), pointer<void>(h),
+         {operand_of(x), operand_of(y), logits_of("offset", offset), logits_of("logit", logit),
+          vector_of("weight", weight), table_of("shift", shift), table_of("scale", scale),
+          vector_of("rms_weight", rms_weight)},
+         {rows, width, run, groups, eps}, threads);
+}
+
+// Rows of features and the packed layer that makes `parts` numbers for every channel of pixels x.
+msdd_fast::PixelModulation modulation_of(const Tensor& x, const Tensor& s, const Tensor& packed, const Tensor& bias,
+                                         std::int64_t parts, const std::string& level) {
+    expect_dimensions("x", x, 3);
+    expect_contiguous("x", x);
+    expect_dimensions("s", s, 2);
+    expect_shape("s", s, {x.shape[0], s.shape[1]});
+    expect_inner("s", s, 1);
+    const std::int64_t features = x.shape[1] * parts * x.shape[2];
+    expect_packed(packed, {features, s.shape[1], false}, s.dtype, level);
+    expect_shape("bias", bias, {features});
+    expect_contiguous("bias", bias);
+    return {{operand_of(s), s.strides[0]}, pointer<const void>(packed.address), operand_of(bias), level};
+}
+
+msdd_fast::Operand weight_of(const char* name, const Tensor& x, std::initializer_list<std::int64_t> shape) {
+    expect_shape(name, x, shape);
+    expect_contiguous(name, x);
+    return operand_of(x);
+}
+
+void pixel_modulate(Address out, const Tensor& x, const Tensor& s, const Tensor& packed, const Tensor& bias,
+                    const Tensor& rms_weight, float eps, const std::string& level, int threads) {
+    const msdd_fast::PixelModulation modulation = modulation_of(x, s, packed, bias, 2, level);
+    call(&msdd_fast::pixel_modulate, pointer<void>(out), dtype_of(s.dtype), operand_of(x), modulation,
+         weight_of("rms_weight", rms_weight, {x.shape[2]}), {x.shape[0], x.shape[1], x.shape[2], s.shape[1], eps},
+         threads);
+}
+
+void pixel_block(Address out, const Tensor& x, const Tensor& y, const Tensor& s, const Tensor& packed,
+                 const Tensor& bias, const Tensor& rms_weight, const Tensor& fc1_weight, const Tensor& fc1_bias,
+                 const Tensor& fc2_weight, const Tensor& fc2_bias, float eps, const std::string& level, int threads) {
+    const msdd_fast::PixelModulation modulation = modulation_of(x, s, packed, bias, 4, level);
+    expect_like("y", y, x);
+    expect_contiguous("y", y);
+    expect_dimensions("fc1_bias", fc1_bias, 1);
+    const std::int64_t channels = x.shape[2], hidden = fc1_bias.shape[0];
+    call(&msdd_fast::pixel_block, pointer<void>(out), operand_of(x), operand_of(y), modulation,
+         weight_of("rms_weight", rms_weight, {channels}),
+         {weight_of("fc1_weight", fc1_weight, {hidden, channels}), weight_of("fc1_bias", fc1_bias, {hidden}),
+          weight_of("fc2_weight", fc2_weight, {channels, hidden}), weight_of("fc2_bias", fc2_bias, {channels}), hidden},
+         {x.shape[0], x.shape[1], channels, s.shape[1], eps}, threads);
+}
+
+struct SdeScalars {
+    Scalar t, t_next;
+    std::int64_t stage;
+    bool clamp;
+};
+
+void sde_step_at(void* out, const std::array<msdd_fast::Operand, 3>& operands, const std::int64_t* seeds,
+                 const msdd_fast::SdeShape& shape, const SdeScalars& scalars, int threads) {
+    msdd_fast::sde_step(
+        out, operands[0], operands[1], operands[2], seeds, shape,
+        {value(scalars.t), value(scalars.t_next), scalars.stage, scalars.t_next != nullptr, scalars.clamp}, threads);
+}
+
+void sde_step(Address out, const Tensor& x, const Tensor& v, const Tensor& noise, const Seeds& seeds, Address t,
+              Address t_next, std::int64_t stage, std::int64_t patch, bool clamp, int threads) {
+    expect_dimensions("x", x, 4);
+    expect_contiguous("x", x);
+    const auto* s = x.shape;
+    if (patch == 0) {
+        expect_like("v", v, x);
+    } else {
+        expect(patch > 0 && s[2] % patch == 0 && s[3] % patch == 0, "patch must divide height and width");
+        expect_shape("v", v, {s[2] / patch * (s[3] / patch), s[0], patch * patch, s[1]});
+    }
+    expect_contiguous("v", v);
+    if (noise.address != 0) {
+        expect_like("noise", noise, x);
+        expect_contiguous("noise", noise);
+    }
+    const bool seeded = std::get<0>(seeds) != 0;
+    call(&sde_step_at, pointer<void>(out), {operand_of(x), operand_of(v), operand_of(noise)},
+         seeded ? seeds_of(seeds, s[0]) : nullptr, {s[0], s[1], s[2], s[3], patch},
+         {scalar("t", t), pointer<const float>(t_next), stage, clamp}, threads);
 }
 
 // A tensor of heads of this shape and dtype.
@@ -636,11 +759,26 @@ PYBIND11_MODULE(_C, m) {
           py::arg("seeds"), py::arg("alpha"), py::arg("beta"), py::arg("stage"), py::arg("correlation"),
           py::arg("threads") = 1, "alpha * nearest_x2(x) + beta * noise into `out`; see renoise_upsample.h.");
     m.def("norm_modulate", &norm_modulate, no_gil, py::arg("h"), py::arg("x_new"), py::arg("x"), py::arg("y"),
-          py::arg("gate"), py::arg("shift"), py::arg("scale"), py::arg("run"), py::arg("eps"), py::arg("threads") = 1,
-          "LayerNorm and adaLN of x, or of x + gate * y; see norm_modulate.h.");
+          py::arg("gate"), py::arg("shift"), py::arg("scale"), py::arg("run"), py::arg("eps"),
+          py::arg("rms_weight") = py::none(), py::arg("threads") = 1,
+          "LayerNorm or RMSNorm and adaLN of x, or of x + gate * y; see norm_modulate.h.");
     m.def("qk_norm_rope", &qk_norm_rope, no_gil, py::arg("out"), py::arg("x"), py::arg("weight"), py::arg("bias"),
           py::arg("cos"), py::arg("sin"), py::arg("split"), py::arg("eps"), py::arg("threads") = 1,
           "Per-head LayerNorm and rotary embedding of all parts of x but the last; see qk_norm_rope.h.");
+    m.def("sigma_gate", &sigma_gate, no_gil, py::arg("x_new"), py::arg("h"), py::arg("x"), py::arg("y"),
+          py::arg("offset"), py::arg("shift"), py::arg("scale"), py::arg("rms_weight"), py::arg("logit"),
+          py::arg("weight"), py::arg("run"), py::arg("eps"), py::arg("threads") = 1,
+          "x + sigmoid(logit + offset) * y, then RMSNorm and adaLN; see sigma_gate.h.");
+    m.def("pixel_modulate", &pixel_modulate, no_gil, py::arg("out"), py::arg("x"), py::arg("s"), py::arg("packed"),
+          py::arg("bias"), py::arg("rms_weight"), py::arg("eps"), py::arg("level") = "", py::arg("threads") = 1,
+          "RMSNorm and adaLN of pixels by a layer of their tokens' features; see pixel_block.h.");
+    m.def("pixel_block", &pixel_block, no_gil, py::arg("out"), py::arg("x"), py::arg("y"), py::arg("s"),
+          py::arg("packed"), py::arg("bias"), py::arg("rms_weight"), py::arg("fc1_weight"), py::arg("fc1_bias"),
+          py::arg("fc2_weight"), py::arg("fc2_bias"), py::arg("eps"), py::arg("level") = "", py::arg("threads") = 1,
+          "Two gated residuals of pixels, modulated likewise; see pixel_block.h.");
+    m.def("sde_step", &sde_step, no_gil, py::arg("out"), py::arg("x"), py::arg("v"), py::arg("noise"), py::arg("seeds"),
+          py::arg("t"), py::arg("t_next"), py::arg("stage"), py::arg("patch"), py::arg("clamp"), py::arg("threads") = 1,
+          "x - t * v, then noise; seeds (0, 0) for none, patch 0 for an image v; see sde_step.h.");
     m.def("swiglu", &swiglu, no_gil, py::arg("out"), py::arg("a"), py::arg("b"), py::arg("threads") = 1,
           "silu(a) * b; see swiglu.h.");
     m.def("linear", &linear, no_gil, py::arg("out"), py::arg("x"), py::arg("packed"), py::arg("bias"),

@@ -22,6 +22,8 @@ TARGETS = ("80", "89", "90", "100", *AMD)
 # Sizes of msdd-d12: rows of the transformer, hidden width of its MLP, context tokens; RGB images in patches of 8.
 WIDTH, HEADS, HEAD_DIM, HIDDEN, CONTEXT = 768, 12, 64, 2048, 128
 CHANNELS, PATCH = 3, 8
+# Of PiD: width of its tokens, heads and head sizes of its attentions, channels of its pixels, its patches.
+PID_WIDTH, PID_HEADS, PID_CHANNELS, PID_PATCH = 1536, ((24, 64), (16, 72)), 16, 16
 
 Constants = Mapping[str, Any]
 

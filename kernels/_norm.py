@@ -1,4 +1,4 @@
-"""Shared by the LayerNorm kernels: a program holds a whole row in registers; statistics take two passes."""
+"""Shared by the kernels with a norm: a program holds a whole row in registers; LayerNorm takes two passes."""
 
 from __future__ import annotations
 
@@ -13,6 +13,12 @@ def normalise(b_x: tl.tensor, m: tl.tensor, WIDTH: tl.constexpr, EPS: tl.constex
     b_centred = tl.where(m, b_x - b_mean, 0.0)
     b_var = tl.sum(b_centred * b_centred, axis=-1, keep_dims=True) / WIDTH
     return b_centred * tl.rsqrt(b_var + EPS)
+
+
+@triton.jit
+def rms_normalise(b_x: tl.tensor, WIDTH: tl.constexpr, EPS: tl.constexpr) -> tl.tensor:
+    """b_x / sqrt(mean(b_x^2) + EPS) over WIDTH elements of the last axis; b_x is 0 beyond them."""
+    return b_x * tl.rsqrt(tl.sum(b_x * b_x, axis=-1, keep_dims=True) / WIDTH + EPS)
 
 
 def row_config(width: int) -> dict[str, int]:

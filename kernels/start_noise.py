@@ -33,7 +33,7 @@ def start_noise_kernel(
     o_row = o_row.to(tl.int64)
     seed = tl.load(p_seeds + i_image)
     counter = (o_row * width + o_col).to(tl.uint32)
-    b_top, b_low = white_blocks(seed, counter, K)
+    b_top, b_low = white_blocks(seed, counter, 0, PURPOSE_START, K)
     o_wide = tl.arange(0, 2 * K)[None, :]
     m_out = (o_row < rows)[:, None] & (2 * o_col[:, None] + o_wide < 2 * width)
     p_top = p_out + 4 * i_image * rows * width + (4 * o_row * width + 2 * o_col)[:, None] + o_wide
@@ -65,7 +65,7 @@ def start_noise_rows_kernel(
     o_y = o_token // grid_x
     o_x = o_token - o_y * grid_x
     counter = ((o_channel * grid_y + o_y) * HALF + o_line) * (grid_x * HALF) + o_x * HALF + o_run * K
-    b_top, b_low = white_blocks(tl.load(p_seeds + i_image), counter.to(tl.uint32), K)
+    b_top, b_low = white_blocks(tl.load(p_seeds + i_image), counter.to(tl.uint32), 0, PURPOSE_START, K)
     o_wide = tl.arange(0, 2 * K)[None, :]
     m_out = (o_token < grid_y * grid_x)[:, None] & (o_wide < 2 * K)
     o_feature = (o_channel * P + 2 * o_line) * P + o_run * (2 * K)
@@ -76,22 +76,24 @@ def start_noise_rows_kernel(
 
 
 @triton.jit
-def white_blocks(seed: tl.tensor, counter: tl.tensor, K: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
+def white_blocks(
+    seed: tl.tensor, counter: tl.tensor, stage: tl.tensor, PURPOSE: tl.constexpr, K: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor]:
     """Upper and lower line of K neighbouring blocks per lane, counters [BLOCK] of the first: 2K pixels each."""
     if K == 1:
-        t00, t01, l00, l01 = block_normals(seed, counter, 0, PURPOSE_START)
+        t00, t01, l00, l01 = block_normals(seed, counter, stage, PURPOSE)
         b_top = tl.join(t00, t01)
         b_low = tl.join(l00, l01)
     elif K == 2:
-        t00, t01, l00, l01 = block_normals(seed, counter, 0, PURPOSE_START)
-        t10, t11, l10, l11 = block_normals(seed, counter + 1, 0, PURPOSE_START)
+        t00, t01, l00, l01 = block_normals(seed, counter, stage, PURPOSE)
+        t10, t11, l10, l11 = block_normals(seed, counter + 1, stage, PURPOSE)
         b_top = interleave2(t00, t01, t10, t11)
         b_low = interleave2(l00, l01, l10, l11)
     else:
-        t00, t01, l00, l01 = block_normals(seed, counter, 0, PURPOSE_START)
-        t10, t11, l10, l11 = block_normals(seed, counter + 1, 0, PURPOSE_START)
-        t20, t21, l20, l21 = block_normals(seed, counter + 2, 0, PURPOSE_START)
-        t30, t31, l30, l31 = block_normals(seed, counter + 3, 0, PURPOSE_START)
+        t00, t01, l00, l01 = block_normals(seed, counter, stage, PURPOSE)
+        t10, t11, l10, l11 = block_normals(seed, counter + 1, stage, PURPOSE)
+        t20, t21, l20, l21 = block_normals(seed, counter + 2, stage, PURPOSE)
+        t30, t31, l30, l31 = block_normals(seed, counter + 3, stage, PURPOSE)
         b_top = interleave4(t00, t01, t10, t11, t20, t21, t30, t31)
         b_low = interleave4(l00, l01, l10, l11, l20, l21, l30, l31)
     return b_top, b_low

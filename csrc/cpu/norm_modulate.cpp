@@ -18,7 +18,7 @@ struct NormModulate {
     const void* x;
     DType dtype;
     Operand y;
-    Table gate, shift, scale;
+    Table gate, shift, scale, rms_weight;
     NormShape shape;
 };
 
@@ -29,6 +29,7 @@ MSDD_INLINE const float* row(const Table& table, std::int64_t group, std::int64_
 MSDD_SIMD_CLONES void norm_modulate_rows(const NormModulate& job, std::int64_t begin, std::int64_t end) {
     alignas(64) float gates[MAX_NORM_WIDTH], shifts[MAX_NORM_WIDTH], scales[MAX_NORM_WIDTH];
     alignas(64) float sums[MAX_NORM_WIDTH], ys[MAX_NORM_WIDTH], results[MAX_NORM_WIDTH];
+    alignas(64) float factors[MAX_NORM_WIDTH];  // of RMSNorm: its weight times 1 + scale
     const auto [rows, width, run, groups, eps] = job.shape;
     const float *gate = nullptr, *shift = nullptr, *scale = nullptr;
     std::int64_t known = -1;  // group whose rows of the tables are at hand
@@ -38,6 +39,10 @@ MSDD_SIMD_CLONES void norm_modulate_rows(const NormModulate& job, std::int64_t b
             gate = row(job.gate, group, width, gates);
             shift = row(job.shift, group, width, shifts);
             scale = row(job.scale, group, width, scales);
+            if (job.rms_weight.values.data != nullptr) {
+                const float* weight = row(job.rms_weight, group, width, results);
+                for (std::int64_t i = 0; i < width; ++i) factors[i] = weight[i] * (1.0f + scale[i]);
+            }
             known = group;
         }
         const float* x = floats({job.x, job.dtype}, at, width, sums);
@@ -48,15 +53,21 @@ MSDD_SIMD_CLONES void norm_modulate_rows(const NormModulate& job, std::int64_t b
             store(sum, width, job.x_new, job.dtype, at);
             x = floats({job.x_new, job.dtype}, at, width, sums);  // as rounded
         }
-        const auto [mean, rstd] = moments<NORM_LANES>(x, width, eps);
         float* __restrict h = place(job.h, job.dtype, at, results);
-        for (std::int64_t i = 0; i < width; ++i) h[i] = (x[i] - mean) * rstd * (1.0f + scale[i]) + shift[i];
+        if (job.rms_weight.values.data != nullptr) {
+            const float factor = rms_factor<NORM_LANES>(x, width, eps);
+            for (std::int64_t i = 0; i < width; ++i) h[i] = x[i] * factor * factors[i] + shift[i];
+        } else {
+            const auto [mean, rstd] = moments<NORM_LANES>(x, width, eps);
+            for (std::int64_t i = 0; i < width; ++i) h[i] = (x[i] - mean) * rstd * (1.0f + scale[i]) + shift[i];
+        }
         store(h, width, job.h, job.dtype, at);
     }
 }
 
 void norm_modulate(void* h, void* x_new, const void* x, DType dtype, const Operand& y, const Table& gate,
-                   const Table& shift, const Table& scale, const NormShape& shape, int threads) {
+                   const Table& shift, const Table& scale, const Table& rms_weight, const NormShape& shape,
+                   int threads) {
     expect(shape.rows >= 0 && shape.width >= 0, "sizes must not be negative");
     expect(shape.width <= MAX_NORM_WIDTH, "width must be at most " + std::to_string(MAX_NORM_WIDTH));
     expect(shape.run >= 1 && shape.groups >= 1, "run and groups must be at least 1");
@@ -65,7 +76,7 @@ void norm_modulate(void* h, void* x_new, const void* x, DType dtype, const Opera
     expect(shift.values.data != nullptr && scale.values.data != nullptr, "shift or scale is missing");
     expect(h != nullptr && (y.data == nullptr || x_new != nullptr), "h or x_new is missing");
     expect(y.data == nullptr || gate.values.data != nullptr, "gate is missing");
-    const NormModulate job{h, x_new, x, dtype, y, gate, shift, scale, shape};
+    const NormModulate job{h, x_new, x, dtype, y, gate, shift, scale, rms_weight, shape};
     parallel_for(shape.rows, std::max<std::int64_t>(1, NORM_GRAIN_ELEMENTS / shape.width), threads,
                  [&](std::int64_t begin, std::int64_t end) { norm_modulate_rows(job, begin, end); });
 }

@@ -20,13 +20,20 @@ struct QkNormRope {
     HeadsShape shape;
 };
 
+// D, or `size` where D is 0.
 template <int D>
-MSDD_INLINE void head(const float* x, const float* weight, const float* bias, const float* cos, const float* sin,
-                      float eps, float* __restrict out) {
-    const auto [mean, rstd] = moments<16>(x, D, eps);
-    alignas(64) float y[D];
-    for (int i = 0; i < D; ++i) y[i] = (x[i] - mean) * rstd * weight[i] + bias[i];
-    for (int i = 0; i < D / 2; ++i) {
+MSDD_INLINE void head(const float* x, int size, const float* weight, const float* bias, const float* cos,
+                      const float* sin, float eps, float* __restrict out) {
+    const int d = D == 0 ? size : D;
+    alignas(64) float y[D == 0 ? MAX_ROPE_HEAD_DIM : D];
+    if (bias == nullptr) {
+        const float factor = rms_factor<16>(x, d, eps);
+        for (int i = 0; i < d; ++i) y[i] = x[i] * factor * weight[i];
+    } else {
+        const auto [mean, rstd] = moments<16>(x, d, eps);
+        for (int i = 0; i < d; ++i) y[i] = (x[i] - mean) * rstd * weight[i] + bias[i];
+    }
+    for (int i = 0; i < d / 2; ++i) {
         const float even = y[2 * i], odd = y[2 * i + 1];
         out[2 * i] = sin == nullptr ? even * cos[i] : even * cos[i] - odd * sin[i];
         out[2 * i + 1] = sin == nullptr ? odd * cos[i] : even * sin[i] + odd * cos[i];
@@ -38,21 +45,23 @@ template <int D>
 MSDD_INLINE void tokens_of(const QkNormRope& job, std::int64_t begin, std::int64_t end) {
     alignas(64) float in[HEADS_CHUNK], results[HEADS_CHUNK];
     const HeadsShape& s = job.shape;
-    const std::int64_t per_token = s.parts * s.heads * D;
+    const std::int64_t d = D == 0 ? s.head_dim : D, chunk = HEADS_CHUNK / d * d;
+    const std::int64_t per_token = s.parts * s.heads * d;
     for (std::int64_t t = begin; t < end; ++t) {
         const std::int64_t token = s.token_major ? t / s.batch : t % s.tokens;
         const std::int64_t image = s.token_major ? t % s.batch : t / s.tokens;
         const std::int64_t from = image * s.stride_batch + token * s.stride_token, to = t * per_token;
-        const std::int64_t entry = token < s.split ? 0 : s.parts * D;
-        const float* cos = job.tables.cos + token * (D / 2);
-        const float* sin = job.tables.sin == nullptr ? nullptr : job.tables.sin + token * (D / 2);
-        for (std::int64_t at = 0; at < per_token; at += HEADS_CHUNK) {
-            const std::int64_t count = std::min<std::int64_t>(HEADS_CHUNK, per_token - at);
+        const std::int64_t entry = token < s.split ? 0 : s.parts * d;
+        const float* cos = job.tables.cos + token * (d / 2);
+        const float* sin = job.tables.sin == nullptr ? nullptr : job.tables.sin + token * (d / 2);
+        for (std::int64_t at = 0; at < per_token; at += chunk) {
+            const std::int64_t count = std::min(chunk, per_token - at);
             const float* x = floats(job.x, from + at, count, in);
             float* out = place(job.out, job.x.dtype, to + at, results);
-            for (std::int64_t i = 0; i < count; i += D) {
-                const std::int64_t part = entry + (at + i) / (s.heads * D) * D;
-                head<D>(x + i, job.tables.weight + part, job.tables.bias + part, cos, sin, s.eps, out + i);
+            for (std::int64_t i = 0; i < count; i += d) {
+                const std::int64_t part = entry + (at + i) / (s.heads * d) * d;
+                const float* bias = job.tables.bias == nullptr ? nullptr : job.tables.bias + part;
+                head<D>(x + i, s.head_dim, job.tables.weight + part, bias, cos, sin, s.eps, out + i);
             }
             store(out, count, job.out, job.x.dtype, to + at);
         }
@@ -67,8 +76,12 @@ MSDD_SIMD_CLONES void qk_norm_rope_tokens(const QkNormRope& job, std::int64_t be
             return tokens_of<32>(job, begin, end);
         case 64:
             return tokens_of<64>(job, begin, end);
+        case 72:
+            return tokens_of<72>(job, begin, end);
         case 128:
             return tokens_of<128>(job, begin, end);
+        default:
+            return tokens_of<0>(job, begin, end);
     }
 }
 
@@ -76,7 +89,8 @@ void qk_norm_rope(void* out, const void* x, DType dtype, const HeadsTables& tabl
                   int threads) {
     const int d = shape.head_dim;
     expect(shape.batch >= 0 && shape.tokens >= 0 && shape.parts >= 0 && shape.heads >= 0, "sizes must not be negative");
-    expect(d == 16 || d == 32 || d == 64 || d == 128, "head_dim must be 16, 32, 64 or 128, got " + std::to_string(d));
+    expect(d >= 2 && d <= MAX_ROPE_HEAD_DIM && d % 2 == 0,
+           "head_dim must be even and at most " + std::to_string(MAX_ROPE_HEAD_DIM) + ", got " + std::to_string(d));
     expect_threads(threads);
     const std::int64_t per_token = shape.parts * shape.heads * d;
     if (shape.batch * shape.tokens * per_token == 0) return;

@@ -17,7 +17,7 @@ def attention(
     """softmax(q k^T / sqrt(d)) v, plus ``accumulate``, rounded once; memory order of ``layout.attention_result(q)``.
 
     q (B, Nq, H, d), k and v (B, Nk, H, d), accumulate like q: one dtype, any strides but the last, which is 1. Nothing
-    is copied. Nk >= 1; d a multiple of 16 up to 128. ``level`` (attention.h) is for tests.
+    is copied. Nk >= 1; d up to 128. ``level`` (attention.h) is for tests.
     """
     call = entry("attention")
     of_q, of_k, of_v = metadata("q", q), metadata("k", k), metadata("v", v)

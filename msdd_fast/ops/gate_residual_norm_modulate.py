@@ -82,7 +82,8 @@ def _contiguous(
 ) -> tuple[Any, ...]:
     """The arguments as the kernels read them."""
     (gate, shift, scale), run = rows_per_entry([gate, shift, scale], x.shape[:-1].numel(), split)
-    return x.contiguous(), y.contiguous(), gate, shift, scale, run, eps
+    weight = contiguous_rms_weight(rms_weight, split)
+    return x.contiguous(), y.contiguous(), gate, shift, scale, run, eps, weight
 
 
 def _triton(*args: Any) -> tuple[Tensor, Tensor]:
@@ -97,9 +98,7 @@ def _fake(x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
 
 
 def _kernels_fit(*args: Any) -> Verdict:
-    if args[7:] and args[7] is not None:
-        return False, "has no RMSNorm yet"
-    return kernels_fit(*args[:5])
+    return kernels_fit(*args[:5], *args[7:])
 
 
 OP = Op(

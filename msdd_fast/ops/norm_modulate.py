@@ -84,7 +84,7 @@ def _contiguous(
 ) -> tuple[Any, ...]:
     """The arguments as the kernels read them."""
     (shift, scale), run = rows_per_entry([shift, scale], x.shape[:-1].numel(), split)
-    return x.contiguous(), shift, scale, run, eps
+    return x.contiguous(), shift, scale, run, eps, contiguous_rms_weight(rms_weight, split)
 
 
 def contiguous_rms_weight(rms_weight: Tensor | None, split: int | None) -> Tensor | None:
@@ -104,9 +104,7 @@ def _triton(*args: Any) -> Tensor:
 def _kernels_fit(
     x: Tensor, shift: Tensor, scale: Tensor, split: int | None, eps: float = NORM_EPS, rms_weight: Tensor | None = None
 ) -> Verdict:
-    if rms_weight is not None:
-        return False, "has no RMSNorm yet"
-    return kernels_fit(x, shift, scale)
+    return kernels_fit(x, shift, scale, rms_weight)
 
 
 OP = Op(

@@ -18,15 +18,23 @@ a time. Rows are independent. R K (8 C D + 4 C H) FLOP. Eager is differentiable.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from msdd_fast import native
+from msdd_fast.backends.choice import Verdict
+from msdd_fast.backends.cpu import CPU
+from msdd_fast.backends.triton import TRITON
 from msdd_fast.errors import InputError
+from msdd_fast.layout import with_contiguous_rows
 from msdd_fast.ops._adaln import rms_norm
 from msdd_fast.ops._checks import check_device, check_eps, check_floating
-from msdd_fast.ops._pixels import check_pixels
-from msdd_fast.ops._registry import Op
+from msdd_fast.ops._pixels import MAX_HIDDEN, check_pixels, has_packed, pixels_fit
+from msdd_fast.ops._registry import Op, all_of
 from msdd_fast.ops.norm_modulate import NORM_EPS
 
 
@@ -111,6 +119,54 @@ def pixel_block_eager(
     return (x1 + gate2 * F.linear(h, fc2_weight, fc2_bias)).to(x.dtype).contiguous()
 
 
+def _contiguous(
+    x: Tensor,
+    y: Tensor,
+    s: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    rms_weight: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor,
+    packed: Tensor | None = None,
+    eps: float = NORM_EPS,
+) -> tuple[Any, ...]:
+    """The arguments as the C++ kernel reads them: the packed weight in place of the weight."""
+    small = (t.contiguous() for t in (bias, rms_weight, fc1_weight, fc1_bias, fc2_weight, fc2_bias))
+    return x.contiguous(), y.contiguous(), with_contiguous_rows(s), packed, *small, eps
+
+
+def _cpu(*args: Any) -> Tensor:
+    return native.pixel_block(*_contiguous(*args))
+
+
+def _prepare(*args: Any) -> Callable[..., Tensor] | None:
+    arranged = _contiguous(*args)
+    if any(a is not b for a, b in zip(arranged, (*args[:3], args[10], *args[4:10]), strict=False)):
+        return None  # something is copied first, at every call
+    run = native.pixel_block.prepare(*arranged)
+    return lambda x, y, s, weight, *small: run(x, y, s, small[-1], *small[:-1])
+
+
+def _triton(x: Tensor, y: Tensor, s: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+    from msdd_fast.kernels.pixel_block import pixel_block as launch
+
+    x, y, s, _, *small = _contiguous(x, y, s, weight, *rest)
+    return launch(x, y, s, weight, *small)
+
+
+def _kernels_fit(*args: Any) -> Verdict:
+    hidden = len(args[6])
+    small = hidden <= MAX_HIDDEN, f"works with at most {MAX_HIDDEN} hidden channels, got {hidden}"
+    return all_of(pixels_fit(*args[:10]), small)
+
+
+def _cpu_fits(*args: Any) -> Verdict:
+    return all_of(_kernels_fit(*args), has_packed(args[10]))
+
+
 OP = Op(
     "pixel_block",
     "(Tensor x, Tensor y, Tensor s, Tensor weight, Tensor bias, Tensor rms_weight, Tensor fc1_weight, Tensor fc1_bias, "
@@ -118,3 +174,5 @@ OP = Op(
     pixel_block_eager,
     lambda x, *_: torch.empty_like(x, memory_format=torch.contiguous_format),
 )
+OP.register(CPU, _cpu, _cpu_fits, prepare=_prepare)
+OP.register(TRITON, _triton, _kernels_fit)

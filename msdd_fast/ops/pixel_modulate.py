@@ -16,14 +16,22 @@ a time. Rows are independent. 4 R K C D FLOP. Eager is differentiable.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from msdd_fast import native
+from msdd_fast.backends.choice import Verdict
+from msdd_fast.backends.cpu import CPU
+from msdd_fast.backends.triton import TRITON
+from msdd_fast.layout import with_contiguous_rows
 from msdd_fast.ops._adaln import rms_norm
 from msdd_fast.ops._checks import check_eps
-from msdd_fast.ops._pixels import check_pixels
-from msdd_fast.ops._registry import Op
+from msdd_fast.ops._pixels import check_pixels, has_packed, pixels_fit
+from msdd_fast.ops._registry import Op, all_of
 from msdd_fast.ops.norm_modulate import NORM_EPS
 
 
@@ -63,9 +71,51 @@ def _fake(x: Tensor, s: Tensor, *_: object) -> Tensor:
     return torch.empty(x.shape, dtype=s.dtype, device=x.device)
 
 
+def _contiguous(
+    x: Tensor,
+    s: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    rms_weight: Tensor,
+    packed: Tensor | None = None,
+    eps: float = NORM_EPS,
+) -> tuple[Any, ...]:
+    """The arguments as the C++ kernel reads them: the packed weight in place of the weight."""
+    return x.contiguous(), with_contiguous_rows(s), packed, bias.contiguous(), rms_weight.contiguous(), eps
+
+
+def _triton(x: Tensor, s: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+    from msdd_fast.kernels.pixel_modulate import pixel_modulate as launch
+
+    x, s, _, *small = _contiguous(x, s, weight, *rest)
+    return launch(x, s, weight, *small)
+
+
+def _cpu(*args: Any) -> Tensor:
+    return native.pixel_modulate(*_contiguous(*args))
+
+
+def _prepare(*args: Any) -> Callable[..., Tensor] | None:
+    arranged = _contiguous(*args)
+    if any(a is not b for a, b in zip(arranged, (*args[:2], args[5], *args[3:5]), strict=False)):
+        return None  # something is copied first, at every call
+    run = native.pixel_modulate.prepare(*arranged)
+    return lambda x, s, weight, bias, rms_weight, packed: run(x, s, packed, bias, rms_weight)
+
+
+def _cpu_fits(*args: Any) -> Verdict:
+    return all_of(_kernels_fit(*args), has_packed(args[5]))
+
+
+def _kernels_fit(*args: Any) -> Verdict:
+    return pixels_fit(*args[:5])
+
+
 OP = Op(
     "pixel_modulate",
     "(Tensor x, Tensor s, Tensor weight, Tensor bias, Tensor rms_weight, Tensor? packed, float eps=1e-6) -> Tensor",
     pixel_modulate_eager,
     _fake,
 )
+OP.register(CPU, _cpu, _cpu_fits, prepare=_prepare)
+OP.register(TRITON, _triton, _kernels_fit)

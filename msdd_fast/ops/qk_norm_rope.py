@@ -59,9 +59,7 @@ def qk_norm_rope(
     _, tokens, parts, _, d = qkv.shape
     if split is not None:
         check_split(split, tokens, "tokens")
-    for name, t in (("weight", weight), ("bias", bias)):
-        if name == "bias" and t is None:
-            continue
+    for name, t in (("weight", weight), *(() if bias is None else (("bias", bias),))):
         check_floating(name, t)
         shape = (1 if split is None else 2, parts - 1, d)
         if t.shape != shape:
@@ -133,9 +131,7 @@ def _kernels_fit(qkv: Tensor, weight: Tensor, bias: Tensor | None, *_: Any) -> V
         if t is not None and t.dtype not in FLOAT_DTYPES:
             return False, f"works in float32, bfloat16 and float16, got {t.dtype}"
     d = qkv.shape[4]
-    if bias is None:
-        return False, "has no RMSNorm yet"
-    return d in (16, 32, 64, 128), f"works with head_dim 16, 32, 64 or 128, got {d}"
+    return d <= MAX_HEAD_DIM, f"works with head_dim up to {MAX_HEAD_DIM}, got {d}"
 
 
 OP = Op(

@@ -15,9 +15,13 @@ Inference only but for eager, which is differentiable.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from msdd_fast import native
+from msdd_fast.backends.triton import TRITON
 from msdd_fast.diffusion import noise as streams
 from msdd_fast.errors import InputError
 from msdd_fast.ops._checks import (
@@ -29,6 +33,7 @@ from msdd_fast.ops._checks import (
     check_seeds,
     check_stage,
 )
+from msdd_fast.ops._native import register_native
 from msdd_fast.ops._registry import Op
 
 
@@ -112,6 +117,28 @@ def fold_pixels(pixels: Tensor, rows: int, patch_size: int) -> Tensor:
     return grid.permute(2, 5, 0, 3, 1, 4).reshape(batch, channels, rows * p, columns * p)
 
 
+def _contiguous(
+    x: Tensor,
+    v: Tensor,
+    t: Tensor,
+    t_next: Tensor | None,
+    seeds: Tensor | None,
+    stage: int,
+    noise: Tensor | None,
+    patch_size: int | None,
+    clamp: bool,
+) -> tuple[Any, ...]:
+    """The arguments as the kernels read them; patch size 0 for an image."""
+    seeds, noise = (None if s is None else s.contiguous() for s in (seeds, noise))
+    return x.contiguous(), v.contiguous(), t, t_next, seeds, stage, noise, patch_size or 0, clamp
+
+
+def _triton(*args: Any) -> Tensor:
+    from msdd_fast.kernels.sde_step import sde_step as launch
+
+    return launch(*_contiguous(*args))
+
+
 OP = Op(
     "sde_step",
     "(Tensor x, Tensor v, Tensor t, Tensor? t_next, Tensor? seeds, int stage, Tensor? noise, int? patch_size, "
@@ -119,3 +146,5 @@ OP = Op(
     sde_step_eager,
     lambda x, *_: torch.empty_like(x, memory_format=torch.contiguous_format),
 )
+register_native(OP, native.sde_step, _contiguous)
+OP.register(TRITON, _triton)

@@ -21,9 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from msdd_fast import native
+from msdd_fast.backends.choice import Verdict
+from msdd_fast.backends.triton import TRITON
 from msdd_fast.errors import InputError
-from msdd_fast.ops._adaln import check_adaln, check_rms_weight
+from msdd_fast.layout import rows_per_entry
+from msdd_fast.ops._adaln import check_adaln, check_rms_weight, kernels_fit
 from msdd_fast.ops._checks import check_device, check_eps, check_floating
+from msdd_fast.ops._native import register_native
 from msdd_fast.ops._registry import Op
 from msdd_fast.ops.norm_modulate import NORM_EPS, norm_modulate_eager
 
@@ -51,9 +56,7 @@ def sigma_gate(
     check_device("y", y, "x", x)
     if (logit is None) == (weight is None):
         raise InputError("pass either logit or weight")
-    for name, t in (("offset", offset), ("logit", logit)):
-        if t is None and name == "logit":
-            continue
+    for name, t in (("offset", offset), *(() if logit is None else (("logit", logit),))):
         check_floating(name, t)
         if t.shape[:-1] != x.shape[:-1] or t.ndim != x.ndim or t.shape[-1] not in (1, x.shape[-1]):
             expected = f"{(*x.shape[:-1], 1)} or {tuple(x.shape)}"
@@ -102,6 +105,36 @@ def _fake(x: Tensor, y: Tensor, offset: Tensor, shift: Tensor | None, *_: Any) -
     return out, x.new_empty(0) if shift is None else torch.empty_like(out)
 
 
+def _contiguous(
+    x: Tensor,
+    y: Tensor,
+    offset: Tensor,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    rms_weight: Tensor | None,
+    logit: Tensor | None,
+    weight: Tensor | None,
+    eps: float = NORM_EPS,
+) -> tuple[Any, ...]:
+    """The arguments as the kernels read them."""
+    run = 1
+    if shift is not None and scale is not None:
+        (shift, scale), run = rows_per_entry([shift, scale], x.shape[:-1].numel(), None)
+    rms_weight, weight = (None if t is None else t.contiguous() for t in (rms_weight, weight))
+    logit = None if logit is None else logit.contiguous()
+    return x.contiguous(), y.contiguous(), offset.contiguous(), shift, scale, rms_weight, logit, weight, run, eps
+
+
+def _triton(*args: Any) -> tuple[Tensor, Tensor]:
+    from msdd_fast.kernels.sigma_gate import sigma_gate as launch
+
+    return launch(*_contiguous(*args))
+
+
+def _kernels_fit(*args: Any) -> Verdict:
+    return kernels_fit(*args[:8])
+
+
 OP = Op(
     "sigma_gate",
     "(Tensor x, Tensor y, Tensor offset, Tensor? shift, Tensor? scale, Tensor? rms_weight, Tensor? logit, "
@@ -109,3 +142,5 @@ OP = Op(
     sigma_gate_eager,
     _fake,
 )
+register_native(OP, native.sigma_gate, _contiguous, _kernels_fit)
+OP.register(TRITON, _triton, _kernels_fit)

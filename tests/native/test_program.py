@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from msdd_fast import backends, ops
 from msdd_fast.engine.bound_ops import bind
 from msdd_fast.errors import InputError
+from msdd_fast.ops.linear import pack_linear
 
 if not backends.extension_status()[0]:
     pytest.skip(f"msdd_fast._C {backends.extension_status()[1]}", allow_module_level=True)
@@ -202,6 +203,42 @@ def test_ops_see_new_values_scalars_included():
     program, result = recorded(run, x, v, u, seeds, dt, scale, alpha, beta)
     for tensor, value in ((x, 0.3), (dt, -0.2), (scale, 3.0), (alpha, 0.1), (beta, 0.9)):
         tensor.fill_(value)
+    seeds.add_(7)
+    program.replay()
+    assert torch.equal(result, run())
+
+
+def test_the_ops_of_pid_see_new_values():
+    tokens, pixels, channels, width = 6, 4, 4, 16
+    x, y, offset, shift, weight = (randn(*s) for s in ((6, 16), (6, 16), (6, 1), (1, 16), (16,)))
+    y, shift = y + 1, shift - 1  # no tensor twice
+    state, noise, seeds = randn(2, 3, 4, 6), randn(2, 3, 4, 6) + 1, torch.tensor([1, 2])
+    t, t_next = torch.tensor(0.8), torch.tensor(0.3)
+    first, second = randn(pixels * 2 * channels, width), randn(pixels * 4 * channels, width)
+    biases = randn(len(first)), randn(len(second)) + 1
+    packed = [pack_linear(w) for w in (first, second)]
+    fc1, b1, fc2, b2 = randn(8, channels), randn(8), randn(channels, 8), randn(channels)
+    stream, rms = randn(tokens, pixels, channels), randn(channels) + 1
+    qkv, angles = randn(2, 3, 3, 2, 20), randn(3, 10)
+    bound = bind("cpu")
+
+    def run():
+        s, h = bound.sigma_gate(x, y, offset, shift, y[:1], weight, None, y[0])
+        h = bound.norm_modulate(h, shift, x[:1], None, 1e-6, weight)
+        s, h = bound.gate_residual_norm_modulate(s, h, shift, x[1:2], y[1:2], None, 1e-6, weight)
+        a = bound.pixel_modulate(stream, h, first, biases[0], rms, packed[0])
+        out = bound.pixel_block(stream, a, s, second, biases[1], rms, fc1, b1, fc2, b2, packed[1])
+        heads = bound.qk_norm_rope(qkv, fc_norm, None, angles, angles_sin)
+        image = bound.sde_step(state, noise, t, t_next, seeds, 1)
+        image = bound.sde_step(image, noise, t, t_next, None, 0, state, None, True)
+        return torch.cat([out.flatten(), heads.flatten(), image.flatten()])
+
+    fc_norm, angles_sin = randn(1, 2, 20), randn(3, 10) + 1
+    program, result = recorded(run, x, y, offset, shift, weight, state, noise, seeds, t, t_next, packed, stream, rms)
+    for tensor, value in ((t, 0.5), (t_next, 0.1), (shift, 0.2), (weight, 2.0)):
+        tensor.fill_(value)
+    x.neg_()
+    stream.mul_(0.5)
     seeds.add_(7)
     program.replay()
     assert torch.equal(result, run())

@@ -33,13 +33,21 @@ def per_row(table, rows, split):
     return torch.stack([table[r * len(table) // rows] for r in range(rows)])
 
 
-def formula(x, shift, scale, split):
-    """norm_modulate in float64, row by row."""
+def rms_weight(width, split, device, dtype):
+    """A weight, one for each run of rows that ``split`` makes."""
+    shape = (width,) if split is None else (2, width)
+    return (1 + randn(*shape, seed=5)).to(device, dtype)
+
+
+def formula(x, shift, scale, split, weight=None):
+    """norm_modulate in float64, row by row; with a weight that of RMSNorm."""
     rows = x.double().reshape(-1, x.shape[-1])
     shift, scale = (per_row(t.double(), len(rows), split) for t in (shift, scale))
-    centred = rows - rows.mean(1, keepdim=True)
-    h = centred / (centred.square().mean(1, keepdim=True) + 1e-6).sqrt() * (1 + scale) + shift
-    return h.reshape(x.shape)
+    centred = rows - rows.mean(1, keepdim=True) if weight is None else rows
+    h = centred / (centred.square().mean(1, keepdim=True) + 1e-6).sqrt()
+    if weight is not None:
+        h = h * (weight.double() if split is None else per_row(weight.double(), len(rows), split))
+    return (h * (1 + scale) + shift).reshape(x.shape)
 
 
 BAD_SPLITS = [

@@ -21,7 +21,7 @@ CUDA_OK, CUDA_WHY = cuda.cuda_status(0) if torch.cuda.is_available() else (False
 needs_extension = pytest.mark.skipif(not HAS_EXTENSION, reason=f"msdd_fast._C {backends.extension_status()[1]}")
 CPU = pytest.param("cpu", marks=needs_extension)
 # (batch, queries, keys, heads, head size): one row, tails of every tile, the joint blocks, several blocks of keys and
-# several tasks of queries, a head that ends inside a panel.
+# several tasks of queries, heads that end inside a panel or a vector, a joint block of 4096 + 300 tokens.
 SHAPES = [
     (1, 1, 1, 1, 16),
     (2, 7, 3, 3, 32),
@@ -31,6 +31,11 @@ SHAPES = [
     (1, 25, 1000, 1, 48),
     (1, 500, 17, 2, 128),
     (1, 1200, 20, 1, 16),
+    (2, 70, 130, 2, 72),
+    (1, 9, 40, 3, 20),
+    (1, 26, 33, 1, 1),
+    (1, 30, 4396, 2, 64),
+    (1, 30, 4396, 1, 72),
 ]
 
 
@@ -228,8 +233,8 @@ def test_accumulate(dtype, token_major):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(q=torch.zeros(2, 3, 2, 20)), "attention: head size must be a multiple of 16 up to 128, got 20"),
-        (dict(q=torch.zeros(2, 3, 2, 144)), "attention: head size must be a multiple of 16 up to 128, got 144"),
+        (dict(q=torch.zeros(2, 3, 2, 129)), r"attention: head size must be in \[1, 128\], got 129"),
+        (dict(q=torch.zeros(2, 3, 2, 144)), r"attention: head size must be in \[1, 128\], got 144"),
         (dict(k=torch.zeros(2, 0, 2, 16), v=torch.zeros(2, 0, 2, 16)), "there must be a key, got 0"),
         (dict(v=torch.zeros(2, 4, 2, 16)), r"v must be of shape \(2, 5, 2, 16\), got \(2, 4, 2, 16\)"),
         (dict(accumulate=torch.zeros(2, 5, 2, 16)), r"accumulate must be of shape \(2, 3, 2, 16\)"),
@@ -285,7 +290,7 @@ def test_bad_input_has_one_text_on_every_backend(backend, change, message):
 )
 def test_a_missing_backend_says_how_to_get_it(name, command, monkeypatch):
     monkeypatch.setattr(packages, "_find_module", lambda name: False)
-    q, k, v = qkv((1, 2, 3, 1, 20))
+    q, k, v = qkv((1, 2, 3, 1, 130))
     with pytest.raises(BackendUnavailableError) as caught:
         ops.attention(q, k, v, backend=name)
     text = str(caught.value)
@@ -295,8 +300,8 @@ def test_a_missing_backend_says_how_to_get_it(name, command, monkeypatch):
 
 def test_reasons():
     """One line per backend; head sizes, dtypes and strides are read from metadata alone."""
-    reasons = {n: why for n, ok, why in module.OP.explain(*qkv((1, 2, 3, 1, 20))) if not ok}
-    assert reasons["cpu"] == "needs a head size that is a multiple of 16 up to 128, got 20"
+    reasons = {n: why for n, ok, why in module.OP.explain(*qkv((1, 2, 3, 1, 130))) if not ok}
+    assert reasons["cpu"] == "needs a head size up to 128, got 130"
     assert reasons["triton"] == "attention has no such implementation"
     strided = [torch.zeros(1, 2, 1, 32)[..., ::2]] * 3
     assert "last dimension" in {n: why for n, _, why in module.OP.explain(*strided)}["cpu"]

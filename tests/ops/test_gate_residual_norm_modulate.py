@@ -5,7 +5,7 @@ import torch
 
 from msdd_fast import ops
 from msdd_fast.errors import InputError
-from tests.ops.adaln import DTYPES, LARGE, LAYOUTS, bad_splits, formula, per_row, randn, tables
+from tests.ops.adaln import DTYPES, LARGE, LAYOUTS, bad_splits, formula, per_row, randn, rms_weight, tables
 
 
 def case(shape, groups, device, dtype, mean=0.0, table_dtype=None):
@@ -13,24 +13,31 @@ def case(shape, groups, device, dtype, mean=0.0, table_dtype=None):
     return x, y, *tables(groups, shape[-1], 3, device, table_dtype or dtype)
 
 
-def check(assert_near, backend, args, split):
+def check(assert_near, backend, args, split, weight=None):
     x, y, gate, shift, scale = args
-    x_new, h = ops.gate_residual_norm_modulate(*args, split, backend=backend)
-    eager, eager_h = ops.gate_residual_norm_modulate(*args, split, backend="eager")
+    x_new, h = ops.gate_residual_norm_modulate(*args, split, rms_weight=weight, backend=backend)
+    eager, eager_h = ops.gate_residual_norm_modulate(*args, split, rms_weight=weight, backend="eager")
     assert x_new.is_contiguous() and h.is_contiguous()
     rows = x.shape[:-1].numel()
     gated = per_row(gate.double(), rows, split) * y.double().reshape(rows, -1)
     assert_near(x_new, eager, x.double() + gated.reshape(x.shape), x.dtype)
     # h is that of x_new as it was rounded: eager's of its own.
-    eager_h = ops.norm_modulate(x_new, shift, scale, split, backend="eager")
-    assert_near(h, eager_h, formula(x_new, shift, scale, split), x.dtype)
-    torch.testing.assert_close(h, ops.norm_modulate(x_new, shift, scale, split, backend=backend))
+    eager_h = ops.norm_modulate(x_new, shift, scale, split, rms_weight=weight, backend="eager")
+    assert_near(h, eager_h, formula(x_new, shift, scale, split, weight), x.dtype)
+    torch.testing.assert_close(h, ops.norm_modulate(x_new, shift, scale, split, rms_weight=weight, backend=backend))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("shape", "groups", "split"), LAYOUTS)
 def test_against_the_formula(backend, device, assert_near, shape, groups, split, dtype):
     check(assert_near, backend, case(shape, groups, device, dtype), split)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("shape", "groups", "split"), [*LAYOUTS[::2], *LARGE])
+def test_rms_norm(backend, device, assert_near, shape, groups, split, dtype):
+    weight = rms_weight(shape[-1], split, device, dtype)
+    check(assert_near, backend, case(shape, groups, device, dtype), split, weight)
 
 
 @pytest.mark.parametrize(("shape", "groups", "split"), LARGE)
@@ -95,6 +102,7 @@ def test_bad_input_has_one_text_on_every_backend(name):
         (dict(y=x.to("meta")), "y must be on the device of x, cpu, got meta"),
         (dict(gate=table[:, :7]), r"gate must be \(groups, 8\), got \(2, 7\)"),
         (dict(shift=table[:1]), r"shift must be \(2, 8\), got \(1, 8\)"),
+        (dict(rms_weight=torch.zeros(2, 8)), r"rms_weight must be \(8,\), got \(2, 8\)"),
     ):
         with pytest.raises(InputError, match=message):
             ops.gate_residual_norm_modulate(**{**good, **change}, backend=name)

@@ -5,7 +5,7 @@ import torch
 
 from msdd_fast import ops
 from msdd_fast.errors import BackendUnavailableError, InputError
-from tests.ops.adaln import DTYPES, LARGE, LAYOUTS, bad_splits, formula, randn, tables
+from tests.ops.adaln import DTYPES, LARGE, LAYOUTS, bad_splits, formula, randn, rms_weight, tables
 
 
 def case(shape, groups, device, dtype, mean=0.0, table_dtype=None):
@@ -13,17 +13,40 @@ def case(shape, groups, device, dtype, mean=0.0, table_dtype=None):
     return x, *tables(groups, shape[-1], 2, device, table_dtype or dtype)
 
 
-def check(assert_near, backend, args, split):
-    out = ops.norm_modulate(*args, split, backend=backend)
-    eager = ops.norm_modulate(*args, split, backend="eager")
+def check(assert_near, backend, args, split, weight=None):
+    out = ops.norm_modulate(*args, split, rms_weight=weight, backend=backend)
+    eager = ops.norm_modulate(*args, split, rms_weight=weight, backend="eager")
     assert out.is_contiguous()
-    assert_near(out, eager, formula(*args, split), args[0].dtype)
+    assert_near(out, eager, formula(*args, split, weight), args[0].dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("shape", "groups", "split"), LAYOUTS)
 def test_against_the_formula(backend, device, assert_near, shape, groups, split, dtype):
     check(assert_near, backend, case(shape, groups, device, dtype), split)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("shape", "groups", "split"), [*LAYOUTS, *LARGE, ((4, 6, 16), 24, None)])
+def test_rms_norm(backend, device, assert_near, shape, groups, split, dtype):
+    weight = rms_weight(shape[-1], split, device, dtype)
+    check(assert_near, backend, case(shape, groups, device, dtype), split, weight)
+
+
+def test_eps_counts_where_rows_are_small(backend, device, assert_near):
+    x, shift, scale = case((5, 40), 1, device, torch.float32)
+    check(assert_near, backend, (1e-3 * x, shift, scale), None, rms_weight(40, None, device, torch.float32))
+
+
+def test_rms_norm_keeps_the_mean_and_takes_strided_and_wider_weights(backend, device):
+    x, shift, scale = case((5, 24), 1, device, torch.bfloat16, mean=3.0)
+    weight = rms_weight(24, None, device, torch.float32)
+    out = ops.norm_modulate(x, shift, scale, None, 1e-6, weight, backend=backend)
+    strided = weight.repeat_interleave(2)[::2]
+    assert torch.equal(ops.norm_modulate(x, shift, scale, None, 1e-6, strided, backend=backend), out)
+    ones, zeros = torch.ones(24, device=device), torch.zeros(1, 24, device=device)
+    plain = ops.norm_modulate(x, zeros, zeros, None, 1e-6, ones, backend=backend)
+    assert (plain.float().mean(1) > 0.8).all()  # LayerNorm would make it 0
 
 
 @pytest.mark.parametrize(("shape", "groups", "split"), LARGE)
@@ -69,6 +92,8 @@ def test_empty_batches(shape, groups, split, name):
 def test_eager_is_differentiable():
     args = [a.requires_grad_() for a in case((2, 3, 8), 2, "cpu", torch.float64)]
     assert torch.autograd.gradcheck(ops.norm_modulate, args)
+    weight = rms_weight(8, None, "cpu", torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(lambda *a: ops.norm_modulate(*a[:3], None, 1e-6, a[3]), [*args, weight])
 
 
 def test_limits_of_the_kernels_have_a_reason():
@@ -101,6 +126,10 @@ def test_bad_input_has_one_text_on_every_backend(name):
         (dict(shift=torch.zeros(8)), r"shift must be \(groups, 8\), got \(8,\)"),
         (dict(scale=torch.zeros(4, 8)), r"scale must be \(2, 8\), got \(4, 8\)"),
         (dict(scale=torch.zeros(2, 8, device="meta")), "scale must be on the device of x, cpu, got meta"),
+        (dict(rms_weight=torch.zeros(7)), r"rms_weight must be \(8,\), got \(7,\)"),
+        (dict(rms_weight=torch.zeros(2, 8)), r"rms_weight must be \(8,\), got \(2, 8\)"),
+        (dict(rms_weight=torch.zeros(8), split=1), r"rms_weight must be \(2, 8\), got \(8,\)"),
+        (dict(rms_weight=torch.zeros(8).int()), r"rms_weight must have a floating point dtype, got torch\.int32"),
     ):
         with pytest.raises(InputError, match=message):
             ops.norm_modulate(**{**good, **change}, backend=name)

@@ -7,6 +7,7 @@ from msdd_fast import native, ops
 from msdd_fast.errors import InputError
 from msdd_fast.ops._heads import kernels_fit
 from msdd_fast.ops._registry import can_bypass_dispatcher, get_op, on_its_device
+from msdd_fast.ops.linear import pack_linear
 from tests.ops.test_op_layer import ARGUMENTS
 
 VALUES = [8191.3, 1e4 + 0.1, 12345.678, -3333.37, 0.1, -7e-5, 1e-15, 3e7, 0.0]
@@ -116,6 +117,13 @@ PLAIN = (rows(1, 1, 12), rows(1, 1, 12), torch.tensor(-0.5))
 ONES = {
     "norm_modulate": (rows(1, 1, 96), *tables(96), None, 1e-6),
     "gate_residual_norm_modulate": (rows(1, 1, 96), rows(1, 1, 96), *tables(96), tables(96)[0], None, 1e-6),
+    "norm_modulate of RMSNorm": (rows(1, 1, 96), *tables(96), None, 1e-6, rows(96)),
+    "qk_norm_rope of RMSNorm": (rows(1, 1, 2, 1, 20), rows(1, 1, 20), None, rows(1, 10), rows(1, 10), None),
+    "sigma_gate": (rows(1, 1, 96), rows(1, 1, 96), rows(1, 1, 1), *tables(96), rows(96), None, rows(96)),
+    "sigma_gate of one column": (*(rows(1, 1),) * 3, *(None,) * 3, rows(1, 1), None),
+    "pixel_modulate": (rows(1, 1, 4), rows(1, 1), rows(8, 1), rows(8), rows(4), pack_linear(rows(8, 1))),
+    "sde_step": (rows(1, 3, 1, 4), rows(1, 3, 1, 4), torch.tensor(0.5), None, None, 0, None, None, True),
+    "sde_step of pixels of tokens": (rows(1, 3, 1, 4), rows(4, 1, 1, 3), *PLAIN[2:], None, None, 0, None, 1, True),
     "swiglu": (rows(1, 1, 64), rows(1, 1, 64)),
     "swiglu of one column": (rows(3, 1), rows(3, 1)),
     "qk_norm_rope": (rows(1, 1, 2, 1, 16), rows(1, 1, 16), rows(1, 1, 16), rows(1, 8), rows(1, 8), None),

@@ -30,6 +30,9 @@ PIXELS = torch.randn(1, 4, 3, 1, 16, generator=torch.Generator().manual_seed(3))
 CELLS = X[:, :, :2, :3]
 WEIGHT = torch.randn(10, 24, generator=torch.Generator().manual_seed(4))
 PACKED = pack_linear(WEIGHT) if backends.extension_status()[0] else None
+S, PIXEL_WEIGHT = torch.randn(5, 6, generator=torch.Generator().manual_seed(5)), WEIGHT.repeat(7, 1)[:, :6].contiguous()
+PIXEL_ROWS = torch.randn(5, 2, 4, generator=torch.Generator().manual_seed(6))
+PIXEL_PACKED = [pack_linear(PIXEL_WEIGHT[:n]) if PACKED is not None else None for n in (16, 32)]
 ARGUMENTS = {
     "attention": QKV,
     "window_attention": (*PIXELS, torch.linspace(-1, 1, 9).view(3, 3, 1), 2, 2),
@@ -44,6 +47,13 @@ ARGUMENTS = {
     "final_step": (PATCHES, PATCHES + 1, HALF, 4, torch.float32, PATCHES - 1, HALF),
     "norm_modulate": (ROWS, TABLE, TABLE + 1, None),
     "gate_residual_norm_modulate": (ROWS, ROWS + 1, TABLE, TABLE + 1, TABLE - 1, None),
+    "pixel_modulate": (PIXEL_ROWS, S, PIXEL_WEIGHT[:16], PIXEL_WEIGHT[16:32, 0].clone(), S[0, :4], PIXEL_PACKED[0]),
+    "pixel_block": (
+        *(PIXEL_ROWS, PIXEL_ROWS + 1, S, PIXEL_WEIGHT[:32], PIXEL_WEIGHT[32:64, 0].clone(), S[0, :4]),
+        *(S.flatten()[:28].view(7, 4), S.flatten()[:7], S.flatten()[1:29].view(4, 7), S[1, :4], PIXEL_PACKED[1]),
+    ),
+    "sde_step": (X, X + 1, torch.tensor(0.7), torch.tensor(0.3), SEEDS, 2, None, None, True),
+    "sigma_gate": (ROWS, ROWS + 1, ROWS[..., :1] - 1, TABLE, TABLE + 1, TABLE[0] - 1, None, TABLE[1] + 2),
     "qk_norm_rope": (HEADS.contiguous(), NORM, NORM + 1, ANGLE, ANGLE, None),
     "swiglu": (X, X + 1),
     "linear": (ROWS, WEIGHT, WEIGHT[:, 0].contiguous(), PACKED, False),

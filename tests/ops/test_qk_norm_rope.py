@@ -9,6 +9,14 @@ from tests.ops.adaln import DTYPES, randn
 
 # (B, N, P, heads, head_dim)
 SHAPES = [(2, 3, 3, 2, 16), (1, 5, 2, 1, 64), (2, 2, 3, 3, 32), (3, 1, 2, 2, 128)]
+RMS_SHAPES = [
+    (2, 3, 3, 2, 64),
+    (1, 5, 3, 16, 72),
+    (2, 4, 2, 3, 20),
+    (3, 2, 3, 1, 8),
+    (1, 3, 3, 37, 12),
+    (1, 2, 3, 2, 124),
+]
 
 
 def tables(tokens, d, entries, parts, device, dtype=torch.float32):
@@ -18,21 +26,22 @@ def tables(tokens, d, entries, parts, device, dtype=torch.float32):
     return weight, bias, angle.cos(), angle.sin()
 
 
-def case(shape, device, dtype, *, token_major=False, split=None, cosine=False, mean=0.0):
+def case(shape, device, dtype, *, token_major=False, split=None, cosine=False, mean=0.0, rms=False):
     _, n, parts, _, d = shape
     qkv = randn(*shape, seed=0, mean=mean).to(device, dtype)
     if token_major:
         qkv = qkv.transpose(0, 1).contiguous().transpose(0, 1)
     weight, bias, cos, sin = tables(n, d, 1 if split is None else 2, parts - 1, device, dtype)
-    return qkv, weight, bias, cos, None if cosine else sin, split
+    return qkv, weight, None if rms else bias, cos, None if cosine else sin, split
 
 
 def formula(qkv, weight, bias, cos, sin, split):
-    """In float64, with complex numbers for the rotation."""
+    """In float64, with complex numbers for the rotation; RMSNorm without a bias."""
     n = qkv.shape[1]
     x = qkv[:, :, :-1].double()
-    centred = x - x.mean(-1, keepdim=True)
+    centred = x - x.mean(-1, keepdim=True) if bias is not None else x
     entry = [0 if split is None or i < split else 1 for i in range(n)]
+    bias = torch.zeros_like(weight) if bias is None else bias
     weight, bias = (t.double()[entry][None, :, :, None] for t in (weight, bias))
     y = centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight + bias
     cos = cos.double()[None, :, None, None]
@@ -51,6 +60,24 @@ def check(assert_near, backend, args):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_against_the_formula(backend, device, assert_near, shape, dtype):
     check(assert_near, backend, case(shape, device, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", RMS_SHAPES)
+def test_rms_norm_and_other_head_sizes(backend, device, assert_near, shape, dtype):
+    check(assert_near, backend, case(shape, device, dtype, rms=True))
+    check(assert_near, backend, case(shape, device, dtype, token_major=True, split=1))
+
+
+@pytest.mark.parametrize("d", [64, 72])
+def test_rms_norm_of_two_streams_in_a_token_major_buffer(backend, device, assert_near, d):
+    args = case((2, 5, 3, 3, d), device, torch.bfloat16, token_major=True, split=2, rms=True)
+    assert check(assert_near, backend, args).transpose(0, 1).is_contiguous()
+    qkv, weight, _, cos, sin, split = args
+    out = ops.qk_norm_rope(qkv, weight.float(), None, cos, sin, split, backend=backend)
+    assert torch.equal(out, ops.qk_norm_rope(*args, backend=backend))
+    small = (1e-3 * qkv, *args[1:])  # where eps counts
+    check(assert_near, backend, small)
 
 
 @pytest.mark.parametrize("token_major", [False, True])
@@ -106,7 +133,7 @@ def test_eager_takes_any_multiple_of_four_and_is_differentiable():
 @pytest.mark.parametrize("name", ["cpu", "triton"])
 def test_limits_of_the_kernels_have_a_reason(name):
     for shape, dtype, message in (
-        ((1, 2, 3, 2, 24), torch.float32, "works with head_dim 16, 32, 64 or 128, got 24"),
+        ((1, 2, 3, 2, 132), torch.float32, "works with head_dim up to 128, got 132"),
         ((1, 2, 3, 2, 16), torch.float64, r"works in float32, bfloat16 and float16, got torch\.float64"),
     ):
         args = case(shape, "cpu", dtype)

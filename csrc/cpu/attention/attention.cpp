@@ -50,8 +50,8 @@ void attention(HeadsView out, HeadsView q, HeadsView k, HeadsView v, HeadsView a
     const auto& [batch, queries, keys, heads, head_size] = shape;
     expect(batch >= 0 && queries >= 0 && heads >= 0, "sizes must not be negative");
     expect(keys >= 1, "there must be a key, got " + std::to_string(keys));
-    expect(head_size >= 16 && head_size <= MAX_HEAD_SIZE && head_size % 16 == 0,
-           "head size must be a multiple of 16 up to 128, got " + std::to_string(head_size));
+    expect(head_size >= 1 && head_size <= MAX_HEAD_SIZE,
+           "head size must be in [1, 128], got " + std::to_string(head_size));
     expect_threads(threads);
     const AttentionTask run = task_of(level.empty() ? attention_level() : level);
     expect(run != nullptr,

@@ -23,10 +23,14 @@ struct AttentionJob {
 using AttentionTask = void (*)(const AttentionJob& job, std::int64_t image, std::int64_t head, std::int64_t first,
                                std::int64_t count, float* scratch);
 
+// Head size of packed queries and keys: zeros beyond the end.
+constexpr std::int64_t padded_size(std::int64_t head_size) { return (head_size + 15) / 16 * 16; }
+
 // Floats of scratch for this head size; enough for every level.
 constexpr std::int64_t scratch_floats(std::int64_t head_size) {
     const std::int64_t width = (head_size + 31) / 32 * 32;  // values and sums fill whole panels of up to 32
-    return BLOCK_KEYS * (head_size + width) + TASK_QUERIES * (head_size + width + 2) + TILE_QUERIES * BLOCK_KEYS;
+    const std::int64_t size = padded_size(head_size);
+    return BLOCK_KEYS * (size + width) + TASK_QUERIES * (size + width + 2) + TILE_QUERIES * BLOCK_KEYS;
 }
 
 void attention_task_plain(const AttentionJob&, std::int64_t, std::int64_t, std::int64_t, std::int64_t, float*);

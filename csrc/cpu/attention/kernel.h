@@ -113,15 +113,19 @@ MSDD_SIMD inline float softmax_row(float* row, std::int64_t width, float scale, 
 // <T>: inline, where the overload for float16 would be a call.
 template <class T>
 MSDD_SIMD inline void widen_row(const T* from, std::int64_t width, float* to) {
-    for (std::int64_t i = 0; i < width; i += 16) widen<T>(from + i, 16, to + i);
+    const std::int64_t whole = width / 16 * 16;
+    for (std::int64_t i = 0; i < whole; i += 16) widen<T>(from + i, 16, to + i);
+    if (whole < width) widen<T>(from + whole, width - whole, to + whole);
 }
 
-// Rows [0, count) of `from`, and zeros up to `padded`, as [padded][width] numbers or [padded][width / 2] pairs.
+// Rows [0, count) of `from`, `width` wide, and zeros up to `padded`, as [padded][size] numbers or [padded][size / 2]
+// pairs, size = padded_size(width).
 template <class T>
 MSDD_SIMD inline void pack_rows(const T* from, std::int64_t stride, std::int64_t count, std::int64_t padded,
                                 std::int64_t width, float* to) {
-    const std::int64_t depth = PAIRS<T> ? width / 2 : width;
+    const std::int64_t size = padded_size(width), depth = PAIRS<T> ? size / 2 : size;
     for (std::int64_t i = 0; i < count; ++i) {
+        if (width < size) std::fill(to + i * depth, to + (i + 1) * depth, 0.0f);
         if constexpr (PAIRS<T>)
             std::memcpy(to + i * depth, from + i * stride, static_cast<std::size_t>(width) * sizeof(T));
         else
@@ -130,11 +134,11 @@ MSDD_SIMD inline void pack_rows(const T* from, std::int64_t stride, std::int64_t
     std::fill(to + count * depth, to + padded * depth, 0.0f);
 }
 
-// Keys to K^T in panels [width or width / 2][PANEL], zeros in the last one's rest.
+// Keys to K^T in panels [size or size / 2][PANEL], size = padded_size(width), zeros in the last one's rest.
 template <class T>
 MSDD_SIMD void pack_keys(const T* from, std::int64_t stride, std::int64_t count, std::int64_t width, float* to) {
     alignas(64) float rows[8 * MAX_HEAD_SIZE];
-    const std::int64_t depth = PAIRS<T> ? width / 2 : width;  // a multiple of 8, as the width is one of 16
+    const std::int64_t size = padded_size(width), depth = PAIRS<T> ? size / 2 : size;  // a multiple of 8
     for (std::int64_t key = 0; key < (count + PANEL - 1) / PANEL * PANEL; key += 8) {
         const std::int64_t there = std::clamp<std::int64_t>(count - key, 0, 8);
         pack_rows(from + key * stride, stride, there, 8, width, rows);
@@ -152,9 +156,12 @@ MSDD_SIMD inline void pack_value_pairs(const BFloat16* from, std::int64_t stride
         for (std::int64_t key = 0; key < count; key += 2, to += PANEL) {
             const BFloat16 *even = from + key * stride + i, *odd = key + 1 < count ? even + stride : zeros;
             std::uint32_t pairs[PANEL] = {};
-            for (std::int64_t j = 0; j < there; j += 16)
+            const std::int64_t whole = there / 16 * 16;
+            for (std::int64_t j = 0; j < whole; j += 16)
                 for (std::int64_t l = j; l < j + 16; ++l)
                     pairs[l] = even[l].bits | static_cast<std::uint32_t>(odd[l].bits) << 16;
+            for (std::int64_t l = whole; l < there; ++l)
+                pairs[l] = even[l].bits | static_cast<std::uint32_t>(odd[l].bits) << 16;
             std::memcpy(to, pairs, sizeof pairs);
         }
     }
@@ -182,9 +189,16 @@ MSDD_SIMD void write_row(const float* sums, float total, const T* accumulate, st
     const float inverse = 1.0f / total;
     for (std::int64_t i = 0; i < width; i += 16) {
         alignas(64) float part[16], base[16] = {};
-        if (accumulate != nullptr) widen<T>(accumulate + i, 16, base);
-        for (int j = 0; j < 16; ++j) part[j] = sums[i + j] * inverse + base[j];
-        narrow<T>(part, 16, out + i);
+        const std::int64_t there = std::min<std::int64_t>(16, width - i);
+        if (there == 16) {
+            if (accumulate != nullptr) widen<T>(accumulate + i, 16, base);
+            for (int j = 0; j < 16; ++j) part[j] = sums[i + j] * inverse + base[j];
+            narrow<T>(part, 16, out + i);
+            continue;
+        }
+        if (accumulate != nullptr) widen<T>(accumulate + i, there, base);
+        for (std::int64_t j = 0; j < there; ++j) part[j] = sums[i + j] * inverse + base[j];
+        narrow<T>(part, there, out + i);
     }
 }
 
@@ -198,13 +212,13 @@ MSDD_SIMD void attend(const AttentionJob& job, std::int64_t image, std::int64_t 
                       std::int64_t count, float* scratch) {
     constexpr bool IN_PAIRS = PAIRS<T>;
     const std::int64_t d = job.shape.head_size, width = (d + PANEL - 1) / PANEL * PANEL;
-    const std::int64_t depth = IN_PAIRS ? d / 2 : d;  // of q K^T
+    const std::int64_t size = padded_size(d), depth = IN_PAIRS ? size / 2 : size;  // of q K^T
     // exp(s / sqrt(d)) = 2^(scale * s)
     const float scale = static_cast<float>(1.4426950408889634 / std::sqrt(static_cast<double>(d)));
     float* const keys = scratch;
-    float* const values = keys + BLOCK_KEYS * d;
+    float* const values = keys + BLOCK_KEYS * size;
     float* const queries = values + BLOCK_KEYS * width;
-    float* const sums = queries + TASK_QUERIES * d;
+    float* const sums = queries + TASK_QUERIES * size;
     float* const scores = sums + TASK_QUERIES * width;
     float* const maxima = scores + TILE_QUERIES * BLOCK_KEYS;
     float* const totals = maxima + TASK_QUERIES;

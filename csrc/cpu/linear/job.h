@@ -68,6 +68,17 @@ bool can_run(const std::string& level);
 void run_linear(const LinearJob& job, const LinearLevel& level, std::int64_t rows, const LinearShape& shape,
                 std::int64_t row_bytes, int threads);
 
+// What another op needs to run tasks itself: the code for a weight, and how it is packed.
+struct LinearPlan {
+    LinearTask run;
+    std::int64_t panel;   // columns
+    std::int64_t panels;  // of the weight
+    std::int64_t words;   // 32-bit words of a panel
+};
+
+// Throws std::invalid_argument as `linear` does.
+LinearPlan linear_plan(const LinearShape& shape, DType dtype, const std::string& level);
+
 void linear_task_plain(const LinearJob&, const LinearPart&);
 void linear_task_plain_bf16(const LinearJob&, const LinearPart&);
 void linear_task_plain_amx(const LinearJob&, const LinearPart&);

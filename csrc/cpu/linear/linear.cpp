@@ -134,6 +134,13 @@ std::string linear_level() {
     return "plain";
 }
 
+LinearPlan linear_plan(const LinearShape& shape, DType dtype, const std::string& level) {
+    expect_shape(shape);
+    const LinearLevel found = level_of(level, dtype);
+    const auto [panels, words] = layout_of(shape, found);
+    return {found.run, found.panel, panels, words};
+}
+
 PackedSize linear_packed_size(const LinearShape& shape, DType dtype, const std::string& level) {
     expect_shape(shape);
     const LinearLevel found = level_of(level, dtype);

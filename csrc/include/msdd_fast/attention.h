@@ -24,7 +24,7 @@ std::string attention_level();
 //
 // `level` names the code to run, for tests; empty means attention_level(). Results are bitwise independent
 // of the number of threads and of other images and heads. Keeps about 0.4 MB of scratch per thread, whatever the shape.
-// Throws std::invalid_argument on negative sizes, no keys, a head size that is not a multiple of 16 up to 128,
+// Throws std::invalid_argument on negative sizes, no keys, a head size that is not in [1, 128],
 // threads < 1 or a level that cannot run here.
 void attention(HeadsView out, HeadsView q, HeadsView k, HeadsView v, HeadsView accumulate, DType dtype,
                const AttentionShape& shape, const std::string& level, int threads);

@@ -83,4 +83,10 @@ MSDD_INLINE Moments moments(const float* x, std::int64_t count, float eps) {
     return {mean, 1.0f / std::sqrt(sum / static_cast<float>(count) + eps)};
 }
 
+// Of RMSNorm: 1 / sqrt(mean square + eps).
+template <int LANES>
+MSDD_INLINE float rms_factor(const float* x, std::int64_t count, float eps) {
+    return 1.0f / std::sqrt(detail::squares_about<LANES>(x, count, 0.0f) / static_cast<float>(count) + eps);
+}
+
 }  // namespace msdd_fast
