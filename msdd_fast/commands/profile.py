@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> None:
             dtype = engine.dtype
 
             def call() -> object:
-                return engine.decode(z, args.seed)
+                return engine.decode(z, args.seed, **models.conditions(tokenizer.config))
 
             found, profiler = profile.rows(call, device)
         else:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from msdd_fast import ops
 from msdd_fast.diffusion.checks import as_int, check_guidance, check_noise, check_strided
 from msdd_fast.diffusion.config import Config
 from msdd_fast.diffusion.noise import resolve_seeds
@@ -142,23 +143,24 @@ class PiDFamily:
     ) -> Tensor:
         text, sigma, *null_text = (t.to(z.device) for t in conditions.tensors)
         assert conditions.size is not None and conditions.noises is not None
-        shapes = [(3, *conditions.size)] * conditions.noises
+        shape = (3, *conditions.size)
         if noise is None:
-            noises = sampler.draw_noises(resolve_seeds(seed, len(z), z.device), len(shapes), shapes[0])
+            seeds, later = resolve_seeds(seed, len(z), z.device), None
+            start = ops.start_noise(seeds, shape)
         else:
-            check_noise(noise, len(z), shapes)
-            noises = [n.float() for n in noise]
+            check_noise(noise, len(z), [shape] * conditions.noises)
+            seeds, (start, *later) = None, (n.float() for n in noise)
 
         def velocity_for(text: Tensor) -> sampler.Velocity:
             return lambda x, t: decoder(x, t.to(z.device).expand(len(z)), z, text, sigma).float()
 
         if self.config.sampler != "dpm":
             times = sampler.distilled_times(steps)
-            image, x, v = sampler.sample_distilled(velocity_for(text), noises, times, self.config.sampler)
+            image, x, v = sampler.sample_distilled(velocity_for(text), start, times, self.config.sampler, seeds, later)
         else:
             null = velocity_for(null_text[0]) if null_text else None
             shift = sampler.shift_of(self.config, *conditions.size)
-            image = sampler.sample_undistilled(velocity_for(text), null, cfg_scale, noises[0], steps, shift)
+            image = sampler.sample_undistilled(velocity_for(text), null, cfg_scale, start, steps, shift)
             x, v = image, torch.zeros_like(image)
         if stage_callback is not None:
             stage_callback(StageResult(StageSchedule(self.config.schedule)[0], image, x, v, 0.0))
