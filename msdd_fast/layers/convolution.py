@@ -10,15 +10,10 @@ from torch import Tensor
 class Convolution:
     """k x k, padding k // 2 (zeros, or the border ``replicated``), the weight (out, in, k, k) channels-last."""
 
-<<<<<<< HEAD
     description = "convolutions of PyTorch (cuDNN, oneDNN)"
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, stride: int = 1) -> None:
-        self.weight, self.bias, self.stride = channels_last(weight), bias, stride
-=======
     def __init__(self, weight: Tensor, bias: Tensor | None, stride: int = 1, replicated: bool = False) -> None:
         self.weight, self.bias, self.stride, self.replicated = channels_last(weight), bias, stride, replicated
->>>>>>> fc85300 (PiD: engine with tables, hoisted latents, pixel blocks in chunks; work by formula)
 
     def __call__(self, x: Tensor) -> Tensor:
         padding = self.weight.shape[2] // 2

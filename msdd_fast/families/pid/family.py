@@ -234,4 +234,5 @@ def _sigma(sigma: float | Sequence[float] | Tensor, batch: int, device: torch.de
         outside = [s for s in values.view(-1).tolist() if not 0 <= s <= 1]  # NaN too
         if outside:
             raise InputError(f"sigma must be in [0, 1], got {outside[0]:g}")
-    return values.detach().to(device).expand(batch)
+    values = values.detach().to(device)
+    return values.repeat(batch) if values.ndim == 0 else values

@@ -140,7 +140,7 @@ RELEASED = ReleasedFormat(
     suffixes=(),
     load=load_released,
     options={
-        "variant": Option("", "which released weights; needed where shapes do not tell", ("", *VARIANTS)),
+        "variant": Option("", "which released weights; needed where shapes do not tell", tuple(VARIANTS)),
     },
     export=release,
 )
