@@ -25,7 +25,7 @@ from msdd_fast.ops._adaln import check_adaln, check_rms_weight, kernels_fit
 from msdd_fast.ops._checks import check_device, check_eps, check_floating
 from msdd_fast.ops._native import register_native
 from msdd_fast.ops._registry import Op
-from msdd_fast.ops.norm_modulate import NORM_EPS, norm_modulate_eager
+from msdd_fast.ops.norm_modulate import NORM_EPS, contiguous_rms_weight, norm_modulate_eager
 
 
 def gate_residual_norm_modulate(
