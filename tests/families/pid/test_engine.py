@@ -1,9 +1,11 @@
 """PiD's engine is the eager sampler up to rounding: sizes, batches, chunks, samplers, dtypes, memory, graphs."""
 
+import weakref
 from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from msdd_fast import Tokenizer, accelerate, explain
 from msdd_fast.backends import extension_status, use_backend
@@ -234,3 +236,49 @@ def test_released_sizes_are_planned():
     config = replace(PID_PRESETS["pid-v15-flux"], image_size=4096)
     assert activation_bytes(config, 2, False) < 7e9
     assert activation_bytes(replace(config, image_size=2048), 2, False) < 2.5e9
+
+
+class Peak(TorchDispatchMode):
+    """The most bytes that tensors hold at once which are made inside, other than views of those ``known``; of weights too."""
+
+    def __init__(self, *known):
+        super().__init__()
+        self.live, self.now, self.peak = {t.untyped_storage()._cdata: 0 for t in known}, 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(t, torch.Tensor) and t.untyped_storage()._cdata not in self.live:
+                storage = t.untyped_storage()
+                self.live[storage._cdata] = storage.nbytes()
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self.released, storage._cdata)
+        return out
+
+    def released(self, key):
+        self.now -= self.live.pop(key, 0)
+
+
+def test_pixel_blocks_take_memory_by_chunk_not_by_image():
+    """Eager ops, which write the modulations of a chunk. What grows with the image are the patches' tokens."""
+    dec = replace(TINY.decoder, pixel_width=16, depth=1, pixel_depth=1)
+    engine = accelerate(
+        random_tokenizer(replace(TINY, decoder=dec)), dtype=torch.float32, backend="eager,attention=sdpa", steps=1
+    )
+    network = engine.program.network
+
+    @torch.no_grad()
+    def peak(side, chunk):
+        network.chunk = chunk
+        context = network.context(latents(1, 4, side // 32, side // 32), torch.zeros(1), (side, side))
+        s, p = latents((side // 16) ** 2, dec.hidden_size), network._embed_pixels(latents(1, 3, side, side), context)
+        with Peak(s, p) as measured:
+            network._pixel_block(network.w.pixels[0], p, s, context, 1)
+        tokens = len(s) * dec.attention_width * 4 * 8
+        return measured.peak - tokens
+
+    row = bytes_per_row(engine.config, 4)
+    small, large = peak(128, 16), peak(256, 16)
+    assert abs(large - small) < 16 * row * 0.2  # four times the rows, the same chunk
+    assert 48 * row * 0.3 < peak(256, 64) - large <= 48 * row
