@@ -239,7 +239,7 @@ def test_released_sizes_are_planned():
 
 
 class Peak(TorchDispatchMode):
-    """The most bytes that tensors hold at once which are made inside, other than views of those ``known``; of weights too."""
+    """The most bytes that tensors hold at once which are made inside, or are weights; those ``known`` do not count."""
 
     def __init__(self, *known):
         super().__init__()

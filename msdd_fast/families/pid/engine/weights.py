@@ -128,9 +128,7 @@ class PiDWeights:
 
 
 @torch.no_grad()
-def pack(
-    decoder: PiDDecoder, dtype: torch.dtype, device: torch.device, make: MakeLinear, swiglu: Swiglu
-) -> PiDWeights:
+def pack(decoder: PiDDecoder, dtype: torch.dtype, device: torch.device, make: MakeLinear, swiglu: Swiglu) -> PiDWeights:
     """Pack ``decoder``, which is not changed, with the op ``swiglu``. Norms' weights stay float32."""
     packer = Packer(device, dtype, make)
     projection: Any = decoder.lq_proj
@@ -221,9 +219,10 @@ def _pixels(packer: Packer, block: PixelBlock) -> PixelWeights:
 
 def _modulation(packer: Packer, weight: Tensor, bias: Tensor, norm: Any) -> Modulation:
     weight = packer.tensor(weight)
-    native_products = weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16)
-    usable = native_products and type(weight) is Tensor and extension_status()[0]
-    packed = native.pack_linear(weight) if usable else None
+    packed = None
+    if weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16) and extension_status()[0]:
+        has_data = type(weight) is Tensor  # those of ``explain`` have none
+        packed = native.pack_linear(weight) if has_data else weight.new_empty(0)
     return Modulation(weight, packer.tensor(bias), _norm(packer, norm), packed)
 
 
