@@ -47,14 +47,16 @@ def standard() -> list[DecodeCase]:
 
 
 def full() -> list[DecodeCase]:
-    """For a GPU: all MSDD models at batch 1, 8 and 64, one and 30 steps, with and without guidance."""
+    """For a GPU: all MSDD models at batch 1, 8 and 64, one and 30 steps, with and without guidance; PiD."""
     names = ("msdd-nano", "msdd-d12", "msdd-d12-joint", "msdd-d12-joint-3scale", "msdd-d12-single-scale")
     settings = itertools.product(names, (1, 8, 64), ((1, 1.0), (1, 2.0), (30, 1.0), (30, 2.0)))
     decodes = [DecodeCase(name, batch, steps, cfg, compile_seconds=900.0) for name, batch, (steps, cfg) in settings]
     encodes = [
         DecodeCase(name, batch, kind="encode", compile_seconds=900.0) for name in names[:3] for batch in (1, 8, 64)
     ]
-    return [*decodes, *encodes]
+    # 64 x 64 latents to 2048 pixels.
+    large = DecodeCase("pid-v15-flux", steps=4, seconds=20.0, min_rounds=3, compile_seconds=900.0)
+    return [*decodes, *encodes, large]
 
 
 def gate() -> list[DecodeCase]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +14,14 @@ from msdd_fast.bench.decode.staged import StageTimer
 from msdd_fast.diffusion.config import Config
 from msdd_fast.errors import CheckpointError, ConfigError
 from msdd_fast.families import family_of, get_preset
-from msdd_fast.sampling import VelocityModel, sample
+from msdd_fast.families.base import example_conditions
 from msdd_fast.tokenizer import Tokenizer
 
 # What a user of plain PyTorch has: its attention is SDPA (the eager reference stores all scores), and the noise is ours
 # (the eager noise is a slow reference made of integer operations).
 PLAIN_PYTORCH = (
-    "eager,attention=sdpa,context_attention=sdpa,window_attention=sdpa,start_noise=auto,renoise_upsample=auto"
+    "eager,attention=sdpa,context_attention=sdpa,window_attention=sdpa,start_noise=auto,renoise_upsample=auto,"
+    "sde_step=auto"
 )
 # bfloat16 eager differs from float32 by at most this much, on decoded values of a few units.
 TOLERANCE = 1.0
@@ -51,6 +52,11 @@ def random_latents(config: Config, batch: int, device: torch.device) -> Tensor:
     """Latents (batch, ...) of images of ``config.image_size``: the same numbers in every process."""
     generator = torch.Generator().manual_seed(0)
     return torch.randn(batch, *family_of(config).example, generator=generator).to(device)
+
+
+def conditions(config: Config) -> dict[str, Any]:
+    """What else a decode of random latents takes, as arguments of ``decode``."""
+    return example_conditions(family_of(config))
 
 
 def random_images(config: Config, batch: int, device: torch.device) -> Tensor:
@@ -84,7 +90,7 @@ def by_block(tokenizer: Tokenizer) -> bool:
 
 
 def eager(tokenizer: Tokenizer, dtype: torch.dtype, compiled: bool = False) -> Callable[..., Tensor]:
-    """The plain sampler and network in ``dtype``, as a function of z and ``sample``'s options.
+    """The plain sampler and network in ``dtype``, as a function of z and the options of ``Tokenizer.decode``.
 
     Backends: ``PLAIN_PYTORCH``. ``compiled``: under torch.compile, by block where ``by_block`` says so.
     """
@@ -95,13 +101,11 @@ def eager(tokenizer: Tokenizer, dtype: torch.dtype, compiled: bool = False) -> C
         for module in modules:
             module.compile(dynamic=False)
     sampling = tokenizer.config.sampling
-    defaults = {"steps": sampling.steps, "cfg_scale": sampling.cfg_scale, "seed": 0}
+    defaults = {"steps": sampling.steps, "cfg_scale": sampling.cfg_scale, "seed": 0, **conditions(tokenizer.config)}
 
     def decode(z: Tensor, **options: Any) -> Tensor:
-        with use_backend(PLAIN_PYTORCH), torch.no_grad():
-            out = sample(cast(VelocityModel, model.decoder), z.to(dtype), model.schedule, **{**defaults, **options})
-        assert isinstance(out, Tensor)
-        return out
+        with use_backend(PLAIN_PYTORCH):
+            return model.decode(z.to(dtype), **{**defaults, **options})
 
     return decode
 

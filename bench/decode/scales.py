@@ -7,7 +7,7 @@ import statistics
 from typing import NamedTuple
 
 from msdd_fast.backends import use_backend
-from msdd_fast.bench.decode.models import PLAIN_PYTORCH, device_of, random_latents, resolutions_of
+from msdd_fast.bench.decode.models import PLAIN_PYTORCH, conditions, device_of, random_latents, resolutions_of
 from msdd_fast.bench.decode.staged import StagedRun
 from msdd_fast.bench.report.text import aligned
 from msdd_fast.bench.timing.clock import now
@@ -32,8 +32,9 @@ def measure_scales(
     Backends: ``PLAIN_PYTORCH``.
     """
     z = random_latents(tokenizer.config, batch, device_of(tokenizer))
+    given = conditions(tokenizer.config)
     with use_backend(PLAIN_PYTORCH):
-        run = StagedRun(lambda done: tokenizer.decode(z, 0, steps, cfg_scale, stage_callback=lambda _: done()))
+        run = StagedRun(lambda done: tokenizer.decode(z, 0, steps, cfg_scale, stage_callback=lambda _: done(), **given))
         for _ in range(rounds + 1):
             run()
     return _timings(tokenizer.config, [[*stages, sum(stages)] for stages in run.seconds[1:]], batch)
@@ -41,12 +42,12 @@ def measure_scales(
 
 def measure_engine_scales(engine: FastDecoder, batch: int, rounds: int = 5) -> list[ScaleTiming]:
     """The same for an engine: scales as ``stream`` delivers them, clean estimates included; the whole by ``decode``."""
-    z, calls = random_latents(engine.config, batch, engine.device), []
+    z, calls, given = random_latents(engine.config, batch, engine.device), [], conditions(engine.config)
     for _ in range(rounds + 1):
         times = [now()]
-        for _ in engine.stream(z):
+        for _ in engine.stream(z, **given):
             times.append(now())
-        engine.decode(z)
+        engine.decode(z, **given)
         times.append(now())
         calls.append([b - a for a, b in itertools.pairwise(times)])
     return _timings(engine.config, calls[1:], batch)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from msdd_fast.bench.timing.clock import now
 from msdd_fast.engine import FastDecoder
+from msdd_fast.families.base import example_conditions
 
 StageTimer = Callable[[], None]
 """To be called after every scale of a decode."""
@@ -42,7 +43,7 @@ def engine_stages(engine: FastDecoder, z: Tensor, stage_done: StageTimer) -> Ten
     """
     if engine.graphs or engine.config.schedule.num_stages == 1:
         images = z
-        for piece in engine.stream(z):
+        for piece in engine.stream(z, **example_conditions(engine.family)):
             images = piece.images
             stage_done()
         return images

@@ -25,6 +25,7 @@ from msdd_fast.bench.decode.models import (
     SHORT,
     TOLERANCE,
     by_block,
+    conditions,
     device_of,
     load,
     plain,
@@ -101,7 +102,7 @@ def candidates(
 
 def _engine(name: str, engine: FastDecoder, z: Tensor) -> Candidate:
     staged = StagedRun(functools.partial(engine_stages, engine, z))
-    return Candidate(name, engine.dtype, functools.partial(engine.decode, z), staged)
+    return Candidate(name, engine.dtype, functools.partial(engine.decode, z, **conditions(engine.config)), staged)
 
 
 def _isolated(name: str, dtype: torch.dtype, other: Isolated) -> Candidate:

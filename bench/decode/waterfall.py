@@ -24,7 +24,16 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from msdd_fast.bench.decode.models import PLAIN_PYTORCH, SHORT, TOLERANCE, device_of, eager, load, random_latents
+from msdd_fast.bench.decode.models import (
+    PLAIN_PYTORCH,
+    SHORT,
+    TOLERANCE,
+    conditions,
+    device_of,
+    eager,
+    load,
+    random_latents,
+)
 from msdd_fast.bench.report.results import FAST, waterfall_notes
 from msdd_fast.bench.report.text import aligned, error_text, number
 from msdd_fast.bench.timing.clock import timer_for
@@ -75,7 +84,7 @@ def bare_products(engine: FastDecoder, z: Tensor) -> tuple[Callable[[], None], i
     for kind, original in zip(kinds, originals, strict=True):
         kind.__call__ = recorder(original)  # type: ignore[method-assign]
     try:
-        engine.decode(z)
+        engine.decode(z, **conditions(engine.config))
     finally:
         for kind, original in zip(kinds, originals, strict=True):
             kind.__call__ = original  # type: ignore[method-assign]
@@ -132,7 +141,12 @@ def bars_of(tokenizer: Tokenizer, batch: int, with_compile: bool, steps: int | N
     if with_compile:
         for dtype in dict.fromkeys((torch.bfloat16, best.dtype)):
             bars[f"compile-{SHORT[dtype]}"] = partial(eager(tokenizer, dtype, compiled=True), steps=steps)
-    return Bars([Provider(name, partial(decode, z)) for name, decode in bars.items()], plain, z, accuracy)
+    return Bars(
+        [Provider(name, partial(decode, z, **conditions(tokenizer.config))) for name, decode in bars.items()],
+        plain,
+        z,
+        accuracy,
+    )
 
 
 def measure(
@@ -142,7 +156,7 @@ def measure(
     found = bars_of(tokenizer, batch, with_compile, steps)
     bars, z = found.providers, found.z
     products, flops = bare_products(found.plain, z)
-    check = close_to(tokenizer.decode(z, steps=steps), TOLERANCE)
+    check = close_to(tokenizer.decode(z, steps=steps, **conditions(tokenizer.config)), TOLERANCE)
     results = compare(
         [*bars, Provider("bare matmuls", products)],
         lambda name, out: None if name == "bare matmuls" else check(name, out),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -31,6 +32,7 @@ from msdd_fast.commands.shards import RECORD, SHARD_SIZE
 from msdd_fast.diffusion.checks import check_latents
 from msdd_fast.diffusion.noise import resolve_seeds
 from msdd_fast.errors import InputError
+from msdd_fast.families.base import Conditions
 from msdd_fast.io.files import require_writable
 from msdd_fast.io.images import IMAGE_SUFFIXES, save_image, to_image
 from msdd_fast.io.latents import Latents, concatenate, load_latents
@@ -52,12 +54,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_dtype(parser)
     add_batch_size(parser)
     add_json(parser, "what was written")
+    others = parser.add_argument_group("what some families' decodes depend on besides (PiD; docs/pid.md)")
+    others.add_argument("--text-features", metavar="FILE", help="features of the caption, for all images")
+    others.add_argument("--sigma", type=float, help="noise level of the latents (default: 0)")
+    others.add_argument("--height", type=positive_int, help="of the images (default: as the latents say)")
+    others.add_argument("--width", type=positive_int, help="of the images (default: as the latents say)")
+
+
+def conditions(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of ``decode`` among the command line's."""
+    given = {"text": args.text_features, "sigma": args.sigma, "height": args.height, "width": args.width}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def run(args: argparse.Namespace) -> None:
     check_json(args)
     ray = ray_options(args)
     if ray is not None:
+        if conditions(args):
+            raise InputError("--text-features, --sigma, --height and --width are not for --ray")
         decode_on_ray(args, ray, OPTIONS)
         return
     if args.shard_size is not None:
@@ -70,9 +85,11 @@ def run(args: argparse.Namespace) -> None:
     check_latents(latents.z, *tokenizer.config.latent_shape)
     check_finite(latents)
     seeds = resolve_seeds(args.seed, len(latents.z))
-    engine = load_engine(args, tokenizer, args.batch_size)
+    engine, given = load_engine(args, tokenizer, args.batch_size), conditions(args)
+    found = engine.conditions(latents.z[:1], **given)  # for its errors, before anything is written
     z = digest(json.dumps(latents.names), {"z": latents.z})
     mine = decode_options(z, tokenizer, args.seed, engine.steps, engine.cfg_scale, args.dtype, engine.dtype)
+    mine |= recorded(given, found)
     claim(mine, options_file(Path(args.out)), targets, args.overwrite)
     missing = [args.overwrite or not path.exists() for path in targets]
     if not all(missing):
@@ -83,7 +100,7 @@ def run(args: argparse.Namespace) -> None:
             if todo:
                 # All of the batch, as in a run from the start: rounding depends on the batch size.
                 index = slice(part.start, part.stop)
-                images = engine.decode(latents.z[index], seeds[index])
+                images = engine.decode(latents.z[index], seeds[index], **given)
                 if not images.isfinite().all():
                     raise InputError(f"decoding gave NaN or Inf for one of {', '.join(latents.names[index])}")
                 for i in todo:
@@ -91,6 +108,15 @@ def run(args: argparse.Namespace) -> None:
                 shown.update(len(todo))
     say(args, f"wrote {sum(missing)} pictures to {args.out}")
     finish(args, {"out": args.out, "images": [str(t) for t in targets], "written": sum(missing), "options": mine})
+
+
+def recorded(given: dict[str, Any], found: Conditions) -> dict[str, Any]:
+    """What of the conditions the pictures depend on; of a file its content."""
+    if not given:
+        return {}
+    plain = {name: value for name, value in given.items() if not isinstance(value, str)}
+    files = digest("", {str(i): t for i, t in enumerate(found.tensors)})
+    return {"conditions": {**plain, "tensors": files}}
 
 
 def options_file(output: Path) -> Path:

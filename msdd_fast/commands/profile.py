@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> None:
             dtype = engine.dtype
 
             def call() -> object:
-                return engine.decode(z, args.seed)
+                return engine.decode(z, args.seed, **models.conditions(tokenizer.config))
 
             with steps(args, 1) as step:
                 step("profiling")

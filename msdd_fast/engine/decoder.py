@@ -31,7 +31,7 @@ from msdd_fast.engine.bound_ops import bind
 from msdd_fast.engine.compute import compute_dtype
 from msdd_fast.engine.graph_cache import GraphCache, use_graphs
 from msdd_fast.engine.isolation import building, without_autocast
-from msdd_fast.engine.memory import fit, resident
+from msdd_fast.engine.memory import available, fit, resident
 from msdd_fast.engine.prefetch import prefetch
 from msdd_fast.engine.report import Accuracy, Report, describe
 from msdd_fast.engine.tier import (
@@ -46,8 +46,8 @@ from msdd_fast.engine.tier import (
 )
 from msdd_fast.errors import InputError
 from msdd_fast.families import family_of
-from msdd_fast.families.base import Family
-from msdd_fast.layers.request import DecodeProgram, Inputs, Request, StageImages, convert, stream
+from msdd_fast.families.base import Conditioned, Conditions, Family, conditions_of, example_conditions
+from msdd_fast.layers.request import Chunked, DecodeProgram, Inputs, Request, StageImages, convert, stream
 from msdd_fast.tokenizer import Tokenizer, as_tokenizer
 
 OUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
@@ -55,6 +55,7 @@ TIERS = ("exact", "fast")
 GPU_BATCH_SIZES = (1, 8, 64)
 # A CPU is busy from a few images on; larger batches only leave its caches.
 CPU_BATCH_SIZES = (8,)
+NO_CONDITIONS = Conditions()
 
 
 def accelerate(
@@ -73,7 +74,7 @@ def accelerate(
     validate: bool = False,
     batch_invariant: bool = False,
 ) -> FastDecoder:
-    """An engine for the decoder of ``tokenizer``, MSDD or SSDD, which is not changed. It has its own weights.
+    """An engine for the decoder of ``tokenizer``, which is not changed. It has its own weights.
 
     Autocast, inference mode, and PyTorch's default dtype and device have no influence, here and at every call.
 
@@ -183,6 +184,7 @@ class FastDecoder:
     def __init__(self, tokenizer: Tokenizer, tier: Tier, options: Options) -> None:
         self.config, self.validate = tokenizer.config, options.validate
         self.family = family_of(self.config)
+        self._is_conditioned = isinstance(self.family, Conditioned)
         sampling = self.config.sampling
         self.tokenizer = weakref.ref(tokenizer)  # for the report; the engine keeps no second copy of the model alive
         self.steps, self.cfg_scale = check_sampling(
@@ -211,7 +213,11 @@ class FastDecoder:
             self.program = self.family.program(decoder, schedule, tables, self.dtype, self.device, ops, tier.make)
         self.memory = {"weights": self.program.network.w.memory(), "tables": self.family.tables_memory(tables)}
         self._fixed = sum(self.memory.values())
-        activations = self.family.activation_bytes(self.dtype.itemsize, self.cfg_scale != 1.0, tier is not EXACT)
+        guided = self.cfg_scale != 1.0
+        activations = self.family.activation_bytes(self.dtype.itemsize, guided, tier is not EXACT)
+        if self.max_memory is not None and isinstance(self.program, Chunked):
+            room = self.max_memory - self._fixed
+            activations = self.program.fit(guided, available(room, self.device))
         self._per_image = resident(activations, self.device)
         self.batch_sizes, self.notes = fit(sizes, self.max_memory, self._fixed, self._per_image)
         if self.batch_invariant:
@@ -253,7 +259,7 @@ class FastDecoder:
         """
         for size in self.batch_sizes:
             z = torch.zeros(size, *self.family.example, device=self.device)
-            self.decode(z)
+            self.decode(z, **example_conditions(self.family))
             if self._cache.splits:
                 self._cache.set_cost(size, sorted(self._seconds(z) for _ in range(5))[2])
 
@@ -268,6 +274,7 @@ class FastDecoder:
         out: Tensor | None = None,
         copy: bool = True,
         steps: int | None = None,
+        **conditions: Any,
     ) -> Tensor:
         """Images of latents.
 
@@ -282,16 +289,21 @@ class FastDecoder:
             out: contiguous (B, 3, H, W) of ``out_dtype`` on the engine's device, which receives the images.
             copy: False allows to return a graph's own memory, which the next call overwrites.
             steps: None, or those that the engine was made for: what depends on them was computed then.
+            conditions: what else the family's decodes depend on, as in ``Tokenizer.decode``.
 
         Returns (B, 3, H, W). Raises InputError for anything else, and if ``validate`` is set for NaN or Inf in z or in
         the images.
         """
         self._check_steps(steps)
         with without_autocast(self.device):
-            inputs, request = self.inputs(z, seed, cfg_scale), self.request(z, cfg_scale, out_dtype)
+            others = self.conditions(z, cfg_scale, **conditions)
+            inputs = self.inputs(z, seed, cfg_scale, others)
+            request = self.request(z, cfg_scale, out_dtype, conditions=others)
+            if noise is not None:
+                check_noise(noise, len(z), self._noise_shapes(request, others))
             if not self.validate:
                 return self._decode(inputs, request, noise, out, copy)
-            _check_out(out, (len(z), *self.config.stage_shapes(z.shape)[-1]), out_dtype, self.device)
+            _check_out(out, (len(z), *request.image_shape(self.config)), out_dtype, self.device)
             wide = request._replace(out_dtype=torch.float32) if out_dtype == torch.uint8 else request
             images = self._decode(inputs, wide, noise, None, copy or out_dtype == torch.uint8)
             _check_images(images)
@@ -305,13 +317,12 @@ class FastDecoder:
         self, inputs: Inputs, request: Request, noise: Sequence[Tensor] | None, out: Tensor | None, copy: bool
     ) -> Tensor:
         """Images in chunks that the engine takes at once."""
-        batch, shapes = len(inputs.z), self.config.stage_shapes(inputs.z.shape)
-        shape = (batch, *shapes[-1])
+        batch = len(inputs.z)
+        shape = (batch, *request.image_shape(self.config))
         _check_out(out, shape, request.out_dtype, self.device)
         if noise is not None:
-            check_noise(noise, batch, shapes)
             noise = [n.detach().to(self.device) for n in noise]
-        most = self._most_at_once(inputs.z)
+        most = self._most_at_once(request)
         whole = most >= max(self.batch_sizes)
         graphed = self.graphs and noise is None and whole
         chunks = self._cache.chunks(batch, graphed) if whole else split_evenly(batch, most)
@@ -348,6 +359,7 @@ class FastDecoder:
         cfg_scale: float | None = None,
         out_dtype: torch.dtype = torch.float32,
         steps: int | None = None,
+        **conditions: Any,
     ) -> Iterator[StageImages]:
         """The same decode stage by stage: yields each stage's clean estimate as soon as it is done.
 
@@ -357,9 +369,10 @@ class FastDecoder:
         """
         self._check_steps(steps)
         with without_autocast(self.device):
-            inputs = self.inputs(z, seed, cfg_scale)
-        request = self.request(z, cfg_scale, out_dtype, streaming=True)
-        most = self._most_at_once(inputs.z)
+            others = self.conditions(z, cfg_scale, **conditions)
+            inputs = self.inputs(z, seed, cfg_scale, others)
+        request = self.request(z, cfg_scale, out_dtype, streaming=True, conditions=others)
+        most = self._most_at_once(request)
         if self.max_memory is not None and len(z) > most:
             limit = f"to stream in max_memory={self.max_memory}"
             raise InputError(f"z must hold at most {most} images {limit}, got {len(z)}")
@@ -400,6 +413,7 @@ class FastDecoder:
         cfg_scale: float | None = None,
         out_dtype: torch.dtype = torch.float32,
         steps: int | None = None,
+        **conditions: Any,
     ) -> Iterator[Tensor]:
         """Images of each tensor of latents, shaped as in ``decode``, in order.
 
@@ -411,14 +425,13 @@ class FastDecoder:
         self._check_steps(steps)
         if not isinstance(latents, Iterable) and not hasattr(latents, "__getitem__"):
             raise InputError(f"latents must be an iterable of tensors, got {type(latents).__name__}")
-        return self._decode_many(latents, as_int("seed", seed, 0), cfg_scale, out_dtype)
+        options = {"cfg_scale": cfg_scale, "out_dtype": out_dtype, **conditions}
+        return self._decode_many(latents, as_int("seed", seed, 0), options)
 
-    def _decode_many(
-        self, latents: Iterable[Tensor], seed: int, cfg_scale: float | None, out_dtype: torch.dtype
-    ) -> Iterator[Tensor]:
+    def _decode_many(self, latents: Iterable[Tensor], seed: int, options: dict[str, Any]) -> Iterator[Tensor]:
         with closing(prefetch(latents, self.device)) as tensors:
             for z in tensors:
-                yield self.decode(z, seed, cfg_scale=cfg_scale, out_dtype=out_dtype)
+                yield self.decode(z, seed, **options)
                 seed += len(z)
 
     def report(self, z: Tensor | None = None) -> Report:
@@ -435,7 +448,21 @@ class FastDecoder:
 
     # --- For those who run the program themselves: reports, tiers, benchmarks. ---
 
-    def inputs(self, z: Tensor, seed: int | Sequence[int] | Tensor = 0, cfg_scale: float | None = None) -> Inputs:
+    def conditions(self, z: Tensor, cfg_scale: float | None = None, **given: Any) -> Conditions:
+        """What a decode of ``z`` depends on besides latents and seeds, checked, from the arguments of ``decode``."""
+        if not given and not self._is_conditioned:
+            return NO_CONDITIONS
+        check_latents(z, *self.config.latent_shape)
+        _, scale = check_sampling(self.steps, self.cfg_scale if cfg_scale is None else cfg_scale)
+        return conditions_of(self.family, z, self.steps, scale, given)
+
+    def inputs(
+        self,
+        z: Tensor,
+        seed: int | Sequence[int] | Tensor = 0,
+        cfg_scale: float | None = None,
+        conditions: Conditions = NO_CONDITIONS,
+    ) -> Inputs:
         """What the program takes for arguments of ``decode``, checked and on the device."""
         if torch._C._get_tracing_state() is not None:
             raise InputError("a FastDecoder cannot be recorded by torch.jit.trace: trace the tokenizer's decoder")
@@ -449,6 +476,7 @@ class FastDecoder:
             z.detach().to(self.device, self.dtype, non_blocking=to_gpu),
             resolve_seeds(seed, len(z)).to(self.device, non_blocking=to_gpu),
             torch.tensor(scale, dtype=torch.float32, device="cpu").to(self.device, non_blocking=to_gpu),
+            tuple(t.to(self.device, non_blocking=to_gpu) for t in conditions.tensors),
         )
 
     def request(
@@ -458,16 +486,27 @@ class FastDecoder:
         out_dtype: torch.dtype = torch.float32,
         *,
         streaming: bool = False,
+        conditions: Conditions = NO_CONDITIONS,
     ) -> Request:
         """What arguments of ``decode``, or of ``stream``, ask of the program. Raises InputError for the dtype."""
         _one_of("out_dtype", out_dtype, OUT_DTYPES)
         guided = check_sampling(self.steps, self.cfg_scale if cfg_scale is None else cfg_scale)[1] != 1.0
-        return Request(tuple(z.shape), guided, out_dtype, streaming)
+        kinds = tuple((tuple(t.shape[1:]), t.dtype) for t in conditions.tensors)
+        return Request(tuple(z.shape), guided, out_dtype, streaming, conditions.size, kinds)
 
     # --- Private. ---
 
     def _example(self, request: Request) -> Inputs:
-        return self.inputs(torch.zeros(request.shape, device=self.device, dtype=self.dtype))
+        inputs = self.inputs(torch.zeros(request.shape, device=self.device, dtype=self.dtype))
+        batch = request.shape[0]
+        zeros = (torch.zeros(batch, *shape, dtype=dtype, device=self.device) for shape, dtype in request.conditions)
+        return inputs._replace(conditions=tuple(zeros))
+
+    def _noise_shapes(self, request: Request, conditions: Conditions) -> list[tuple[int, int, int]]:
+        """Shapes of the noise tensors of a decode."""
+        if conditions.noises is None:
+            return self.config.stage_shapes(request.shape)
+        return [request.image_shape(self.config)] * conditions.noises
 
     def _check_steps(self, steps: int | None) -> None:
         if steps is not None and as_int("steps", steps, 1) != self.steps:
@@ -476,18 +515,22 @@ class FastDecoder:
                 f"accelerate(tokenizer, steps={steps})"
             )
 
-    def _most_at_once(self, z: Tensor) -> int:
-        """The most images of the height and width of ``z`` that ``max_memory`` allows; without it, the largest batch.
+    def _most_at_once(self, request: Request) -> int:
+        """The most images of the request's size that ``max_memory`` allows; without it, the largest batch.
 
         Raises InputError with the figure if not one does.
         """
         if self.max_memory is None:
             return max(self.batch_sizes)
-        each = math.ceil(self._per_image * math.prod(z.shape[1:]) / math.prod(self.family.example))
+        if request.size is None:
+            share = math.prod(request.shape[1:]) / math.prod(self.family.example)
+        else:
+            share = math.prod(request.size) / self.config.image_size**2
+        each = math.ceil(self._per_image * share)
         most = min((self.max_memory - self._fixed) // each, max(self.batch_sizes))
         if most < 1:
             raise InputError(
-                f"z of shape {tuple(z.shape)} needs max_memory={self._fixed + each} bytes (weights and tables "
+                f"z of shape {request.shape} needs max_memory={self._fixed + each} bytes (weights and tables "
                 f"{self._fixed}, one image {each}), but the engine has {self.max_memory}"
             )
         return most
@@ -501,7 +544,7 @@ class FastDecoder:
     def _seconds(self, z: Tensor) -> float:
         torch.cuda.synchronize(self.device)
         begin = time.perf_counter()
-        self.decode(z, copy=False)
+        self.decode(z, copy=False, **example_conditions(self.family))
         torch.cuda.synchronize(self.device)
         return time.perf_counter() - begin
 

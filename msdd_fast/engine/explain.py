@@ -13,6 +13,7 @@ from msdd_fast.engine.compute import compute_dtype
 from msdd_fast.engine.isolation import building, without_autocast
 from msdd_fast.engine.report import ChoiceRecorder, OpChoice, format_choices
 from msdd_fast.families import family_of
+from msdd_fast.families.base import conditions_of, example_conditions
 from msdd_fast.layers.linear.dense import DenseLinear
 from msdd_fast.layers.request import Inputs, Request
 from msdd_fast.ops._registry import observe
@@ -60,10 +61,13 @@ def explain(
         tables = family.tables(tokenizer.decoder, tokenizer.schedule, steps, device)
     with without_autocast(device), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), observe(choices):
         program = family.program(tokenizer.decoder, tokenizer.schedule, tables, chosen, device, ops, DenseLinear)
+        z = torch.zeros(batch_size, *family.example, dtype=chosen, device=device)
+        others = conditions_of(family, z, steps, cfg_scale, example_conditions(family))
         inputs = Inputs(
-            torch.zeros(batch_size, *family.example, dtype=chosen, device=device),
+            z,
             torch.zeros(batch_size, dtype=torch.int64, device=device),
             torch.zeros((), device=device),
+            tuple(t.to(device) for t in others.tensors),
         )
-        program.decode(inputs, Request(tuple(inputs.z.shape), cfg_scale != 1.0, torch.float32))
+        program.decode(inputs, Request(tuple(z.shape), cfg_scale != 1.0, torch.float32, size=others.size))
     return Explanation(f"{str(chosen).removeprefix('torch.')} ({reason})", choices.result())

@@ -32,6 +32,7 @@ class GraphCache:
         sizes: batch sizes that are captured; without graphs, the largest is the most that runs at once.
 
     Args:
+        program: one with a ``not_recordable`` is never recorded on a CPU, for that reason.
         wanted: "auto" (where it can; without graphs if a capture fails), True (a failure is an error) or False.
         example: makes inputs of a request to capture with.
         stages: number of stages of a decode.
@@ -51,6 +52,11 @@ class GraphCache:
         stages: int,
     ) -> None:
         self.enabled, self.reason = use_graphs(wanted, device)
+        refusal = getattr(program, "not_recordable", "") if records_programs(device) else ""
+        if self.enabled and refusal:
+            if wanted is True:
+                raise BackendUnavailableError(f"graphs=True cannot be had: {refusal}")
+            self.enabled, self.reason = False, refusal
         self.sizes, self._required = tuple(sizes), wanted is True
         self._program, self._device, self._example, self._stages = program, device, example, stages
         self._cost = assumed_cost(self.sizes)

@@ -21,6 +21,11 @@ def resident(activations: int, device: torch.device) -> int:
     return math.ceil(activations * CPU_SLACK) if device.type == "cpu" else activations
 
 
+def available(room: int, device: torch.device) -> int:
+    """Bytes of activations that take ``room`` bytes of the memory of ``device``: the inverse of ``resident``."""
+    return math.floor(room / CPU_SLACK) if device.type == "cpu" else room
+
+
 def fit(sizes: Sequence[int], max_memory: int | None, fixed: int, per_image: int) -> tuple[tuple[int, ...], list[str]]:
     """The batch sizes that fit in ``max_memory`` bytes, and what to say of the others.
 

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from msdd_fast.families.base import Family
+from msdd_fast.families.base import Conditions, Family, example_conditions
 from msdd_fast.layers.request import DecodeProgram, Inputs, Request
 from msdd_fast.metrics.image import psnr
 from msdd_fast.ops._registry import Op, observe
@@ -110,11 +110,13 @@ class Engine(Protocol):
 
     def graph_memory(self) -> dict[str, int]: ...
 
-    def inputs(self, z: Tensor, seed: int = 0) -> Inputs: ...
+    def conditions(self, z: Tensor, **given: Any) -> Conditions: ...
 
-    def request(self, z: Tensor) -> Request: ...
+    def inputs(self, z: Tensor, seed: int = 0, *, conditions: Conditions = ...) -> Inputs: ...
 
-    def decode(self, z: Tensor) -> Tensor: ...
+    def request(self, z: Tensor, *, conditions: Conditions = ...) -> Request: ...
+
+    def decode(self, z: Tensor, **conditions: Any) -> Tensor: ...
 
 
 class ChoiceRecorder:
@@ -150,7 +152,8 @@ def describe(engine: Engine, z: Tensor | None) -> Report:
     z = z.to(engine.device)
     choices = ChoiceRecorder()
     with observe(choices):
-        engine.program.decode(engine.inputs(z[:1]), engine.request(z[:1]))
+        others = engine.conditions(z[:1], **example_conditions(engine.family))
+        engine.program.decode(engine.inputs(z[:1], conditions=others), engine.request(z[:1], conditions=others))
     tokenizer = engine.tokenizer()
     return Report(
         model=engine.family.model,
@@ -201,8 +204,9 @@ def random_latents(family: Family, batch: int) -> Tensor:
 
 def _accuracy(engine: Engine, tokenizer: Tokenizer, z: Tensor) -> Accuracy:
     parameter = next(tokenizer.parameters())
-    mine = engine.decode(z)
-    reference = tokenizer.decode(z.to(parameter.dtype), 0, engine.steps, engine.cfg_scale)
+    given = example_conditions(engine.family)
+    mine = engine.decode(z, **given)
+    reference = tokenizer.decode(z.to(parameter.dtype), 0, engine.steps, engine.cfg_scale, **given)
     error = float((mine - reference).abs().max())
     return Accuracy(f"eager {_name(parameter.dtype)}", error, float(psnr(mine, reference).min()))
 

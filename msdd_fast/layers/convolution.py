@@ -8,15 +8,18 @@ from torch import Tensor
 
 
 class Convolution:
-    """k x k, padding k // 2, with the weight (out, in, k, k) in channels-last order."""
+    """k x k, padding k // 2 (zeros, or the border ``replicated``), the weight (out, in, k, k) channels-last."""
 
     description = "convolutions of PyTorch (cuDNN, oneDNN)"
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, stride: int = 1) -> None:
-        self.weight, self.bias, self.stride = channels_last(weight), bias, stride
+    def __init__(self, weight: Tensor, bias: Tensor | None, stride: int = 1, replicated: bool = False) -> None:
+        self.weight, self.bias, self.stride, self.replicated = channels_last(weight), bias, stride, replicated
 
     def __call__(self, x: Tensor) -> Tensor:
-        return channels_last(F.conv2d(x, self.weight, self.bias, self.stride, self.weight.shape[2] // 2))
+        padding = self.weight.shape[2] // 2
+        if self.replicated:
+            x, padding = F.pad(x, (padding,) * 4, mode="replicate"), 0
+        return channels_last(F.conv2d(x, self.weight, self.bias, self.stride, padding))
 
     def memory(self) -> int:
         """Bytes of the weights."""

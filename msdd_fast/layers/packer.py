@@ -59,7 +59,8 @@ class Packer:
     def convolution(self, module: nn.Conv2d, also: nn.Conv2d | None = None) -> Convolution:
         """A convolution, with the bias of ``also`` added to its own."""
         bias = bias_of(module) if also is None else bias_of(module).float() + bias_of(also).float()
-        return Convolution(self.tensor(module.weight), self.tensor(bias), module.stride[0])
+        replicated = module.padding_mode == "replicate"
+        return Convolution(self.tensor(module.weight), self.tensor(bias), module.stride[0], replicated)
 
     def shortcut(self, module: nn.Conv2d) -> Shortcut:
         """A 1 x 1 convolution without its bias."""

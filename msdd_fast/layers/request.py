@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from msdd_fast.diffusion.config import Config
 from msdd_fast.ops._patches import to_uint8
 
 
@@ -65,6 +66,10 @@ class Request(NamedTuple):
     size: tuple[int, int] | None = None
     conditions: tuple[tuple[tuple[int, ...], torch.dtype], ...] = ()
 
+    def image_shape(self, config: Config) -> tuple[int, int, int]:
+        """Shape of an image."""
+        return config.stage_shapes(self.shape)[-1] if self.size is None else (3, *self.size)
+
     def with_batch(self, batch: int) -> Request:
         """The same for another number of images."""
         return self._replace(shape=(batch, *self.shape[1:]))
@@ -95,6 +100,18 @@ def stream(program: DecodeProgram, inputs: Inputs, request: Request) -> Iterator
     """A decode with the images of every stage."""
     for stage, end in enumerate(program.stages(inputs, request)):
         yield program.images(stage, end, inputs, request)
+
+
+@runtime_checkable
+class Chunked(Protocol):
+    """A program that can work on smaller parts of an image at a time, where memory is short."""
+
+    def fit(self, guided: bool, room: int) -> int:
+        """Choose parts so that the activations of one image of ``config.image_size`` take ``room`` bytes if they can.
+
+        Returns the bound on what they take.
+        """
+        ...
 
 
 def convert(images: Tensor, dtype: torch.dtype) -> Tensor:

@@ -9,21 +9,27 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from msdd_fast import ops
 from msdd_fast.diffusion.checks import as_int, check_guidance, check_noise, check_strided
 from msdd_fast.diffusion.config import Config
 from msdd_fast.diffusion.noise import resolve_seeds
 from msdd_fast.diffusion.schedule import StageSchedule
-from msdd_fast.errors import BackendUnavailableError, InputError
+from msdd_fast.errors import InputError
 from msdd_fast.families.base import Conditions, ReleasedFormat
 from msdd_fast.families.pid import sampler
 from msdd_fast.families.pid.caption import load_features
 from msdd_fast.families.pid.config import PiDConfig
 from msdd_fast.families.pid.decoder import NoEncoder, PiDDecoder, no_encoder
+from msdd_fast.families.pid.engine.memory import activation_bytes
+from msdd_fast.families.pid.engine.network import PiDNetwork
+from msdd_fast.families.pid.engine.program import PiDProgram
+from msdd_fast.families.pid.engine.tables import PiDStep, pid_steps
+from msdd_fast.families.pid.engine.weights import pack
 from msdd_fast.families.pid.presets import PID_PRESETS
 from msdd_fast.families.pid.released import RELEASED
+from msdd_fast.families.pid.work import decode_work
 from msdd_fast.families.work import Work
 from msdd_fast.layers.linear.base import MakeLinear
-from msdd_fast.layers.request import DecodeProgram
 from msdd_fast.ops.protocol import Ops
 from msdd_fast.sampling import StageResult
 
@@ -56,7 +62,11 @@ class PiDFamily:
 
     @property
     def constant(self) -> tuple[str, ...]:
-        return ()
+        return (
+            "all adaLN vectors of the joint layers, so that their matrices need not be kept",
+            "the latents' network, its features and their half of every gate: once per image",
+            "the caption's tokens, rotary tables and positions of pixels: once per image",
+        )
 
     def describe_sampling(self, steps: int, cfg_scale: float) -> str:
         guidance = f", CFG {cfg_scale:g}" if self.config.has_null_context else ", no guidance"
@@ -133,23 +143,24 @@ class PiDFamily:
     ) -> Tensor:
         text, sigma, *null_text = (t.to(z.device) for t in conditions.tensors)
         assert conditions.size is not None and conditions.noises is not None
-        shapes = [(3, *conditions.size)] * conditions.noises
+        shape = (3, *conditions.size)
         if noise is None:
-            noises = sampler.draw_noises(resolve_seeds(seed, len(z), z.device), len(shapes), shapes[0])
+            seeds, later = resolve_seeds(seed, len(z), z.device), None
+            start = ops.start_noise(seeds, shape)
         else:
-            check_noise(noise, len(z), shapes)
-            noises = [n.float() for n in noise]
+            check_noise(noise, len(z), [shape] * conditions.noises)
+            seeds, (start, *later) = None, (n.float() for n in noise)
 
         def velocity_for(text: Tensor) -> sampler.Velocity:
             return lambda x, t: decoder(x, t.to(z.device).expand(len(z)), z, text, sigma).float()
 
         if self.config.sampler != "dpm":
             times = sampler.distilled_times(steps)
-            image, x, v = sampler.sample_distilled(velocity_for(text), noises, times, self.config.sampler)
+            image, x, v = sampler.sample_distilled(velocity_for(text), start, times, self.config.sampler, seeds, later)
         else:
             null = velocity_for(null_text[0]) if null_text else None
             shift = sampler.shift_of(self.config, *conditions.size)
-            image = sampler.sample_undistilled(velocity_for(text), null, cfg_scale, noises[0], steps, shift)
+            image = sampler.sample_undistilled(velocity_for(text), null, cfg_scale, start, steps, shift)
             x, v = image, torch.zeros_like(image)
         if stage_callback is not None:
             stage_callback(StageResult(StageSchedule(self.config.schedule)[0], image, x, v, 0.0))
@@ -178,37 +189,37 @@ class PiDFamily:
 
     # --- The engine. ---
 
-    def tables(self, decoder: PiDDecoder, schedule: StageSchedule, steps: int, device: torch.device) -> Any:
-        raise BackendUnavailableError("there is no engine for PiD yet: decode with the tokenizer")
+    def tables(self, decoder: PiDDecoder, schedule: StageSchedule, steps: int, device: torch.device) -> list[PiDStep]:
+        return pid_steps(decoder, steps, device)
 
     def program(
         self,
         decoder: PiDDecoder,
         schedule: StageSchedule,
-        tables: Any,
+        tables: list[PiDStep],
         dtype: torch.dtype,
         device: torch.device,
         ops: Ops,
         make: MakeLinear,
-    ) -> DecodeProgram:
-        raise BackendUnavailableError("there is no engine for PiD yet: decode with the tokenizer")
+    ) -> PiDProgram:
+        return PiDProgram(PiDNetwork(pack(decoder, dtype, device, make, ops.swiglu), self.config, ops), tables)
 
     def quantizable(self, decoder: PiDDecoder) -> list[tuple[str, Tensor]]:
         return []
 
-    def tables_memory(self, tables: Any) -> int:
-        return 0
+    def tables_memory(self, tables: list[PiDStep]) -> int:
+        return sum(step.memory() for step in tables)
 
     def decode_work(
         self, batch: int = 1, steps: int = 1, cfg_scale: float = 1.0, itemsize: int = 2, hoisted: bool = True
     ) -> list[Work]:
-        raise InputError("the work of a PiD decode is not counted yet")
+        return decode_work(self.config, batch, steps, cfg_scale, itemsize, hoisted)
 
     def encode_work(self, batch: int = 1, itemsize: int = 2) -> list[Work]:
         raise InputError(no_encoder(self.config))
 
     def activation_bytes(self, itemsize: int, guided: bool, quantized: bool) -> int:
-        return 0
+        return activation_bytes(self.config, itemsize, guided)
 
 
 def _sigma(sigma: float | Sequence[float] | Tensor, batch: int, device: torch.device) -> Tensor:
@@ -223,4 +234,5 @@ def _sigma(sigma: float | Sequence[float] | Tensor, batch: int, device: torch.de
         outside = [s for s in values.view(-1).tolist() if not 0 <= s <= 1]  # NaN too
         if outside:
             raise InputError(f"sigma must be in [0, 1], got {outside[0]:g}")
-    return values.detach().to(device).expand(batch)
+    values = values.detach().to(device)
+    return values.repeat(batch) if values.ndim == 0 else values

@@ -37,6 +37,8 @@ PID_PRESETS: dict[str, PiDConfig] = {
         for name, config in _DISTILLED.items()
         if name.startswith("pid-v15")
     },
+    # Released width with two joint blocks and small images: for measurements on a CPU.
+    "pid-v15-flux-d2-512px": PiDConfig(image_size=512, decoder=replace(_V15_NETWORK, depth=2), features=_V15_FEATURES),
     # For tests.
     "tiny-pid": PiDConfig(
         image_size=64,

@@ -27,7 +27,7 @@ _OTHER_NETWORKS = ("fake_score.", "discriminator.", "repa_loss.")
 _TRAINING_ONLY = "lq_proj.lq_aux_rgb_head."
 _FIRST_CONVOLUTION = "lq_proj.latent_proj.0.weight"
 VARIANTS: dict[str, PiDConfig] = {
-    name.removeprefix("pid-"): config for name, config in PID_PRESETS.items() if name.startswith("pid-")
+    name.removeprefix("pid-"): config for name, config in PID_PRESETS.items() if config.decoder.depth == 14
 }
 # Where the shape of the first convolution, (width, channels), leaves one kind of released weights.
 _BY_SHAPE = {
@@ -140,7 +140,7 @@ RELEASED = ReleasedFormat(
     suffixes=(),
     load=load_released,
     options={
-        "variant": Option("", "which released weights; needed where shapes do not tell", ("", *VARIANTS)),
+        "variant": Option("", "which released weights; needed where shapes do not tell", tuple(VARIANTS)),
     },
     export=release,
 )

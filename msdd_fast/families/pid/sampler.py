@@ -6,15 +6,15 @@ States are float32 (B, 3, H, W). Times are noise levels, 1 = pure noise.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from msdd_fast import ops
 from msdd_fast.diffusion.checks import as_int
-from msdd_fast.diffusion.noise import renoise_noise, start_noise
 from msdd_fast.errors import InputError
 from msdd_fast.families.pid.config import MAX_STEPS, PiDConfig
 
@@ -45,28 +45,30 @@ def count_noises(config: PiDConfig, steps: int) -> int:
     return steps if config.sampler == "sde" else 1
 
 
-def clean_image(x: Tensor, v: Tensor, t: Tensor) -> Tensor:
-    """x - t v, rounded once to float32."""
-    return (x.double() - t.double() * v.double()).float()
-
-
 def sample_distilled(
-    velocity: Velocity, noises: list[Tensor], times: Tensor, kind: str
+    velocity: Velocity,
+    start: Tensor,
+    times: Tensor,
+    kind: str,
+    seeds: Tensor | None = None,
+    noises: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The image, and the state and velocity of the last step.
 
-    ``noises`` are float32 (B, 3, H, W): the start, and for "sde" those of every later step.
+    For "sde" the noise of every step but the last is given in ``noises``, or that of ``seeds`` (docs/spec.md#noise).
     """
-    x = noises[0]
+    x = start
     for i, (t, following) in enumerate(pairwise(times)):
         v = velocity(x, t)
         if following == 0:
             break
         if kind == "ode":
-            x = x + (following - t) * v
+            x = ops.euler_step(x, v, (following - t).to(x.device))
+        elif noises is None:
+            x = ops.sde_step(x, v, t, following, seeds, i + 1)
         else:
-            x = (1 - following) * clean_image(x, v, t) + following * noises[i + 1]
-    return clean_image(x, v, t), x, v
+            x = ops.sde_step(x, v, t, following, None, 0, noises[i])
+    return ops.sde_step(x, v, t), x, v
 
 
 def shift_of(config: PiDConfig, height: int, width: int) -> float:
@@ -133,8 +135,3 @@ def sample_undistilled(
         m, before = clean_of_noise(x, e, t), m
         x = solve(step, x, m, before)
     return x
-
-
-def draw_noises(seeds: Tensor, count: int, shape: tuple[int, int, int]) -> list[Tensor]:
-    """``count`` float32 (B, *shape): the start noise of every image, then that of its steps (docs/spec.md#noise)."""
-    return [start_noise(seeds, shape), *(renoise_noise(seeds, shape, i, 0.0) for i in range(1, count))]

@@ -70,6 +70,8 @@ def test_the_suites():
     for model, batch in (("msdd-nano", 1), ("msdd-nano", 8), ("msdd-d12-joint", 1), ("msdd-d12", 1)):
         assert f"{model} decode, batch {batch}, 1 step, CFG 1" in names
     full = SUITES["full"]()
+    assert [c.name for c in full if c.model.startswith("pid")] == ["pid-v15-flux decode, batch 1, 4 steps, CFG 1"]
+    full = [c for c in full if c.model.startswith("msdd")]
     assert {c.batch for c in full} == {1, 8, 64} and {(c.steps, c.cfg_scale) for c in full if c.kind == "decode"} == {
         (1, 1.0),
         (1, 2.0),

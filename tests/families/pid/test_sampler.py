@@ -44,8 +44,8 @@ def test_times():
 @pytest.mark.parametrize("kind", ["sde", "ode"])
 @pytest.mark.parametrize("steps", [1, 2, 3, 4])
 def test_a_perfect_network_gives_its_image(kind, steps):
-    noises = [latents(2, 3, 8, 8, seed=i) for i in range(steps)]
-    image, _, _ = sampler.sample_distilled(exact_velocity, noises, sampler.distilled_times(steps), kind)
+    start, *noises = (latents(2, 3, 8, 8, seed=i) for i in range(steps))
+    image, _, _ = sampler.sample_distilled(exact_velocity, start, sampler.distilled_times(steps), kind, noises=noises)
     torch.testing.assert_close(image, IMAGE, rtol=0, atol=1e-5)
 
 
@@ -81,19 +81,14 @@ def test_shifts():
     assert times[0] == pytest.approx(0.99983, abs=1e-5) and times == sorted(times, reverse=True)
 
 
-def test_the_image_is_rounded_once():
-    x, v, t = torch.tensor(1.0), torch.tensor(1.0 + 2**-23), torch.tensor(0.999)
-    assert sampler.clean_image(x, v, t) == torch.tensor(1.0 - float(t) * (1 + 2**-23))
-
-
 def test_noise_by_seed(tok):
     """Every image has a stream of its own: the start, then one number for each step."""
-    z, given = latents(2, 4, 2, 2), {"text": captions(2), "sigma": 0.1}
+    z, given = latents(2, 4, 1, 1), {"text": captions(2), "sigma": 0.1}
     both = tok.decode(z, 5, **given)
     torch.testing.assert_close(tok.decode(z[1:], 6, text=captions(2)[1:], sigma=0.1), both[1:], rtol=0, atol=1e-5)
     seeds = resolve_seeds(5, 2)
-    noise = [start_noise(seeds, (3, 64, 64)), *(renoise_noise(seeds, (3, 64, 64), i, 0.0) for i in (1, 2, 3))]
-    assert torch.equal(tok.decode(z, noise=noise, **given), both)
+    noise = [start_noise(seeds, (3, 32, 32)), *(renoise_noise(seeds, (3, 32, 32), i, 0.0) for i in (1, 2, 3))]
+    torch.testing.assert_close(tok.decode(z, noise=noise, **given), both, rtol=0, atol=1e-5)
     assert (tok.decode(z, 6, **given) - both).abs().max() > 0.01
 
 
@@ -117,7 +112,7 @@ def test_texts(tok, tmp_path):
 
 
 def test_guidance(undistilled):
-    z, text, null = latents(1, 4, 2, 2), captions(1), captions(1, rows=4, seed=2)
+    z, text, null = latents(1, 4, 1, 1), captions(1), captions(1, rows=4, seed=2)
     guided = undistilled.decode(z, text=text, null_text=null)
     plain = undistilled.decode(z, cfg_scale=1.0, text=text)
     assert (guided - plain).abs().max() > 0.01
@@ -127,7 +122,7 @@ def test_guidance(undistilled):
 
 def test_the_callback_sees_the_image(tok):
     seen = []
-    image = tok.decode(latents(1, 4, 2, 2), text=captions(1), stage_callback=seen.append)
+    image = tok.decode(latents(1, 4, 1, 1), text=captions(1), stage_callback=seen.append)
     assert len(seen) == 1 and seen[0].stage == 0 and torch.equal(seen[0].state, image)
     assert seen[0].clean.shape == image.shape
 
