@@ -45,8 +45,10 @@ def given(batch, config=TINY, rows=7):
     return {"text": captions(batch, config, rows), "sigma": [0.4 * i / batch for i in range(batch)]}
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize(("batch", "sides"), [(1, (1, 1)), (3, (1, 2))])
+@pytest.mark.parametrize(
+    ("name", "batch", "sides"),
+    [("v1", 1, (1, 1)), ("v1", 3, (1, 2)), ("v15", 1, (2, 2)), ("v15", 3, (1, 2)), ("flux2", 2, (1, 1))],
+)
 def test_float32(name, batch, sides, on_device):
     config = CONFIGS[name]
     tok = on_device(random_tokenizer(config))
