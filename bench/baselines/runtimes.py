@@ -45,9 +45,11 @@ Network = Callable[[Tensor, Tensor], Tensor]
 class AtOneTime(nn.Module):
     """The decoder of one scale with the model time of its only step, in float32 and with plain PyTorch's ops."""
 
+    time: Tensor
+
     def __init__(self, tokenizer: Tokenizer, stage: int) -> None:
         super().__init__()
-        self.decoder = tokenizer.decoder
+        self.decoder: Any = tokenizer.decoder
         time = tokenizer.schedule.time_grid(stage, 1)[0][0]
         self.register_buffer("time", torch.as_tensor(float(time)), persistent=False)
 
@@ -86,7 +88,7 @@ def onnx_runtime(module: nn.Module, inputs: tuple[Tensor, ...]) -> Network:
         import onnxscript  # noqa: F401  # which torch.onnx needs
     except ImportError as error:
         raise BackendUnavailableError("ONNX Runtime is missing: pip install 'msdd-fast[runtimes]'") from error
-    file = io.BytesIO()
+    file: Any = io.BytesIO()
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it misses torchvision
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of torch.export's own
