@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from msdd_fast.backends.extension import extension_status
 from msdd_fast.bench.decode.models import (
     PLAIN_PYTORCH,
     SHORT,
@@ -115,7 +116,7 @@ def bars_of(tokenizer: Tokenizer, batch: int, with_compile: bool, steps: int | N
     """Every way to run the decode of a random batch; ``steps`` defaults to the config's."""
     device = device_of(tokenizer)
     z = random_latents(tokenizer.config, batch, device)
-    fused = "triton" if device.type == "cuda" else "cpu"
+    fused = "triton" if device.type == "cuda" else "cpu" if extension_status()[0] else "eager"
     steps = tokenizer.config.sampling.steps if steps is None else steps
     options: dict[str, Any] = dict(batch_sizes=(batch,), graphs=False, steps=steps)
     best = accelerate(tokenizer, **{**options, "graphs": "auto"})
@@ -124,7 +125,8 @@ def bars_of(tokenizer: Tokenizer, batch: int, with_compile: bool, steps: int | N
         bars[f"eager-{SHORT[best.dtype]}"] = partial(eager(tokenizer, best.dtype), steps=steps)
     bars["hoist"] = accelerate(tokenizer, backend=f"{PLAIN_PYTORCH},stage_transition=auto", **options).decode
     with_sdpa = accelerate(tokenizer, backend=f"{fused},{SDPA}", **options)
-    bars["fused ops"] = with_sdpa.decode
+    if fused != "eager":  # else no fused op is here, and the bar would be "hoist" once more
+        bars["fused ops"] = with_sdpa.decode
     plain = accelerate(tokenizer, **options)
     if any(choice.backend == "sdpa" for choice in with_sdpa.report().ops):
         bars["attention"] = plain.decode

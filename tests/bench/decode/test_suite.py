@@ -228,6 +228,13 @@ def test_ranges_cost_nothing_unless_recorded():
     assert profiling.current() == () and not profiling.enabled()
 
 
+def test_the_waterfall_without_the_extension(monkeypatch):
+    """No bar of fused ops then, and no error at the end of a run."""
+    monkeypatch.setattr(waterfall, "extension_status", lambda: (False, "was not built"))
+    names = [p.name for p in waterfall.bars_of(Tokenizer.from_config("tiny"), 1, False).providers]
+    assert "hoist" in names and ("fused ops" in names) == torch.cuda.is_available()
+
+
 def test_the_waterfall_has_a_bar_for_every_measure_and_the_fast_tier_s_loss(tiny):
     result = waterfall.measure(tiny, batch=1, rounds=1, with_compile=False)
     rows = {r["provider"]: r for r in result["rows"]}
