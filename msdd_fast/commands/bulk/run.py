@@ -166,8 +166,10 @@ def _workers(options: RayOptions, cluster: dict[str, float]) -> tuple[int, dict[
 
 
 def _reason(error: BaseException) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return (lines[-1] if lines else type(error).__name__).strip()[:300]
+    """One line of what may be pages: the first that names an exception which is not one of Ray's."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    named = [line for line in lines if re.match(r"(?!ray\.)[\w.]*(Error|Exception): ", line)]
+    return (named or lines[-1:] or [type(error).__name__])[0][:300]
 
 
 def split_units(count: int, size: int) -> list[tuple[int, int]]:

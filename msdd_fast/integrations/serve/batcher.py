@@ -216,6 +216,8 @@ class Batcher:
             return
         seconds = time.perf_counter() - begin
         self._seconds_per_image += 0.2 * (seconds / len(z) - self._seconds_per_image)
-        for item, part in zip(batch, images.split([b.count for b in batch]), strict=True):
-            item.images.set_result(part)
-        self.on_batch(len(z), seconds)
+        try:
+            self.on_batch(len(z), seconds)
+        finally:
+            for item, part in zip(batch, images.split([b.count for b in batch]), strict=True):
+                item.images.set_result(part)
