@@ -67,9 +67,9 @@ IF_MEASURED = (
     Column("LPIPS (Alex)", _figure("lpips_alex"), ".3f"),
     Column("VGG-19 distance", _figure("vgg19_distance"), ".3f"),
     Column("KID", _figure("kid"), ".4g"),
-    Column("Frechet (VGG-19)", _figure("frechet_vgg19"), ".4g"),
+    Column("Frechet (VGG-19)", _figure("frechet_vgg19"), ".1f"),
     Column("KID (VGG-19)", _figure("kid_vgg19"), ".4g"),
-    Column("Frechet (SqueezeNet)", _figure("frechet_squeezenet"), ".4g"),
+    Column("Frechet (SqueezeNet)", _figure("frechet_squeezenet"), ".1f"),
     Column("KID (SqueezeNet)", _figure("kid_squeezenet"), ".4g"),
     Column("img/s, decode", _ours("decode_images_per_second"), ".4g"),
     Column("img/s, encode + decode", _ours("encode_decode_images_per_second"), ".4g"),
@@ -77,7 +77,7 @@ IF_MEASURED = (
 )
 CONDITIONS = (
     *("mode", "split", "crop", "pixels", "checkpoint", "decoder", "dtype", "computed_in"),
-    *("batch_size", "seed", "unreadable", "device", "threads"),
+    *("batch_size", "seed", "unreadable", "device"),
 )
 
 
@@ -101,7 +101,8 @@ def notes(rows: Sequence[Row]) -> list[str]:
         if "source" in row:
             text = f"published: {row['source']}"
         else:
-            text = "; ".join(f"{k} {row[k]}" for k in CONDITIONS if row.get(k) is not None and (row[k] or k == "seed"))
+            conditions = (*CONDITIONS, "threads") if row.get("throughput") else CONDITIONS
+            text = "; ".join(f"{k} {row[k]}" for k in conditions if row.get(k) is not None and (row[k] or k == "seed"))
         found.setdefault(" ".join(text.split()), []).append(_one_line(row.get("name")))
     return [f"{', '.join(dict.fromkeys(names))}: {text}" for text, names in found.items()]
 
