@@ -5,7 +5,7 @@ CPP_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -n
 NATIVE := setup.py pyproject.toml CMakeLists.txt $(CPP_FILES)
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-full bench bench-full bench-ops lint typecheck types docs package package-test \
+.PHONY: help build demo test test-full fuzz bench bench-full bench-ops lint typecheck types docs package package-test \
 	project-files device-pack format clean
 
 help: ## Show the targets
@@ -83,6 +83,10 @@ test: lint ## Lint and the tests that need neither a GPU nor much time
 
 test-full: lint ## Lint and all tests
 	$(BIN)/python -m pytest -q -rs
+
+FUZZ_EXAMPLES ?= 100000
+fuzz: .venv/.installed ## Fuzzers with FUZZ_EXAMPLES new examples each; the parsers by coverage, where atheris is installed
+	MSDD_FAST_FUZZ=$(FUZZ_EXAMPLES) $(BIN)/python -m pytest -q tests/fuzz
 
 BENCH_OUT ?= out/bench
 bench: .venv/.installed ## img/s for each scale and provider, in under ten minutes on two cores; report in out/bench

@@ -43,7 +43,7 @@ def families() -> dict[str, type[Family]]:
 
 def get_family(name: str) -> type[Family]:
     """A family by name. Raises ConfigError that lists the names."""
-    if name not in _FAMILIES:
+    if not isinstance(name, str) or name not in _FAMILIES:
         raise ConfigError(f"unknown family {name!r}; known: {', '.join(_FAMILIES)}")
     return _FAMILIES[name]
 
@@ -61,7 +61,7 @@ def presets() -> dict[str, Config]:
 def get_preset(name: str) -> Config:
     """A preset by name. Raises ConfigError that lists the names."""
     known = presets()
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         raise ConfigError(f"unknown preset {name!r}; known: {', '.join(known)}")
     return known[name]
 

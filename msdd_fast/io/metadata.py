@@ -63,6 +63,8 @@ class Directory:
             self._entries.setdefault(tag, (kind, self._unpack("Q" if self._big else "L", at + 4)[0], at))
 
     def _unpack(self, code: str, at: int) -> tuple[Any, ...]:
+        if at > len(self._data):  # past what the struct module takes as a place
+            raise struct.error
         return struct.unpack_from(self._order + code, self._data, at)
 
     def _place(self, at: int, size: int) -> int:

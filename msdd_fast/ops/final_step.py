@@ -23,7 +23,7 @@ from msdd_fast.backends.triton import TRITON
 from msdd_fast.diffusion.patch_rows import unpatchify_rows
 from msdd_fast.errors import InputError
 from msdd_fast.layout import with_contiguous_rows
-from msdd_fast.ops._checks import FLOAT_DTYPES, check_blocks
+from msdd_fast.ops._checks import FLOAT_DTYPES, check_blocks, check_bool
 from msdd_fast.ops._native import register_native
 from msdd_fast.ops._patches import (
     check_patch_size,
@@ -64,8 +64,9 @@ def final_step(
     side = math.isqrt(x.shape[0]) * patch_size
     check_blocks(x.shape[2] // patch_size**2, side, side)
     dt, scale = check_velocity(x, v, dt, v_uncond, scale)
-    if out_dtype not in (*FLOAT_DTYPES, torch.uint8):
-        raise InputError(f"out_dtype must be float32, bfloat16, float16 or uint8, got {out_dtype}")
+    if not isinstance(out_dtype, torch.dtype) or out_dtype not in (*FLOAT_DTYPES, torch.uint8):
+        raise InputError(f"out_dtype must be float32, bfloat16, float16 or uint8, got {out_dtype!r:.80}")
+    check_bool("channels_last", channels_last)
     out: Tensor = OP(x, v, dt, patch_size, out_dtype, v_uncond, scale, channels_last, backend=backend)
     return out
 

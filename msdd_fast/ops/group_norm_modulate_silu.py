@@ -26,7 +26,7 @@ from msdd_fast.backends.choice import Verdict
 from msdd_fast.backends.triton import TRITON
 from msdd_fast.errors import InputError
 from msdd_fast.layout import dense, memory_order
-from msdd_fast.ops._checks import FLOAT_DTYPES, check_device, check_eps, check_floating
+from msdd_fast.ops._checks import FLOAT_DTYPES, check_bool, check_device, check_eps, check_floating
 from msdd_fast.ops._native import register_native
 from msdd_fast.ops._registry import Op
 
@@ -76,6 +76,7 @@ def group_norm_modulate_silu(
         _check_table("shift", shift, x)
         if shift.shape != scale.shape:
             raise InputError(f"shift must have the shape of scale, {tuple(scale.shape)}, got {tuple(shift.shape)}")
+    check_bool("silu", silu)
     out: Tensor = OP(x, groups, eps, weight, bias, scale, shift, silu, backend=backend)
     return out
 

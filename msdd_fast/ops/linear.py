@@ -22,7 +22,7 @@ from msdd_fast import native
 from msdd_fast.backends.choice import Verdict
 from msdd_fast.backends.cpu import CPU
 from msdd_fast.errors import InputError
-from msdd_fast.ops._checks import FLOAT_DTYPES, check_device, check_floating
+from msdd_fast.ops._checks import FLOAT_DTYPES, check_bool, check_device, check_floating
 from msdd_fast.ops._registry import Op
 
 
@@ -42,6 +42,7 @@ def linear(
         expected = f"(out, {x.shape[-1] if x.ndim else 'in'}) in the dtype of x, {x.dtype}"
         raise InputError(f"weight must be {expected}, got {tuple(weight.shape)} {weight.dtype}")
     check_device("weight", weight, "x", x)
+    check_bool("swiglu", swiglu)
     if swiglu and len(weight) % 2:
         raise InputError(f"weight must hold an even number of rows with swiglu, [w1; w3], got {len(weight)}")
     if bias is not None:

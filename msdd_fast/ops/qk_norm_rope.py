@@ -81,6 +81,8 @@ def qk_norm_rope_eager(
 ) -> Tensor:
     """Reference: plain torch; the norm is rounded to the dtype before the rotation."""
     _, tokens, parts, _, d = qkv.shape
+    if not weight.dtype == bias.dtype == qkv.dtype:  # F.layer_norm wants one dtype, or float32 beside another
+        weight, bias = weight.float(), bias.float()
     cuts = [0, tokens] if split is None else [0, split, tokens]
     streams = [
         torch.stack([F.layer_norm(x[:, :, p], (d,), weight[s, p], bias[s, p], NORM_EPS) for p in range(parts - 1)], 2)

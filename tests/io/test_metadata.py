@@ -195,3 +195,11 @@ def test_damage_is_an_input_error(format):
             assert load_image("x", bytes(data)).mode == "RGB"
         except InputError as e:
             assert str(e).startswith("x is not a readable image: ")
+
+
+def test_a_bigtiff_that_points_beyond_what_python_can_index():
+    data = b"MM\0+\0\x08\0\0" + b"\xff" * 40
+    assert split(data).orientation == 1
+    entry = struct.pack(">HHQQ", 0x0112, 3, 60, 2**64 - 1)
+    data = b"MM\0+\0\x08\0\0" + struct.pack(">QQ", 16, 1) + entry
+    assert split(data).orientation == 1
