@@ -89,6 +89,14 @@ class Isolated:
         return answer
 
 
+def _caches() -> Path:
+    """The user's own folder for compiled code. In one that all users share, somebody else's code could wait."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "msdd-fast" / "inductor"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder.chmod(0o700)
+    return folder
+
+
 @contextlib.contextmanager
 def started(factory: str, arguments: Mapping[str, Any]) -> Iterator[Isolated]:
     """Start the process; ``wait`` for its first call. It ends with the block, and so do all of its children.
@@ -100,7 +108,7 @@ def started(factory: str, arguments: Mapping[str, Any]) -> Iterator[Isolated]:
         folder = Path(name)
         spec = {"factory": factory, "arguments": arguments, "threads": torch.get_num_threads()}
         key = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:16]
-        cache = Path(tempfile.gettempdir()) / f"msdd-fast-inductor-{os.getuid()}" / key
+        cache = _caches() / key
         with (folder / "errors").open("w") as errors:
             process = subprocess.Popen(
                 [sys.executable, "-m", "msdd_fast.bench.timing.isolated", json.dumps({**spec, "folder": name})],

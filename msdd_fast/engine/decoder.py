@@ -71,6 +71,7 @@ def accelerate(
     max_psnr_loss: float = 0.1,
     calibration: Tensor | None = None,
     validate: bool = False,
+    batch_invariant: bool = False,
 ) -> FastDecoder:
     """An engine for the decoder of ``tokenizer``, MSDD or SSDD, which is not changed. It has its own weights.
 
@@ -97,6 +98,8 @@ def accelerate(
         calibration: latents (B, num_latent_tokens, latent_dim) to measure that on. Default: four photographs of
             scikit-image, encoded, or random latents if it is not installed.
         validate: check every z, and the images of it, for NaN and Inf, which waits for the device.
+        batch_invariant: the same latents and seed give the same image bit for bit in every batch: images run one at a
+            time, through kernels of one shape. ``batch_sizes`` is then 1.
 
     Raises InputError for a bad argument, BackendUnavailableError for graphs, a backend or a tier that cannot be had,
     AccuracyError for a fast tier that would lose too much.
@@ -104,9 +107,10 @@ def accelerate(
     tokenizer = as_tokenizer(tokenizer)
     _one_of("tier", tier, TIERS)
     check_limit(max_psnr_loss)
-    if not isinstance(validate, bool):
-        raise InputError(f"validate must be True or False, got {validate!r}")
-    options = Options(dtype, backend, steps, cfg_scale, batch_sizes, graphs, max_memory, validate)
+    for name, value in (("validate", validate), ("batch_invariant", batch_invariant)):
+        if not isinstance(value, bool):
+            raise InputError(f"{name} must be True or False, got {value!r}")
+    options = Options(dtype, backend, steps, cfg_scale, batch_sizes, graphs, max_memory, validate, batch_invariant)
     if tier == "exact":
         if calibration is not None:
             raise InputError("calibration is for tier='fast', got it with tier='exact'")
@@ -136,6 +140,7 @@ class Options:
     graphs: str | bool
     max_memory: int | None
     validate: bool
+    batch_invariant: bool
 
 
 class FastDecoder:
@@ -151,6 +156,7 @@ class FastDecoder:
         batch_sizes: recorded, or the most images that run at once.
         max_memory, memory: the bound, and the bytes of each part.
         validate: whether every z and every image is checked for NaN and Inf.
+        batch_invariant: whether images run one at a time, so that their bits do not depend on the batch.
         notes: what ``report`` says besides.
         tokenizer, program: the model, which is not kept alive, and the program of its network.
     """
@@ -169,6 +175,7 @@ class FastDecoder:
     max_memory: int | None
     memory: dict[str, int]
     validate: bool
+    batch_invariant: bool
     notes: list[str]
     tokenizer: weakref.ref[Tokenizer]
     program: DecodeProgram
@@ -190,7 +197,12 @@ class FastDecoder:
         if not isinstance(options.graphs, (str, bool)):
             raise InputError(f"graphs must be 'auto', True or False, got {type(options.graphs).__name__}")
         use_graphs(options.graphs, self.device)  # for its errors, before the work
+        self.batch_invariant = options.batch_invariant
         sizes = _check_sizes(options.batch_sizes, self.device)
+        if self.batch_invariant:
+            if options.batch_sizes is not None and sizes != (1,):
+                raise InputError(f"batch_sizes must be None or 1 with batch_invariant=True, got {options.batch_sizes}")
+            sizes = (1,)
         self.max_memory = None if options.max_memory is None else as_int("max_memory", options.max_memory, 1)
         decoder, schedule = tokenizer.decoder, tokenizer.schedule
         ops = bind(options.backend)
@@ -202,6 +214,8 @@ class FastDecoder:
         activations = self.family.activation_bytes(self.dtype.itemsize, self.cfg_scale != 1.0, tier is not EXACT)
         self._per_image = resident(activations, self.device)
         self.batch_sizes, self.notes = fit(sizes, self.max_memory, self._fixed, self._per_image)
+        if self.batch_invariant:
+            self.notes.append("images run one at a time (batch_invariant=True)")
         if self.device.type == "cpu":
             self.notes += thread_problems()
         most = max(self.batch_sizes)
@@ -349,11 +363,21 @@ class FastDecoder:
         if self.max_memory is not None and len(z) > most:
             limit = f"to stream in max_memory={self.max_memory}"
             raise InputError(f"z must hold at most {most} images {limit}, got {len(z)}")
-        return self._stream(inputs, request) if len(z) else iter(self._no_images(request))
+        if not len(z):
+            return iter(self._no_images(request))
+        return self._stream_each(inputs, request) if self.batch_invariant else self._stream(inputs, request)
+
+    def _stream_each(self, inputs: Inputs, request: Request) -> Iterator[StageImages]:
+        """Stage by stage, each image by itself and without graphs, which only one stream at a time could have."""
+        parts = [inputs.part(slice(i, i + 1)) for i in range(len(inputs.z))]
+        for pieces in zip(*(self._stream(part, request.with_batch(1)) for part in parts), strict=True):
+            images, states = torch.cat([p.images for p in pieces]), torch.cat([p.state for p in pieces])
+            yield StageImages(pieces[0].stage, images, states)
 
     def _stream(self, inputs: Inputs, request: Request) -> Iterator[StageImages]:
         graphs = None
-        if self.graphs and (len(inputs.z) in self.batch_sizes or not self._cache.splits):
+        usual = len(inputs.z) in self.batch_sizes or not self._cache.splits
+        if self.graphs and usual and not self.batch_invariant:
             with building(self.device):
                 graphs = self._cache.get_stages(request)
         claimed = graphs is not None and graphs.claim()

@@ -17,6 +17,9 @@ def run_program(run: Callable[[], int | None]) -> int:
 
     Errors that are nobody's on purpose pass through, with their traceback.
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started this
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (open until the process ends)
     try:
         before = signal.signal(signal.SIGTERM, _terminate)
     except ValueError:  # not in the main thread

@@ -626,6 +626,11 @@ def test_the_reader_of_the_output_goes_away():
     assert (code, err) in ((141, ""), (0, ""))  # 0 where all had been written before the reader left
 
 
+def test_closed_outputs():
+    assert in_a_shell("msdd-fast env >&-") == (0, "", "")
+    assert in_a_shell("msdd-fast decode nothing 2>&-") == (1, "", "")
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_a_full_disk_behind_stdout():
     code, _, err = in_a_shell("msdd-fast env > /dev/full")

@@ -174,7 +174,7 @@ def test_packed_weights_are_counted_as_plain_ones():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_profile_command_writes_a_trace(dtype, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("msdd_fast.bench.timing.ceilings.last_level_cache", lambda _: 2**20)
-    trace = tmp_path / "trace.json"
+    trace = tmp_path / "new" / "trace.json"
     command = [
         "profile",
         "--checkpoint",

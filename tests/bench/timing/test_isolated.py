@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -46,10 +45,11 @@ def library(then):
 
 
 def test_the_cache_of_a_compiler_that_was_not_done_is_removed(monkeypatch, tmp_path):
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with isolated(HERE + "library", {"then": "done"}, 600):
         pass
     assert len(list(tmp_path.rglob("half.so"))) == 1
+    assert (tmp_path / "msdd-fast/inductor").stat().st_mode & 0o777 == 0o700  # nobody else's code is run
     with pytest.raises(IsolatedError, match="died: ValueError"):
         with isolated(HERE + "library", {"then": "died"}, 600):
             pass
