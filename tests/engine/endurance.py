@@ -68,7 +68,7 @@ def main(count=3000):
     for part in range(4):
         decodes(tokenizers, count // 5, rng)
         now = state()
-        print(f"{(part + 1) * (count // 5)} decodes: {now[0] / 2**20:.1f} MiB, {now[1]} threads, {now[2]} files")
+        print(f"{(part + 2) * (count // 5)} decodes: {now[0] / 2**20:.1f} MiB, {now[1]} threads, {now[2]} files")
     if now[0] > before[0] + MAX_GROWTH:
         faults.append(f"memory grew from {before[0]} to {now[0]} bytes")
     if now[1] > before[1]:
