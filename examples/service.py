@@ -1,21 +1,52 @@
-"""Ask a decoding service for a picture.
+"""Ask a decoding service for a picture, over HTTP or inside a program of your own.
 
     pip install 'msdd-fast[serve]'
     msdd-fast serve &                       # the service; docs/serving.md has its options and limits
     python examples/service.py [--url http://127.0.0.1:8000] [--out decoded.png]
 
-Sends one random latent image of the service's model and keeps what comes back.
+Sends one random latent image of the service's model and keeps what comes back. ``Batcher`` has the same micro-batching
+for an asyncio program that needs no HTTP.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import urllib.request
 from pathlib import Path
 
 import torch
 from safetensors.torch import save
+from torch import Tensor
+
+from msdd_fast import FastDecoder
+from msdd_fast.diffusion.noise import resolve_seeds
+from msdd_fast.integrations import serve
+
+
+class Batcher:
+    """Decodes single latents in the batches that they arrive in: ``await decode(z, seed)`` while ``run`` runs."""
+
+    def __init__(self, engine: FastDecoder, max_batch: int, max_wait: float) -> None:
+        """``max_wait``: seconds that the first of a batch waits for others."""
+        self.engine = engine
+        self._batcher = serve.Batcher(engine, max_wait)
+        self._batcher.max_batch = min(max_batch, self._batcher.max_batch)
+        self._batcher.start()
+
+    async def decode(self, z: Tensor, seed: int) -> Tensor:
+        """uint8 (3, R, R) of one latent image. Raises InputError before it shares a batch with others."""
+        self.engine.inputs(z[None], seed)
+        images = self._batcher.submit(z[None], resolve_seeds(seed, 1))
+        return (await asyncio.wrap_future(images))[0]
+
+    async def run(self) -> None:
+        """Serve until cancelled; what has been accepted is decoded first."""
+        try:
+            await asyncio.Event().wait()
+        finally:
+            self._batcher.close()
 
 
 def main() -> None:

@@ -26,6 +26,8 @@ def test_every_environment_variable_is_documented():
     for folder in ("msdd_fast", "kernels", "training", "bench"):
         sources += (ROOT / folder).rglob("*.py")
     used = set().union(*(re.findall(r"\bMSDD_FAST_[A-Z0-9_]*[A-Z0-9]\b", f.read_text()) for f in sources))
+    for file in (ROOT / "csrc").rglob("*.cpp"):
+        used |= set(re.findall(r'getenv\("(MSDD_FAST_\w+)"\)', file.read_text()))
     documented = set(re.findall(r"^\| `(MSDD_FAST_[A-Z0-9_]+)`", (ROOT / "docs/env.md").read_text(), re.M))
     assert used == documented
 
