@@ -367,7 +367,7 @@ def test_images_of_different_sizes(tmp_path):
         (("--features", "dino=x"), "--features must be NETWORK=FILE with a network of inception, vgg19, squeezenet"),
         (("--features", "vgg19"), "--features must be NETWORK=FILE"),
         (("--count", 1, "--features", "squeezenet=/no/file"), "SqueezeNet features not found"),
-        (("--vgg19", "/no/file"), "VGG-19 features not found: expected the file vgg_normalised_conv3_1.pth"),
+        (("--vgg19", "/no/file"), "VGG-19 features not found: expected the VGG-19 features vgg_normalised_conv3_1.pth"),
         (("--lpips-vgg", "/no/file"), "LPIPS weights not found: expected torchvision's VGG-16, https://"),
         (("--reconstructions", "/no/folder"), "/no/folder is neither a file nor a folder"),
     ],
