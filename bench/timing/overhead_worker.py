@@ -29,6 +29,10 @@ BACKEND = "cpu"
 def inputs() -> dict[str, tuple[Any, ...]]:
     """Arguments of each op: one or two tokens, one image of 8 x 8 pixels. No tensor is given twice, as in an engine."""
 
+    from msdd_fast import native
+
+    pack = getattr(native, "pack_linear", lambda weight: None)  # old revisions have no op that needs it
+
     def randn(*shape: int) -> torch.Tensor:
         return torch.randn(shape)
 
@@ -41,6 +45,7 @@ def inputs() -> dict[str, tuple[Any, ...]]:
     rows, patches, table, seeds = (1, 2, 64), (1, 1, 192), (1, 64), torch.arange(1)
     heads, maps = randn(1, 2, 3, 2, 64), randn(1, 32, 8, 8).contiguous(memory_format=torch.channels_last)
     q, k, v = heads.clone().unbind(2)
+    gates, shifts = randn(4 * 64 * 16, 8), randn(2 * 64 * 16, 8)
     window = [randn(1, 4, 1, 40) for _ in range(3)]
     return {
         "attention": (q, k, v),
@@ -52,9 +57,16 @@ def inputs() -> dict[str, tuple[Any, ...]]:
         "gate_residual_norm_modulate": (randn(*rows), randn(*rows), randn(*table), randn(*table), randn(*table)),
         "group_norm_modulate_silu": (maps, 32, 1e-5),
         "norm_modulate": (randn(*rows), randn(*table), randn(*table)),
+        "pixel_block": (
+            *(randn(2, 64, 16), randn(2, 64, 16), randn(2, 8), gates, randn(4096), randn(16)),
+            *(randn(64, 16), randn(64), randn(16, 64), randn(16), pack(gates)),
+        ),
+        "pixel_modulate": (randn(2, 64, 16), randn(2, 8), shifts, randn(2048), randn(16), pack(shifts)),
         "qk_norm_rope": (heads, torch.ones(1, 2, 64), torch.zeros(1, 2, 64), randn(2, 32), randn(2, 32)),
         "renoise_upsample": (image(), half(), half(), seeds, 1),
         "stage_transition": (randn(*patches), randn(*patches), half(), half(), half(), seeds, 1, 8),
+        "sde_step": (image(), image(), half(), torch.tensor(0.25), seeds, 1),
+        "sigma_gate": (randn(*rows), randn(*rows), randn(1, 2, 1), None, None, None, None, randn(64)),
         "start_noise": (seeds, (3, 8, 8)),
         "swiglu": (randn(2, 64), randn(2, 64)),
         "window_attention": (*window, randn(15, 15, 1), 2, 2),
@@ -114,11 +126,14 @@ def nanoseconds(call: Callable[[], Any]) -> float:
 
 
 def main() -> None:
+    from msdd_fast import ops
+
     torch.set_num_threads(1)
     with torch.no_grad():
         calls = {}
         for name, arguments in inputs().items():
-            calls[name] = calls_of(name, arguments)
+            if hasattr(ops, name):
+                calls[name] = calls_of(name, arguments)
         for line in sys.stdin:
             command, *words = line.split()
             answer: Any = list(calls)

@@ -170,7 +170,7 @@ def test_convert_there_and_back(run, theirs, tmp_path):
         (("a", "o.safetensors", "--export", "--steps", "1"), "--steps means nothing with --export, got 1"),
         (("a", "o", "--export"), "output must end in .safetensors, got o"),
         (("a.safetensors", "o"), "a.safetensors is missing"),
-        (("tiny", "o.safetensors", "--export"), "tokenizer must be of the family ssdd, got msdd"),
+        (("tiny", "o.safetensors", "--export"), "tokenizer must be of the family ssdd or pid, got msdd"),
     ],
 )
 def test_convert_mistakes(run, tmp_path, monkeypatch, args, message):

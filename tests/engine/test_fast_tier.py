@@ -240,13 +240,13 @@ def test_one_set_of_weights_at_a_time(cross, monkeypatch):
     exact_alive = []
 
     class Tracked(DenseLinear):
-        def __init__(self, weight, bias):
-            super().__init__(weight, bias)
+        def __init__(self, weight, bias, swiglu=None):
+            super().__init__(weight, bias, swiglu)
             alive.add(self)
 
     class Fast(DenseLinear):
-        def __init__(self, weight, bias):
-            super().__init__(weight, bias)
+        def __init__(self, weight, bias, swiglu=None):
+            super().__init__(weight, bias, swiglu)
             gc.collect()
             exact_alive.append(len(alive))
 
