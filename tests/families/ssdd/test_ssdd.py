@@ -175,7 +175,7 @@ def test_files_round_trip(tiny, tmp_path):
     assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
     torch.save(a, tmp_path / "a.pt")
     assert torch.equal(imported(tmp_path / "a.pt").decoder.conv_out.weight, tiny.decoder.conv_out.weight)
-    with pytest.raises(InputError, match="tokenizer must be of the family ssdd, got msdd"):
+    with pytest.raises(InputError, match="tokenizer must be of the family ssdd or pid, got msdd"):
         Tokenizer.from_config("tiny").export_released(tmp_path / "c.safetensors")
 
 
