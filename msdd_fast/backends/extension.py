@@ -67,7 +67,7 @@ def _rebuild_command() -> str:
     root = _PACKAGE.parent
     if (root / "setup.py").is_file():
         return f"MSDD_FAST_BUILD_EXT=1 pip install --no-deps -e {root}"
-    return "MSDD_FAST_BUILD_EXT=1 pip install --force-reinstall --no-deps --no-binary msdd-fast msdd-fast"
+    return "MSDD_FAST_BUILD_EXT=1 pip install --force-reinstall --no-deps SOURCES, the folder of msdd-fast's setup.py"
 
 
 def _rebuild_cuda_command() -> str:
