@@ -49,10 +49,11 @@ def tok():
 @pytest.mark.parametrize(
     ("preset", "options", "shape"),
     [
-        pytest.param("tiny", {}, (2, 16, 32), marks=pytest.mark.slow),
+        ("tiny", {}, (2, 16, 32)),
         ("tiny-ssdd", {"height": 32, "width": 16, "steps": 1}, (2, 4, 4, 2)),
     ],
 )
+@pytest.mark.slow
 def test_a_process_without_msdd_fast(preset, options, shape, tmp_path):
     tok = perturbed(preset)
     done = export_decoder(tok, tmp_path / "new" / "d.pt2", batch_size=2, **options)
