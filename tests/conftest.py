@@ -91,3 +91,12 @@ def on_device(request, monkeypatch):
         return lambda x: x
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     return lambda x: x.cuda() if isinstance(x, Tensor) else copy.deepcopy(x).cuda()
+
+
+@pytest.fixture
+def one_thread():
+    """Of PyTorch, for many small decodes: threads that wait for each other would take most of their time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

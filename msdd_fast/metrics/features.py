@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -20,7 +21,7 @@ from msdd_fast.metrics._weights import copy_weight, read_weights
 from msdd_fast.metrics.vgg19 import Vgg19Distance
 
 
-class FeatureNetwork(nn.Module):
+class FeatureNetwork(nn.Module, ABC):
     """Images uint8 (B, 3, H, W) to feature vectors float32 (B, width). Frozen.
 
     Attributes:
@@ -48,8 +49,9 @@ class FeatureNetwork(nn.Module):
         with torch.autocast(images.device.type, enabled=False):
             return self._features(images).float()
 
+    @abstractmethod
     def _features(self, images: Tensor) -> Tensor:
-        raise NotImplementedError
+        """Of checked images, without autocast."""
 
 
 class InceptionFeatures(FeatureNetwork):

@@ -119,10 +119,11 @@ def test_latent_diffusion_pipeline():
     assert torch.equal(images, tok.decode(z)) and [image.size for image in out] == [(64, 64)] * 2
 
 
-def stable_diffusion(kind, vae, **more):
+def conditional_unet(**more):
+    """A tiny UNet with cross-attention."""
     pytest.importorskip("transformers", reason="this pipeline needs transformers")
     torch.manual_seed(0)
-    unet = diffusers.UNet2DConditionModel(
+    return diffusers.UNet2DConditionModel(
         sample_size=8,
         in_channels=4,
         out_channels=4,
@@ -134,7 +135,12 @@ def stable_diffusion(kind, vae, **more):
         attention_head_dim=8,
         norm_num_groups=4,
         mid_block_type=None,
+        **more,
     )
+
+
+def stable_diffusion(kind, vae):
+    unet = conditional_unet()
     nothing = {"text_encoder": None, "tokenizer": None, "safety_checker": None, "feature_extractor": None}
     return pipeline(kind, {"vae": vae}, {"unet": unet, **nothing, "requires_safety_checker": False})
 
@@ -159,23 +165,8 @@ def test_stable_diffusion_pipelines(tok):
 
 def test_latents_normalised_by_channel(tok):
     """As in Stable Diffusion XL's pipeline."""
-    pytest.importorskip("transformers", reason="this pipeline needs transformers")
-    torch.manual_seed(0)
-    unet = diffusers.UNet2DConditionModel(
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        down_block_types=("CrossAttnDownBlock2D",),
-        up_block_types=("CrossAttnUpBlock2D",),
-        block_out_channels=(8,),
-        layers_per_block=1,
-        cross_attention_dim=16,
-        attention_head_dim=8,
-        norm_num_groups=4,
-        mid_block_type=None,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=4,
-        projection_class_embeddings_input_dim=6 * 4 + 8,
+    unet = conditional_unet(
+        addition_embed_type="text_time", addition_time_embed_dim=4, projection_class_embeddings_input_dim=6 * 4 + 8
     )
     mean, std = [0.1, -0.2, 0.3, 0.0], [1.0, 2.0, 0.5, 1.5]
     vae = as_vae(tok, scaling_factor=0.5, latents_mean=mean, latents_std=torch.tensor(std))

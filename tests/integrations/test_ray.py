@@ -10,13 +10,7 @@ from msdd_fast.integrations.ray import Decoder, Encoder
 from tests.perturbed import perturbed
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Of PyTorch: these are many small decodes, and threads that wait for each other take most of their time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,4 @@
 // Vectors of AVX-512: 8 x 32 sums in 16 of the 32 registers. MSDD_SIMD is the level's attribute.
-// gcc 12 takes the deliberately undefined registers inside its own intrinsics for mistakes (GCC bug 105593).
-#if !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#endif
 #include "x86.h"
 
 namespace msdd_fast {

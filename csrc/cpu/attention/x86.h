@@ -1,7 +1,7 @@
 // Vector code that the AVX2 and AVX-512 levels share. MSDD_SIMD is the level's attribute.
-#include <immintrin.h>
-
 #include <cstdint>
+
+#include "msdd_fast/detail/intrinsics.h"
 
 namespace msdd_fast {
 namespace {

@@ -4,12 +4,6 @@
 #ifdef MSDD_X86_LEVELS
 #define MSDD_SIMD __attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,avx2,fma,amx-tile,amx-int8")))
 
-// gcc 12 takes the deliberately undefined registers inside its own intrinsics for mistakes (GCC bug 105593).
-#if !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#endif
-
 namespace msdd_fast {
 namespace {
 

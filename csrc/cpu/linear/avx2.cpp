@@ -4,7 +4,7 @@
 #ifdef MSDD_X86_LEVELS
 #define MSDD_SIMD __attribute__((target("avx2,fma")))
 
-#include <immintrin.h>
+#include "msdd_fast/detail/intrinsics.h"
 
 namespace msdd_fast {
 namespace {

@@ -1,12 +1,7 @@
 // Vectors of AVX-512: 6 x 64 sums in 24 of the 32 registers. MSDD_SIMD is the level's attribute.
-// gcc 12 takes the deliberately undefined registers inside its own intrinsics for mistakes (GCC bug 105593).
-#if !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#endif
-#include <immintrin.h>
-
 #include <cstdint>
+
+#include "msdd_fast/detail/intrinsics.h"
 
 namespace msdd_fast {
 namespace {

@@ -6,12 +6,7 @@
 
 #include <cstring>
 
-// gcc 12 takes the deliberately undefined registers inside its own intrinsics for mistakes (GCC bug 105593).
-#if !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#endif
-#include <immintrin.h>
+#include "msdd_fast/detail/intrinsics.h"
 
 namespace msdd_fast {
 namespace {

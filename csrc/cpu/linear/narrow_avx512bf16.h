@@ -1,6 +1,5 @@
 // Rounding of the levels that have the instructions of AVX-512 for bfloat16.
-#include <immintrin.h>
-
+#include "msdd_fast/detail/intrinsics.h"
 #include "msdd_fast/dtype.h"
 
 #define MSDD_NARROW

@@ -1,7 +1,7 @@
 // The instructions of AMX but for its products. MSDD_SIMD is the level's attribute.
-#include <immintrin.h>
-
 #include <cstdint>
+
+#include "msdd_fast/detail/intrinsics.h"
 
 namespace msdd_fast {
 namespace {

@@ -12,6 +12,7 @@ import os
 import socket
 import tarfile
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,7 +44,7 @@ class Unit(NamedTuple):
     """Of ``Ref`` or ``Piece``."""
 
 
-class Worker:
+class Worker(ABC):
     """Does units; subclasses say how. One lives in every Ray worker."""
 
     def __call__(self, rows: Rows) -> Rows:
@@ -60,9 +61,9 @@ class Worker:
         seconds = round(time.monotonic() - begin, 3)
         return {**head, **found, "worker": f"{socket.gethostname()}:{os.getpid()}", "seconds": seconds}
 
+    @abstractmethod
     def do(self, unit: Unit) -> dict[str, Any]:
         """Write the unit's results; what the manifest shall say of it besides."""
-        raise NotImplementedError
 
 
 class EncodeWorker(Worker):

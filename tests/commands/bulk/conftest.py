@@ -17,12 +17,8 @@ COUNT = 11
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    """Of PyTorch: these are many small decodes, and threads that wait for each other take most of their time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def _with_one_thread(one_thread):
+    """Many small decodes."""
 
 
 @pytest.fixture(scope="session")
