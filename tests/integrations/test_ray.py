@@ -9,7 +9,6 @@ from msdd_fast.errors import InputError
 from msdd_fast.integrations.ray import Decoder, Encoder
 from tests.perturbed import perturbed
 
-
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
