@@ -1,6 +1,6 @@
 """Our decoders and those of other projects in one run: 256x256 images per second, parameters and FLOP.
 
-    python -m msdd_fast.bench.baselines.peers [--batch 1] [--dtype fp32] [--only NAME ...] [--json FILE]
+    python -m msdd_fast.bench.baselines.peers [--batch-size 1] [--dtype fp32] [--only NAME ...] [--json FILE]
 
 diffusers builds the other decoders (``pip install 'msdd-fast[peers]'``) at their published configurations with random
 weights, since speed does not depend on weights. All decoders share dtype, batch and timer. The ways to run one decoder

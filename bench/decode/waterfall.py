@@ -1,6 +1,6 @@
 """Where the speed comes from: the same decode with one measure after the other, in one interleaved run.
 
-    python -m msdd_fast.bench.decode.waterfall msdd-nano --batch 1 8 [--json FILE]
+    python -m msdd_fast.bench.decode.waterfall msdd-nano --batch-size 1 8 [--json FILE]
 
 Each bar has everything before it: eager-bf16 (the eager tokenizer in bfloat16, no op of ours, nothing hoisted), the
 engine's compute dtype, hoisting and packing, fused ops, attention, and on a GPU the CUDA graph: the exact tier.

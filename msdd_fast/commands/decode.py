@@ -54,8 +54,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_dtype(parser)
     add_batch_size(parser)
     add_json(parser, "what was written")
-    others = parser.add_argument_group("what some families' decodes depend on besides (PiD; docs/pid.md)")
+    others = parser.add_argument_group("options of single families (PiD; docs/pid.md)")
     others.add_argument("--text-features", metavar="FILE", help="features of the caption, for all images")
+    others.add_argument(
+        "--null-text-features", metavar="FILE", help="features to guide away from, with --cfg-scale other than 1"
+    )
     others.add_argument("--sigma", type=float, help="noise level of the latents (default: 0)")
     others.add_argument("--height", type=positive_int, help="of the images (default: as the latents say)")
     others.add_argument("--width", type=positive_int, help="of the images (default: as the latents say)")
@@ -63,7 +66,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def conditions(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments of ``decode`` among the command line's."""
-    given = {"text": args.text_features, "sigma": args.sigma, "height": args.height, "width": args.width}
+    given = {"text": args.text_features, "null_text": args.null_text_features, "sigma": args.sigma}
+    given |= {"height": args.height, "width": args.width}
     return {name: value for name, value in given.items() if value is not None}
 
 
@@ -72,7 +76,7 @@ def run(args: argparse.Namespace) -> None:
     ray = ray_options(args)
     if ray is not None:
         if conditions(args):
-            raise InputError("--text-features, --sigma, --height and --width are not for --ray")
+            raise InputError("--text-features, --null-text-features, --sigma, --height and --width are not for --ray")
         decode_on_ray(args, ray, OPTIONS)
         return
     if args.shard_size is not None:

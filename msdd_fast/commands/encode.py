@@ -26,15 +26,8 @@ from msdd_fast.commands.common import (
 )
 from msdd_fast.commands.inputs import add_strict
 from msdd_fast.commands.output import add_json, bar, check_json, finish, say
-from msdd_fast.commands.shards import (
-    RECORD,
-    SHARD_SIZE,
-    EncodeJob,
-    names_in,
-    prepare_folder,
-    shard_paths,
-    shards_record,
-)
+from msdd_fast.commands.record import prepare_folder
+from msdd_fast.commands.shards import RECORD, SHARD_SIZE, EncodeJob, names_in, shard_paths, shards_record
 from msdd_fast.errors import InputError
 from msdd_fast.io.files import as_path, require_writable
 from msdd_fast.io.images import find_image_files
@@ -115,7 +108,8 @@ def _is_single(output: Path, shard_size: int | None) -> bool:
 def _prepare_shards(job: EncodeJob, folder: Path, size: int, overwrite: bool) -> list[tuple[Path, range]]:
     """Shards of ``size`` images each, of which those that are there already are kept."""
     shards = shard_paths(folder, len(job.files), size)
-    prepare_folder(folder, shards_record(job.tokenizer, job.names, job.dtype, size), overwrite)
+    record = shards_record(job.tokenizer, job.names, job.dtype, size)
+    prepare_folder(folder, RECORD, record, overwrite, files="shards", content="latents")
     for path, part in shards:
         there = names_in(path)
         if there is not None and not set(there) <= {job.names[i] for i in part}:

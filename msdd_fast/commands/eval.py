@@ -322,7 +322,7 @@ def finish(args: argparse.Namespace, job: _Job, result: Result) -> None:
         **job.about,
         **{k: v for k, v in job.protocol.items() if k not in ("images", "results", "figures", "weights")},
         "processes": world_size(),
-        **machine(),
+        **machine(job.suite.device),
         "mean": result.mean,
     }
     shown = sys.stderr if args.json and is_standard_output(args.json) else sys.stdout
@@ -344,8 +344,7 @@ def finish(args: argparse.Namespace, job: _Job, result: Result) -> None:
     report_unreadable([reason for _, reason in sorted(result.unreadable.items())], len(names), args.strict)
 
 
-def machine() -> dict[str, Any]:
+def machine(device: torch.device) -> dict[str, Any]:
     """What the figures were computed on."""
-    gpu = torch.cuda.is_available()
-    model = torch.cuda.get_device_name() if gpu else collect_env()["cpu"]["model"]
+    model = torch.cuda.get_device_name(device) if device.type == "cuda" else collect_env()["cpu"]["model"]
     return {"device": model, "threads": torch.get_num_threads(), "torch": torch.__version__}

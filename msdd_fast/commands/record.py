@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,9 @@ from msdd_fast.errors import InputError
 from msdd_fast.io.files import read_json
 from msdd_fast.io.json_files import write_json
 from msdd_fast.tokenizer import Tokenizer
+
+ENCODE_RECORD, EVAL_RECORD = "encode.json", "eval.json"
+RECORDS = (ENCODE_RECORD, EVAL_RECORD)
 
 
 def digest(text: str, tensors: Mapping[str, Tensor] | None = None) -> str:
@@ -32,6 +37,35 @@ def read_record(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return record if isinstance(record, dict) else None
+
+
+def prepare_folder(
+    folder: Path, record_file: str, record: Mapping[str, Any], overwrite: bool, *, files: str, content: str
+) -> None:
+    """Leave ``record`` in a folder of numbered .safetensors files, and with ``overwrite`` remove those files.
+
+    Raises InputError, with nothing removed, if the folder holds other .safetensors files or the record of another
+    command, and without ``overwrite`` if its files are of another record. Messages name ``files`` and ``content``.
+    """
+    # Hidden files are what a killed run was writing.
+    there = sorted(p.name for p in folder.glob("*.safetensors") if not p.name.startswith("."))
+    foreign = [n for n in there if not re.fullmatch(r"\d{6,}\.safetensors", n)]
+    foreign += [n for n in RECORDS if n != record_file and (folder / n).exists()]
+    if foreign:
+        raise InputError(f"{folder} must hold nothing but {files} of this command, got {foreign[0]}")
+    if overwrite:
+        for name in there:
+            (folder / name).unlink()
+    elif there:
+        before = read_record(folder / record_file) or {}
+        plain = json.loads(json.dumps(record))  # as it comes back from the file
+        differ = [name for name, value in plain.items() if before.get(name) != value]
+        if differ:
+            other = ", ".join(differ)
+            raise InputError(
+                f"{folder} holds {content} of another run (other {other}): use --overwrite, or another folder"
+            )
+    write_json(folder / record_file, record)
 
 
 def decode_options(

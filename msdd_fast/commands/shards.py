@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,14 +15,13 @@ from tqdm import tqdm
 
 from msdd_fast.commands.common import chunks, device_of
 from msdd_fast.commands.inputs import ImageReader, encode, require_finite
-from msdd_fast.commands.record import digest, read_record
+from msdd_fast.commands.record import ENCODE_RECORD, digest
 from msdd_fast.errors import InputError
 from msdd_fast.io.images import load_image
-from msdd_fast.io.json_files import write_json
 from msdd_fast.io.latents import Latents
 from msdd_fast.tokenizer import Tokenizer
 
-RECORD = "encode.json"
+RECORD = ENCODE_RECORD
 SHARD_SIZE = 8192
 
 
@@ -82,26 +80,6 @@ def shards_record(tokenizer: Tokenizer, names: list[str], dtype: torch.dtype, si
         "images": len(names),
         "names": digest(json.dumps(names)),
     }
-
-
-def prepare_folder(folder: Path, record: dict[str, object], overwrite: bool) -> None:
-    """Leave ``record`` in the folder. Raises InputError if the folder's latents are of something else."""
-    # Hidden files are what a killed run was writing.
-    there = {p.name for p in folder.glob("*.safetensors") if not p.name.startswith(".")}
-    foreign = sorted(n for n in there if not re.fullmatch(r"\d{6,}\.safetensors", n))
-    if foreign:
-        raise InputError(f"{folder} must hold nothing but shards of this command, got {foreign[0]}")
-    if overwrite:
-        for name in there:
-            (folder / name).unlink()
-    elif there:
-        before = read_record(folder / RECORD) or {}
-        differ = [name for name in record if before.get(name) != record[name]]
-        if differ:
-            raise InputError(
-                f"{folder} holds latents of another run (other {', '.join(differ)}): use --overwrite, or another folder"
-            )
-    write_json(folder / RECORD, record)
 
 
 def names_in(path: Path) -> list[str] | None:

@@ -19,7 +19,7 @@ from msdd_fast.backends.extension import extension_status
 from msdd_fast.backends.tuned import machine
 from msdd_fast.commands.common import pick_device, positive_int
 from msdd_fast.commands.output import say, steps
-from msdd_fast.io.files import STDOUT, require_writable
+from msdd_fast.io.files import STDOUT, is_standard_output, require_writable
 from msdd_fast.io.json_files import write_json
 from msdd_fast.layers.linear.base import Linear
 from msdd_fast.layers.linear.dense import DenseLinear
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
             step("linear")
             table.setdefault(machine("cpu", "linear"), {})["linear"] = _linears(args.rounds)
     write_json(args.out or STDOUT, table)
-    if args.out:
+    if args.out and not is_standard_output(args.out):
         say(args, f"to use it: export MSDD_FAST_TUNED={Path(args.out).absolute()}")
 
 

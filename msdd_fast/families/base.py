@@ -207,6 +207,13 @@ def conditions_of(family: Family, z: Tensor, steps: int, cfg_scale: float, given
     return family.condition(z, steps, cfg_scale, **given) if isinstance(family, Conditioned) else Conditions()
 
 
+def require_unconditioned(family: Family, what: str) -> None:
+    """Raise InputError if decodes of the family depend on more than latents and seeds, all that ``what`` passes on."""
+    if isinstance(family, Conditioned):
+        needs = ", ".join(family.condition_names)
+        raise InputError(f"{what} passes on latents and seeds only; {family.name.upper()} also takes {needs}")
+
+
 def example_conditions(family: Family) -> dict[str, Any]:
     """Keyword arguments for a decode of random latents; empty where latents are all that it takes."""
     return family.example_conditions() if isinstance(family, Conditioned) else {}

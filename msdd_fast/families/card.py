@@ -11,7 +11,7 @@ from msdd_fast.errors import InputError
 from msdd_fast.families import family_of
 
 # Of a report of `msdd-fast eval --json`: results, and what does not belong to the conditions.
-_NO_CONDITION = ("mean", "images", "checkpoint", "set", "count", "unreadable")
+_NO_CONDITION = ("mean", "images", "checkpoint", "set", "count", "unreadable", "folder", "reconstructions", "name")
 
 
 def model_card(

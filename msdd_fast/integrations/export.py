@@ -21,6 +21,8 @@ from msdd_fast.backends import use_backend
 from msdd_fast.diffusion.checks import as_int, check_guidance, check_sampling
 from msdd_fast.diffusion.config import Config
 from msdd_fast.errors import BackendUnavailableError, InputError
+from msdd_fast.families import family_of
+from msdd_fast.families.base import require_unconditioned
 from msdd_fast.io.files import as_path, atomic_write, require_writable
 from msdd_fast.sampling import VelocityModel, sample
 from msdd_fast.tokenizer import Tokenizer, as_tokenizer
@@ -67,6 +69,7 @@ def export_decoder(
     tokenizer = as_tokenizer(tokenizer)
     target = _target(path, ".pt2")
     config, sampling = tokenizer.config, tokenizer.config.sampling
+    require_unconditioned(family_of(config), "an exported decoder")
     steps, cfg_scale = check_sampling(
         sampling.steps if steps is None else steps, sampling.cfg_scale if cfg_scale is None else cfg_scale
     )
@@ -87,8 +90,8 @@ def export_decoder(
                 loaded = inductor.aoti_load_package(str(temporary))
             else:
                 torch.export.save(program, temporary)
-                loaded = torch.export.load(temporary).module()
-            error = _difference(loaded(z, seeds), expected)
+                loaded = _attempt("loaded again", lambda: torch.export.load(temporary).module())
+            error = _difference(_attempt("run again", lambda: loaded(z, seeds)), expected)
     return Exported({"z": tuple(z.shape), "seeds": tuple(seeds.shape)}, tuple(expected.shape), error)
 
 
@@ -114,6 +117,9 @@ def export_network(
     missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
     if missing:
         raise BackendUnavailableError(f"ONNX needs {' and '.join(missing)}: pip install 'msdd-fast[export]'")
+    require_unconditioned(family_of(tokenizer.config), "an exported network")
+    if tokenizer.dtype == torch.bfloat16:
+        raise InputError("ONNX files are compared through NumPy, which has no bfloat16: use tokenizer.float()")
     z = _latents(tokenizer, batch_size, height, width)
     shapes = tokenizer.config.stage_shapes(z.shape)
     if not isinstance(stage, int) or not -len(shapes) <= stage < len(shapes):
@@ -231,8 +237,12 @@ def _run_onnx(path: Path, inputs: dict[str, Tensor], expected: Tensor) -> float 
         import onnxruntime
     except ImportError:
         return None
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    (found,) = session.run(None, {name: x.cpu().numpy() for name, x in inputs.items()})
+    given = {name: x.cpu().numpy() for name, x in inputs.items()}
+
+    def run() -> Any:
+        return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"]).run(None, given)
+
+    (found,) = _attempt("run by ONNX Runtime", run)
     return _difference(torch.from_numpy(found), expected)
 
 

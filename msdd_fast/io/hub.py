@@ -94,7 +94,7 @@ def upload(
         if card is not None and (
             replace_card or not api.file_exists(repository, f"{prefix}README.md", revision=revision)
         ):
-            (folder / "README.md").write_text(card)
+            (folder / "README.md").write_text(card, encoding="utf-8")
         commit = api.upload_folder(
             repo_id=repository,
             folder_path=folder,

@@ -18,6 +18,8 @@ from tests.perturbed import perturbed
 
 REPORT = {
     "set": "/home/somebody/photos/kodak24",
+    "folder": "/home/somebody/photos/kodak24",
+    "reconstructions": "/home/somebody/decoded",
     "count": 24,
     "unreadable": 0,
     "crop": "largest centred square, to 64 px",

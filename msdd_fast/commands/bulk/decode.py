@@ -17,6 +17,8 @@ from msdd_fast.diffusion.checks import check_guidance, check_latents, check_samp
 from msdd_fast.diffusion.noise import resolve_seeds
 from msdd_fast.engine.compute import compute_dtype
 from msdd_fast.errors import InputError
+from msdd_fast.families import family_of
+from msdd_fast.families.base import require_unconditioned
 from msdd_fast.io.files import require_writable
 from msdd_fast.io.images import IMAGE_SUFFIXES
 from msdd_fast.tokenizer import Tokenizer
@@ -39,7 +41,8 @@ def decode_on_ray(args: argparse.Namespace, options: RayOptions, record: str) ->
     require_writable(output / record)
     tokenizer = Tokenizer.from_pretrained(args.checkpoint)
     config = tokenizer.config
-    check_latents(source.pieces[0].load()[:1], *config.latent_shape)
+    require_unconditioned(family_of(config), "--ray")
+    check_latents(source.part(0, 1)[0].load()[:1], *config.latent_shape)
     steps, cfg_scale = check_sampling(
         config.sampling.steps if args.steps is None else args.steps,
         config.sampling.cfg_scale if args.cfg_scale is None else args.cfg_scale,

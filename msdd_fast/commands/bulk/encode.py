@@ -15,7 +15,8 @@ from msdd_fast.commands.bulk.workers import EncodeWorker, Unit
 from msdd_fast.commands.common import DTYPES
 from msdd_fast.commands.inputs import ImageReader
 from msdd_fast.commands.output import finish, say
-from msdd_fast.commands.shards import RECORD, SHARD_SIZE, names_in, prepare_folder, shard_paths, shards_record
+from msdd_fast.commands.record import prepare_folder
+from msdd_fast.commands.shards import RECORD, SHARD_SIZE, names_in, shard_paths, shards_record
 from msdd_fast.errors import InputError
 from msdd_fast.io.files import require_writable
 from msdd_fast.tokenizer import Tokenizer
@@ -29,7 +30,8 @@ def encode_on_ray(args: argparse.Namespace, options: RayOptions) -> None:
     require_writable(output / RECORD)
     tokenizer = Tokenizer.from_pretrained(args.checkpoint)
     size = args.shard_size or SHARD_SIZE
-    prepare_folder(output, shards_record(tokenizer, names, DTYPES[args.dtype], size), args.overwrite)
+    record = shards_record(tokenizer, names, DTYPES[args.dtype], size)
+    prepare_folder(output, RECORD, record, args.overwrite, files="shards", content="latents")
     if args.overwrite:
         (output / MANIFEST).unlink(missing_ok=True)
     units = [

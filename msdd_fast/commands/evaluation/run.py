@@ -19,14 +19,13 @@ from tqdm import tqdm
 from msdd_fast.commands.common import chunks
 from msdd_fast.commands.evaluation.sources import Source
 from msdd_fast.commands.evaluation.suite import Suite
-from msdd_fast.commands.record import read_record
+from msdd_fast.commands.record import EVAL_RECORD, prepare_folder
 from msdd_fast.errors import InputError
-from msdd_fast.io.json_files import write_json
 from msdd_fast.io.safetensors import write_safetensors
 from msdd_fast.metrics.distances import frechet_distance, kernel_distance
 from msdd_fast.metrics.statistics import FeatureStatistics
 
-RECORD = "eval.json"
+RECORD = EVAL_RECORD
 _PART_IMAGES = 256
 _PARTS = 64
 
@@ -73,19 +72,7 @@ class PartFolder:
 
         With ``overwrite``, all parts that are there are removed.
         """
-        there = [p for p in self.folder.glob("*.safetensors") if not p.name.startswith(".")]
-        if overwrite:
-            for path in there:
-                path.unlink()
-        elif there:
-            before = read_record(self.folder / RECORD) or {}
-            differ = [name for name, value in _plain(self.protocol).items() if before.get(name) != value]
-            if differ:
-                raise InputError(
-                    f"{self.folder} holds figures of another run (other {', '.join(differ)}): use --overwrite, or "
-                    "another folder"
-                )
-        write_json(self.folder / RECORD, self.protocol)
+        prepare_folder(self.folder, RECORD, self.protocol, overwrite, files="parts", content="figures")
 
     def missing(self) -> list[int]:
         """Numbers of the parts that are not there, or do not load."""
@@ -203,9 +190,3 @@ def collect(folder: PartFolder, suite: Suite) -> Result:
         details[network.frechet] = {"features": network.width, "images": before.count}
         details[network.kid] = {"std": kernel.std, "subsets": kernel.subsets, "subset_size": kernel.subset_size}
     return Result(mean, images, unreadable, seconds, timed, details)
-
-
-def _plain(content: Mapping[str, Any]) -> dict[str, Any]:
-    """As it comes back from a JSON file."""
-    plain: dict[str, Any] = json.loads(json.dumps(content))
-    return plain

@@ -214,6 +214,10 @@ class Batcher:
             for item in batch:  # one of them is to blame: the others must not suffer for it
                 self._decode([item])
             return
+        except BaseException as error:  # ends the thread; nobody must wait for it
+            for item in batch:
+                item.images.set_exception(error)
+            raise
         seconds = time.perf_counter() - begin
         self._seconds_per_image += 0.2 * (seconds / len(z) - self._seconds_per_image)
         try:

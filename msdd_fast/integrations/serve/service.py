@@ -19,6 +19,7 @@ from msdd_fast.diffusion.checks import check_guidance, check_sampling
 from msdd_fast.diffusion.noise import resolve_seeds
 from msdd_fast.engine import FastDecoder
 from msdd_fast.errors import InputError, MsddFastError
+from msdd_fast.families.base import require_unconditioned
 from msdd_fast.integrations.serve.batcher import Batcher, ClosedError, QueueFullError
 from msdd_fast.integrations.serve.metrics import Metrics
 from msdd_fast.integrations.serve.query import DecodeQuery
@@ -51,6 +52,7 @@ class Service:
     """One engine, its queue, and what has been counted."""
 
     def __init__(self, engine: FastDecoder, settings: Settings) -> None:
+        require_unconditioned(engine.family, "the service")
         self.engine, self.settings, self.metrics = engine, settings, Metrics()
         _, height, width = engine.config.stage_shapes((1, *engine.family.example))[-1]
         if None not in engine.config.latent_shape and height * width > settings.max_pixels:
