@@ -86,7 +86,7 @@ test-full: lint ## Lint and all tests
 
 FUZZ_EXAMPLES ?= 100000
 fuzz: .venv/.installed ## Fuzzers with FUZZ_EXAMPLES new examples each; the parsers by coverage, where atheris is installed
-	MSDD_FAST_FUZZ=$(FUZZ_EXAMPLES) $(BIN)/python -m pytest -q tests/fuzz
+	MSDD_FAST_FUZZ=$(FUZZ_EXAMPLES) $(BIN)/python -m pytest -q -rs tests/fuzz
 
 BENCH_OUT ?= out/bench
 bench: .venv/.installed ## img/s for each scale and provider, in under ten minutes on two cores; report in out/bench

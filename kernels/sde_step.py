@@ -22,7 +22,7 @@ NO_NOISE, GIVEN, SEEDED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 @triton.jit
 def estimate(b_x: tl.tensor, b_v: tl.tensor, t: tl.tensor) -> tl.tensor:
-    """x - t * v, exact in float64, rounded once to float32."""
+    """x - t * v in float64, where the product is exact, then rounded to float32."""
     return (b_x.to(tl.float64) - t.to(tl.float64) * b_v.to(tl.float64)).to(tl.float32)
 
 

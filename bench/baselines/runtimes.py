@@ -1,7 +1,7 @@
 """The engine beside what else a CPU user would run a decoder with: OpenVINO and ONNX Runtime, in one run.
 
     pip install 'msdd-fast[runtimes]'
-    python -m msdd_fast.bench.baselines.runtimes msdd-nano --batch 1 8 [--json FILE]
+    python -m msdd_fast.bench.baselines.runtimes msdd-nano --batch-size 1 8 [--json FILE]
 
 OpenVINO converts the velocity network of every scale and compiles it with the hint LATENCY, in float32 and in
 bfloat16; ONNX Runtime runs the float32 export of ``torch.onnx``. Both are timed on the network alone, one evaluation
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import io
 import logging
+import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -33,7 +34,10 @@ from msdd_fast.bench.timing.harness import Provider, WrongResultError, compare
 from msdd_fast.bench.timing.machine import machine_info
 from msdd_fast.engine import accelerate
 from msdd_fast.errors import BackendUnavailableError, InputError
+from msdd_fast.io.arguments import positive_int
+from msdd_fast.io.files import require_writable
 from msdd_fast.io.json_files import write_json
+from msdd_fast.io.program import run_program
 from msdd_fast.tokenizer import Tokenizer
 
 CPU = torch.device("cpu")
@@ -204,15 +208,17 @@ def table(result: dict[str, Any]) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1])
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--batch-size", type=positive_int, nargs="+", default=[1])
+    parser.add_argument("--rounds", type=positive_int, default=15)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(arguments)
+    if args.json:
+        require_writable(args.json)
     tokenizer = load(args.model, CPU)
     if tokenizer.config.sampling.steps != 1:
         raise InputError(f"model must take one step per scale, got {tokenizer.config.sampling.steps}")
     results = []
-    for batch in args.batch:
+    for batch in args.batch_size:
         results.append(measure(tokenizer, batch, args.rounds))
         print(f"{args.model}, batch {batch}\n{table(results[-1])}\n", flush=True)
     if args.json:
@@ -220,4 +226,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program(main))

@@ -1,6 +1,6 @@
 """How evenly a decode runs: percentiles of many calls, and the time to the first image.
 
-    python -m msdd_fast.bench.decode.latency msdd-nano [--batch 1] [--decodes 2000] [--json FILE]
+    python -m msdd_fast.bench.decode.latency msdd-nano [--batch-size 1] [--decodes 2000] [--json FILE]
 
 "first image" runs from the call of ``accelerate`` to the first images: packing, choosing backends, recording.
 """
@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,10 @@ from msdd_fast.bench.timing.clock import WallTimer, now
 from msdd_fast.bench.timing.harness import Measurement
 from msdd_fast.bench.timing.machine import machine_info
 from msdd_fast.engine import accelerate
+from msdd_fast.io.arguments import positive_int
+from msdd_fast.io.files import require_writable
 from msdd_fast.io.json_files import write_json
+from msdd_fast.io.program import run_program
 from msdd_fast.tokenizer import Tokenizer
 
 QUANTILES = (0.5, 0.95, 0.99, 1.0)
@@ -62,18 +66,20 @@ def table(results: Sequence[dict[str, Any]]) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1])
-    parser.add_argument("--decodes", type=int, default=2000)
+    parser.add_argument("--batch-size", type=positive_int, nargs="+", default=[1])
+    parser.add_argument("--decodes", type=positive_int, default=2000)
     parser.add_argument("--tier", choices=("exact", "fast"), default="exact")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(arguments)
+    if args.json:
+        require_writable(args.json)
     tokenizer = load(args.model, torch.device(args.device))
-    results = [measure(tokenizer, batch, args.decodes, args.tier) for batch in args.batch]
+    results = [measure(tokenizer, batch, args.decodes, args.tier) for batch in args.batch_size]
     print(table(results))
     if args.json:
         write_json(args.json, {"model": args.model, "machine": machine_info(), "results": results}, indent=1)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program(main))

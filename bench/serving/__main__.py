@@ -31,8 +31,9 @@ from msdd_fast.bench.serving.load import PERCENTILES, Load, misuse, poisson, sat
 from msdd_fast.bench.serving.work import FORMATS, LATENTS, requests
 from msdd_fast.bench.timing.machine import machine_info
 from msdd_fast.engine import FastDecoder, accelerate
-from msdd_fast.errors import BackendUnavailableError, MsddFastError
+from msdd_fast.errors import BackendUnavailableError
 from msdd_fast.io.json_files import write_json
+from msdd_fast.io.program import run_program
 from msdd_fast.tokenizer import Tokenizer
 
 LOADS = (0.5, 0.8)
@@ -151,7 +152,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except MsddFastError as e:
-        sys.exit(f"error: {e}")
+    sys.exit(run_program(main))

@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from msdd_fast.backends._constant import constant_when_compiled
-from msdd_fast.errors import BackendUnavailableError
+from msdd_fast.errors import BackendUnavailableError, InputError
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -23,6 +23,15 @@ def load_extension() -> ModuleType:
     if module is None:
         raise BackendUnavailableError(f"backend 'cpu' needs the compiled extension msdd_fast._C, which {reason}")
     return module
+
+
+def cpu_level(function: str) -> str:
+    """The level of instructions by this function of the extension. Raises InputError for a bad MSDD_FAST_CPU_LEVEL."""
+    try:
+        level: str = getattr(load_extension(), function)()
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    return level
 
 
 @constant_when_compiled
@@ -67,7 +76,7 @@ def _rebuild_command() -> str:
     root = _PACKAGE.parent
     if (root / "setup.py").is_file():
         return f"MSDD_FAST_BUILD_EXT=1 pip install --no-deps -e {root}"
-    return "MSDD_FAST_BUILD_EXT=1 pip install --force-reinstall --no-deps SOURCES, the folder of msdd-fast's setup.py"
+    return "MSDD_FAST_BUILD_EXT=1 pip install --force-reinstall --no-deps PATH_TO_MSDD_FAST_SOURCES"
 
 
 def _rebuild_cuda_command() -> str:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from msdd_fast.backends._constant import constant_when_compiled
-from msdd_fast.backends.extension import extension_status, load_extension
+from msdd_fast.backends.extension import cpu_level, extension_status
 from msdd_fast.errors import InputError
 
 _LEVEL = {"attention": "attention_level", "linear": "linear_level"}
@@ -49,7 +49,7 @@ def machine(device: str, op: str = "attention") -> str:
     """
     kind = torch.device(device).type
     if kind == "cpu":
-        return f"cpu-{getattr(load_extension(), _LEVEL[op])()}" if extension_status()[0] and op in _LEVEL else kind
+        return f"cpu-{cpu_level(_LEVEL[op])}" if extension_status()[0] and op in _LEVEL else kind
     if kind == "cuda" and torch.version.hip is None and torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability(device)
         return f"cuda-sm{major}{minor}"

@@ -30,7 +30,7 @@ COMMANDS = {
     "serve": "decode over HTTP, requests that arrive together in one batch",
     "bench": "img/s for each scale and provider; --compare finds regressions",
     "profile": "kernels of a decode by time, bytes, FLOP and roofline; traces for Perfetto and Nsight",
-    "tune": "measure the attention backends and write the table of the fastest",
+    "tune": "measure attention and, on a CPU, matrix products; write the table of the fastest",
     "env": "what this installation and machine offer",
 }
 

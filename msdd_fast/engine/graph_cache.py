@@ -29,7 +29,8 @@ class GraphCache:
     Attributes:
         enabled: whether there are graphs. Turns False for good if a capture fails, unless graphs are required.
         reason: why.
-        sizes: batch sizes that are captured; without graphs, the largest is the most that runs at once.
+        sizes: batch sizes that are captured on a GPU; on a CPU, and without graphs, the largest is the most that runs
+            at once.
 
     Args:
         program: one with a ``not_recordable`` is never recorded on a CPU, for that reason.

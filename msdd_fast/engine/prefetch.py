@@ -104,7 +104,11 @@ def prefetch(tensors: Iterable[Tensor], device: torch.device) -> Generator[Tenso
 
     thread = threading.Thread(target=work, name="msdd-fast-prefetch", daemon=True)
     _threads[thread] = ready
-    thread.start()
+    try:
+        thread.start()
+    except BaseException:
+        del _threads[thread]
+        raise
     try:
         while (item := ready.take()) is not _END:
             if isinstance(item, BaseException):

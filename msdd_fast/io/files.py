@@ -19,6 +19,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from msdd_fast.errors import InputError
+from msdd_fast.io.signals import raise_if_received
 from msdd_fast.io.torch_files import read_torch_file
 
 __all__ = [
@@ -46,7 +47,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     A regular file is replaced in one step, after its content has reached the disk: a reader, or a machine that loses
     its power, finds the old file or the new one. Symbolic links are followed, folders are made as needed, and the mode
     follows the umask. Devices, FIFOs, open descriptors such as /dev/stdout, and ``-``, which is standard output, are
-    written into.
+    written into. After Ctrl-C or SIGTERM nothing is written any more, even if the signal's exception got lost.
 
     Raises InputError if the file cannot be written; nothing of it is left behind then.
     """
@@ -64,6 +65,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         mode = stat.S_IMODE(os.fstat(created).st_mode)
         os.close(created)
         yield temporary
+        raise_if_received()
         if in_place:
             _copy_into(temporary, path)
             return

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from collections.abc import Callable
-from types import FrameType
 
 from msdd_fast.errors import MsddFastError
+from msdd_fast.io.signals import TerminatedError, raise_if_received, remembered_signals
 
 
 def run_program(run: Callable[[], int | None]) -> int:
@@ -21,17 +20,21 @@ def run_program(run: Callable[[], int | None]) -> int:
         if getattr(sys, name) is None:  # closed by whoever started this
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (open until the process ends)
     try:
-        before = signal.signal(signal.SIGTERM, _terminate)
-    except ValueError:  # not in the main thread
-        before = None
-    try:
-        code = run()
-        sys.stdout.flush()
+        with remembered_signals():
+            try:
+                code = run()
+                sys.stdout.flush()
+                raise_if_received()
+            except BaseException:
+                raise_if_received()  # rather than what came of it
+                raise
         return code or 0
     except MsddFastError as e:
         return _fail(f"error: {' '.join(str(e).split())}", 1)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
+    except TerminatedError:
+        return _fail("terminated", 143)
     except BrokenPipeError:
         _drop_output()
         return 141
@@ -39,11 +42,6 @@ def run_program(run: Callable[[], int | None]) -> int:
         _drop_output()
         where = "" if e.filename is None else f": {e.filename}"
         return _fail(f"error: {e.strerror or e}{where}", 1)
-    except _TerminatedError:
-        return _fail("terminated", 143)
-    finally:
-        if before is not None:
-            signal.signal(signal.SIGTERM, before)
 
 
 def _drop_output() -> None:
@@ -52,14 +50,6 @@ def _drop_output() -> None:
         sys.stdout.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-class _TerminatedError(BaseException):
-    """SIGTERM, as an exception: what is being written is cleaned up on the way out."""
-
-
-def _terminate(number: int, frame: FrameType | None) -> None:
-    raise _TerminatedError
 
 
 def _fail(message: str, code: int) -> int:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from msdd_fast.backends.extension import load_extension
 from msdd_fast.errors import InputError
-from msdd_fast.native._call import DTYPES, PIXEL_TYPES, Native, entry, metadata, operand, optional_metadata
+from msdd_fast.native._call import DTYPES, PIXEL_TYPES, Metadata, Native, entry, metadata, operand, optional_metadata
 
 DEPTH = 64  # as QUANTIZED_DEPTH in csrc/include/msdd_fast/linear_int8.h
 
@@ -32,6 +32,12 @@ def pack_linear_int8(weight: Tensor, swiglu: bool = False, level: str = "") -> T
     return packed
 
 
+def _rounded(rows: int, width: int) -> tuple[Metadata, Metadata]:
+    """Metadata of values and scales."""
+    padded = -(-width // DEPTH) * DEPTH
+    return (PIXEL_TYPES[torch.uint8], (rows, padded), (padded, 1)), (DTYPES[torch.float32], (rows,), (1,))
+
+
 @Native
 def quantize_rows(x: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
     """(values, scales) of rows x (R, in): uint8 (R, in padded to a multiple of DEPTH) about 128, and float32 (R,)."""
@@ -39,14 +45,11 @@ def quantize_rows(x: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
     of_x = metadata("x", x)
     if len(of_x[1]) != 2:
         raise InputError(f"x must be (R, in), got {of_x[1]}")
-    rows, width = of_x[1]
-    padded = -(-width // DEPTH) * DEPTH
-    of_values = PIXEL_TYPES[torch.uint8], (rows, padded), (padded, 1)
-    of_scales = DTYPES[torch.float32], (rows,), (1,)
+    of_values, of_scales = _rounded(*of_x[1])
 
     def run(x: Tensor) -> tuple[Tensor, Tensor]:
-        values = x.new_empty((rows, padded), dtype=torch.uint8)
-        scales = x.new_empty((rows,), dtype=torch.float32)
+        values = x.new_empty(of_values[1], dtype=torch.uint8)
+        scales = x.new_empty(of_scales[1], dtype=torch.float32)
         call((values.data_ptr(), *of_values), (scales.data_ptr(), *of_scales), (x.data_ptr(), *of_x))
         return values, scales
 
@@ -72,9 +75,7 @@ def linear_int8(
     rows, inputs = of_x[1]
     width = features // 2 if swiglu else features
     of_out = (of_x[0], (rows, width), (width, 1)) if out is None else metadata("out", out)
-    padded = -(-inputs // DEPTH) * DEPTH
-    of_values = PIXEL_TYPES[torch.uint8], (rows, padded), (padded, 1)
-    of_scales = DTYPES[torch.float32], (rows,), (1,)
+    of_values, of_scales = _rounded(rows, inputs)
     given = out is not None  # not the tensor itself, which would be kept
 
     def run(x: Tensor, packed: Tensor, *rest: Tensor) -> Tensor:

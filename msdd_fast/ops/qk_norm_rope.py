@@ -97,9 +97,10 @@ def qk_norm_rope_eager(
 def _norm(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if bias is None:
         return rms_norm(x, weight, NORM_EPS)
-    if not weight.dtype == bias.dtype == x.dtype:  # F.layer_norm wants one dtype, or float32 beside another
-        weight, bias = weight.float(), bias.float()
-    return F.layer_norm(x, x.shape[-1:], weight, bias, NORM_EPS)
+    if weight.dtype == bias.dtype == x.dtype:
+        return F.layer_norm(x, x.shape[-1:], weight, bias, NORM_EPS)
+    wide = torch.promote_types(x.dtype, torch.promote_types(weight.dtype, bias.dtype))
+    return F.layer_norm(x.to(wide), x.shape[-1:], weight.to(wide), bias.to(wide), NORM_EPS).to(x.dtype)
 
 
 def _inner_dense(qkv: Tensor) -> Tensor:

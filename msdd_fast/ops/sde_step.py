@@ -1,6 +1,6 @@
 """sde_step: one step of a sampler that estimates the image and adds new noise.
 
-    x0  = x - t * v                                 exact, then rounded once to float32
+    x0  = x - t * v                                 in float64, then rounded to float32
     out = (1 - t_next) * x0 + t_next * noise        or x0, where there is no t_next; with ``clamp`` limited to [-1, 1]
 
 x (B, C, H, W); v likewise or, with ``patch_size`` p, as the network leaves it: (N, B, p * p, C), the pixels of tokens,
@@ -27,6 +27,7 @@ from msdd_fast.errors import InputError
 from msdd_fast.ops._checks import (
     as_scalar,
     check_blocks,
+    check_bool,
     check_device,
     check_float,
     check_image,
@@ -80,9 +81,10 @@ def sde_step(
         if noise.shape != x.shape:
             raise InputError(f"noise must have the shape of x, {tuple(x.shape)}, got {tuple(noise.shape)}")
         check_device("noise", noise, "x", x)
+    check_bool("clamp", clamp)
     t = as_scalar("t", t, x.device)
     t_next = None if t_next is None else as_scalar("t_next", t_next, x.device)
-    out: Tensor = OP(x, v, t, t_next, seeds, stage, noise, patch_size, bool(clamp), backend=backend)
+    out: Tensor = OP(x, v, t, t_next, seeds, stage, noise, patch_size, clamp, backend=backend)
     return out
 
 

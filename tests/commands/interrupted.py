@@ -104,7 +104,7 @@ def main(command="decode", kills=40, terminations=20):
                 Image.fromarray(pixels).save(source / f"{i:02d}.png")
             options = ["--batch-size", "2", "--shard-size", "4"]
         bad = 0
-        words = [command, str(source), "--checkpoint", str(folder / "tiny"), "--device", "cpu", *options, "--output"]
+        words = [command, str(source), "--checkpoint", str(folder / "tiny"), "--device", "cpu", *options, "--out"]
         finished([*words, str(folder / "warm")])
         seconds = finished([*words, str(folder / "whole")])
         expected = content(folder / "whole")

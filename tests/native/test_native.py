@@ -54,6 +54,13 @@ def test_the_highest_level_can_be_chosen(value, expected):
     assert expected in run.stdout + run.stderr
 
 
+def test_a_level_that_does_not_exist_is_an_error_of_ours():
+    code = "import msdd_fast; msdd_fast.accelerate('msdd-nano')"
+    env = {**os.environ, "MSDD_FAST_CPU_LEVEL": "sse9", "MSDD_FAST_NATIVE_LINEAR": "auto"}
+    run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert "InputError: MSDD_FAST_CPU_LEVEL must be auto, plain, avx2" in run.stderr
+
+
 def test_integers_equal_the_reference():
     generator = torch.Generator().manual_seed(0)
     counters = torch.randint(0, 2**32, (200, 4), generator=generator)

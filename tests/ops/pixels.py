@@ -1,7 +1,10 @@
 """What the two halves of the pixel block are tested on."""
 
+import pytest
 import torch
 
+from msdd_fast import native
+from msdd_fast.errors import InputError
 from tests.ops.adaln import randn
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -18,6 +21,15 @@ SIZES = [
     (2, 2, 64, 8, 256),
 ]
 LEVELS = ["plain", "plain_bf16", "plain_amx", "avx2", "avx512", "avx512bf16", "amx"]
+
+
+def packed_for(weight, level):
+    """The weight packed for one level of the product; skips where this machine cannot run it."""
+    try:
+        return native.pack_linear(weight, False, level)
+    except InputError as error:
+        assert "run on this machine" in str(error)
+        pytest.skip(f"this machine cannot run {level}")
 
 
 def case(sizes, parts, device, dtype, pixel_dtype=None):

@@ -165,3 +165,16 @@ def test_bad_input_has_one_text_on_every_backend(name):
     ):
         with pytest.raises(InputError, match=message):
             ops.qk_norm_rope(**{**good, **change}, backend=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("of_norm", [torch.float64, torch.float32, torch.bfloat16])
+def test_eager_takes_a_norm_of_any_float_dtype(dtype, of_norm):
+    """As the norm in float64, to the rounding of the narrowest dtype; the result has the dtype of the heads."""
+    x = torch.randn(1, 3, 3, 2, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    weight, bias = (torch.full((1, 2, 16), value, dtype=of_norm) for value in (1.5, 0.25))
+    cos, sin = torch.ones(3, 8), torch.zeros(3, 8)
+    exact = ops.qk_norm_rope(x.to(dtype).double(), weight.double(), bias.double(), cos, sin, backend="eager")
+    out = ops.qk_norm_rope(x.to(dtype), weight, bias, cos, sin, backend="eager")
+    assert out.dtype == dtype
+    assert (out.double() - exact).abs().max() <= (0.02 if dtype == torch.bfloat16 else 1e-6)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -59,6 +60,8 @@ def process_group(device: str, timeout_minutes: float = 30.0) -> Iterator[str]:
         barrier()  # do not leave while another process still reads from this one
     finally:
         dist.destroy_process_group()
+        # What is still in a reference cycle joins its threads now: at exit they would abort the process.
+        gc.collect()
 
 
 def _check_device(name: str) -> None:

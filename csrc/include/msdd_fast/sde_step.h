@@ -18,8 +18,8 @@ struct SdeOptions {
     bool renoise, clamp;
 };
 
-// x0 = x - t * v, exact and then rounded to float32; out = (1 - t_next) * x0 + t_next * noise with `renoise`, else x0;
-// limited to [-1, 1] with `clamp`. noise is given, or the white normals of `seeds` and `stage`
+// x0 = x - t * v, in float64, then rounded to float32; out = (1 - t_next) * x0 + t_next * noise with `renoise`, else
+// x0; limited to [-1, 1] with `clamp`. noise is given, or the white normals of `seeds` and `stage`
 // (docs/spec.md#noise). x, out and noise (batch, channels, height, width), contiguous, out of x's dtype.
 // Throws std::invalid_argument on negative sizes, a patch that does not divide height and width, odd height or width
 // with seeds, a stage outside [0, 2^32), threads < 1 or a missing operand.

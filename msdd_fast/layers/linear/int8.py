@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from msdd_fast import native
-from msdd_fast.backends.extension import extension_status, load_extension
+from msdd_fast.backends.extension import cpu_level, extension_status
 from msdd_fast.layers.linear.base import Linear, LinearBase, Swiglu, is_within
 from msdd_fast.layers.linear.native import Plans, wanted
 from msdd_fast.ops.quantize_rows import TINY
@@ -26,8 +26,8 @@ class NativeInt8Linear(LinearBase):
     def __init__(self, weight: Tensor, bias: Tensor | None, swiglu: Swiglu | None = None) -> None:
         super().__init__(len(weight), swiglu)
         self.description = "int8 products of the extension: the fast tier"
-        features, self._within = len(weight), is_within(swiglu)
-        packed, within = native.pack_linear_int8(weight, self._within), self._within
+        features, within = len(weight), is_within(swiglu)
+        self._within, packed = within, native.pack_linear_int8(weight, within)
         self._run = Plans(
             lambda x, out: native.linear_int8.prepare(x, packed, bias, features, within, out), packed, bias
         )
@@ -80,7 +80,7 @@ class OneDnnInt8Linear(LinearBase):
 
 def is_native() -> bool:
     """Whether the extension multiplies: where it has instructions for bytes, unless MSDD_FAST_NATIVE_LINEAR=0."""
-    return wanted() != "0" and extension_status()[0] and load_extension().linear_int8_level() != "plain"
+    return wanted() != "0" and extension_status()[0] and cpu_level("linear_int8_level") != "plain"
 
 
 def int8_linear(weight: Tensor, bias: Tensor | None, swiglu: Swiglu | None = None) -> Linear:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from msdd_fast import native
 from msdd_fast.backends import tuned
-from msdd_fast.backends.extension import extension_status, load_extension
+from msdd_fast.backends.extension import cpu_level, extension_status
 from msdd_fast.errors import InputError
 
 DEFAULT = "auto"
@@ -93,7 +93,7 @@ def products(weight: Tensor) -> tuple[set[str], str]:
     measured = tuned.measured("linear", weight.device, weight.dtype, size_of(weight))
     if measured:
         return measured, "by the measured table"
-    level = load_extension().linear_level()
+    level = cpu_level("linear_level")
     if level in MEASURED_LEVELS:
         return {"cpu"}, f"faster with {level}"
     return {"torch"}, f"the extension's are not known to be faster with {level}"

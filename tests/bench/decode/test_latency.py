@@ -7,7 +7,7 @@ from msdd_fast.bench.decode import latency
 
 def test_every_batch_has_its_quantiles(tmp_path, capsys):
     file = tmp_path / "latency.json"
-    latency.main(["tiny", "--batch", "1", "2", "--decodes", "5", "--device", "cpu", "--json", str(file)])
+    latency.main(["tiny", "--batch-size", "1", "2", "--decodes", "5", "--device", "cpu", "--json", str(file)])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split()[0] == "batch" and len(lines) == 3
     for batch, result in zip((1, 2), json.loads(file.read_text())["results"], strict=True):

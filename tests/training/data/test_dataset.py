@@ -21,7 +21,6 @@ from msdd_fast.training.data import CropConfig, ImageDataset, find_images
 from msdd_fast.training.data.crop import crop_image
 from msdd_fast.training.data.loader import MicroBatches
 from msdd_fast.training.data.sources import ImageRef, ImageRefs, expand_braces
-from msdd_fast.training.loop.draws import hash_seed
 
 
 def picture(seed, size=(40, 30)):
@@ -142,11 +141,6 @@ def test_whole_picture_without_augmentation(tmp_path):
     data = ImageDataset(find_images([tmp_path]), 16, seed=0, crop=CropConfig(min_crop=1.0, flip=False))
     expected = torch.from_numpy(np.asarray(picture(0, (16, 16))).copy()).permute(2, 0, 1) / 127.5 - 1
     torch.testing.assert_close(data[5], expected)
-
-
-def test_hash_seed_is_stable():
-    assert hash_seed(0, 1) == hash_seed(0, 1) != hash_seed(1, 0)
-    assert 0 <= hash_seed(123, 456) < 2**63
 
 
 def test_bad_sources(tmp_path, folder):
