@@ -18,7 +18,7 @@ DELAY = 2.0
 """Seconds before a progress bar of many items appears."""
 
 
-def add_json(parser: argparse.ArgumentParser, content: str) -> None:
+def add_json(parser: argparse._ActionsContainer, content: str) -> None:
     parser.add_argument("--json", metavar="FILE", help=f"also write {content} as JSON; - is standard output")
 
 

@@ -21,7 +21,7 @@ from msdd_fast.metrics.distances import kernel_distance
 from msdd_fast.metrics.features import SqueezeNetFeatures
 from msdd_fast.metrics.image import psnr, ssim
 from msdd_fast.ops._patches import to_uint8
-from tests.metrics.packages import package, write_backbone, write_inception
+from tests.metrics.packages import package, write_backbone, write_inception, write_squeezenet
 from tests.perturbed import perturbed
 from tests.training.launch import finish, start
 
@@ -54,18 +54,8 @@ def photos(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def squeezenet(tmp_path_factory):
-    """Random SqueezeNet features as the file has them."""
-    generator = torch.Generator().manual_seed(0)
-    shapes = {"0": (64, 3, 3)}
-    for i, (n_in, squeezed, expanded) in SqueezeNetFeatures._FIRES.items():
-        shapes[f"{i}.squeeze"] = (squeezed, n_in, 1)
-        shapes |= {f"{i}.expand{k}x{k}": (expanded, squeezed, k) for k in (1, 3)}
-    state = {}
-    for name, (n_out, n_in, k) in shapes.items():
-        weight = torch.randn(n_out, n_in, k, k, generator=generator) * (2 / (n_in * k**2)) ** 0.5
-        state |= {f"features.{name}.weight": weight, f"features.{name}.bias": torch.zeros(n_out)}
     path = tmp_path_factory.mktemp("squeezenet") / "squeezenet.pth"
-    torch.save(state, path)
+    write_squeezenet(path)
     return path
 
 
@@ -233,8 +223,8 @@ def test_resumed_and_shared_runs_give_the_same(run, checkpoint, photos, squeezen
         (parts / names[1]).unlink()
         (parts / names[2]).write_bytes((parts / names[2]).read_bytes()[:-9])  # as a machine that lost its power left it
         kept = {n: (parts / n).stat().st_mtime_ns for n in (names[0], names[3])}
-        code, _, err = run(*common, "--out", parts, "--json", tmp_path / "resumed.json")
-        assert code == 0 and err.startswith("2 of 4 parts are already there\n")
+        code, out, err = run(*common, "--out", parts, "--json", tmp_path / "resumed.json")
+        assert code == 0 and out.startswith("2 of 4 parts are already there\n")
         assert "1 of 8 images could not be read and were passed over" in err and "2.5.png is not a readable" in err
         assert kept == {n: (parts / n).stat().st_mtime_ns for n in kept}
     finally:
@@ -394,9 +384,13 @@ def test_missing_packages_are_said_before_the_work(run, photos, squeezenet, monk
     assert code == 1 and err.count("\n") == 1 and message in err and "pip install 'msdd-fast[eval]'" in err
 
 
-def test_json_on_standard_output(run, photos):
-    code, out, err = run(photos, "--count", 2, "--steps", 1, "--json", "-")
+def test_json_on_standard_output_and_silence(run, photos, tmp_path):
+    words = (photos, "--count", 2, "--steps", 1)
+    code, out, err = run(*words, "--json", "-")
     assert code == 0 and json.loads(out)["count"] == 2 and "psnr_db" in err
+    assert run(*words, "--quiet", "--json", tmp_path / "r.json", "--out", tmp_path / "o") == (0, "", "")
+    assert report_of(tmp_path / "r.json")["count"] == 2
+    assert run(*words, "--quiet", "--out", tmp_path / "o") == (0, "", "")  # which says nothing of parts that are there
 
 
 def test_lpips(run, photos, tmp_path):

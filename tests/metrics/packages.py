@@ -7,6 +7,7 @@ import torch
 
 from msdd_fast.errors import InputError
 from msdd_fast.metrics._packages import import_package
+from msdd_fast.metrics.features import SqueezeNetFeatures
 
 
 def package(module, name):
@@ -50,3 +51,17 @@ def write_backbone(path, network, seed=0):
     state = {f"features.{name}": value for name, value in features.state_dict().items()}
     torch.save(state, path)
     return state
+
+
+def write_squeezenet(path, seed=0):
+    """Random SqueezeNet features as the file has them."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"0": (64, 3, 3)}
+    for i, (n_in, squeezed, expanded) in SqueezeNetFeatures._FIRES.items():
+        shapes[f"{i}.squeeze"] = (squeezed, n_in, 1)
+        shapes |= {f"{i}.expand{k}x{k}": (expanded, squeezed, k) for k in (1, 3)}
+    state = {}
+    for name, (n_out, n_in, k) in shapes.items():
+        weight = torch.randn(n_out, n_in, k, k, generator=generator) * (2 / (n_in * k**2)) ** 0.5
+        state |= {f"features.{name}.weight": weight, f"features.{name}.bias": torch.zeros(n_out)}
+    torch.save(state, path)

@@ -63,6 +63,7 @@ def run_units(
 
 def adopt(folder: Path, units: Sequence[Unit], facts: Callable[[Unit], dict[str, Any] | None]) -> None:
     """Enter units that were done without Ray into the folder's manifest; ``facts`` gives None for one that was not."""
+    keep_json_lines(folder / MANIFEST, lambda line: True)  # what a kill cut off would swallow the first new line
     known = {_key_of(line) for line in read_json_lines(folder / MANIFEST)}
     lines = []
     for unit in units:

@@ -7,7 +7,8 @@ figures: they do not depend on how many processes there were, or how often they 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ from msdd_fast.metrics.distances import frechet_distance, kernel_distance
 from msdd_fast.metrics.statistics import FeatureStatistics
 
 RECORD = EVAL_RECORD
+ON_RAY = -1
 _PART_IMAGES = 256
 _PARTS = 64
 
@@ -37,7 +39,7 @@ class Part(NamedTuple):
         numbers: of the images that could be read.
         tensors: as ``Suite.measure`` returns them.
         unreadable: number and reason of the others.
-        seconds, rank: time as the authors count it, and the process that spent it.
+        seconds, rank: time as the authors count it, and the process that spent it (ON_RAY for a worker on Ray).
     """
 
     numbers: list[int]
@@ -85,15 +87,6 @@ class PartFolder:
         except (OSError, SafetensorError):
             return False
 
-    def write(self, number: int, part: Part) -> None:
-        metadata = {
-            "unreadable": json.dumps({str(i): reason for i, reason in part.unreadable.items()}),
-            "seconds": repr(part.seconds),
-            "rank": str(part.rank),
-        }
-        tensors = {"index": torch.tensor(part.numbers, dtype=torch.int64), **part.tensors}
-        write_safetensors(tensors, self.path(number), metadata)
-
     def read(self, number: int) -> Part | None:
         """None if there is none, or it does not load."""
         try:
@@ -115,25 +108,33 @@ class PartFolder:
             yield part
 
 
-def measure_parts(source: Source, suite: Suite, folder: PartFolder, numbers: Sequence[int], rank: int = 0) -> None:
-    """Measure these parts and write them. Progress is shown by process 0."""
-    total = sum(len(folder.parts[n]) for n in numbers)
-    with tqdm(total=total, unit="img", disable=True if rank else None) as bar:
-        for number in numbers:
-            index: list[int] = []
-            tensors: dict[str, list[Tensor]] = {}
-            seconds = 0.0
-            images = folder.parts[number]
-            for chunk in chunks(len(images), folder.batch):
-                pairs = source.read(range(images.start + chunk.start, images.start + chunk.stop))
-                index += pairs.numbers
-                seconds += pairs.seconds
-                for name, value in suite.measure(pairs.results, pairs.references).items():
-                    tensors.setdefault(name, []).append(value)
-                bar.update(len(chunk))
-            unreadable = {i: reason for i, reason in source.unreadable.items() if i in images}
-            whole = {name: torch.cat(values) for name, values in tensors.items()}
-            folder.write(number, Part(index, whole, unreadable, seconds, rank))
+def write_part(path: str | os.PathLike[str], part: Part) -> None:
+    metadata = {
+        "unreadable": json.dumps({str(i): reason for i, reason in part.unreadable.items()}),
+        "seconds": repr(part.seconds),
+        "rank": str(part.rank),
+    }
+    tensors = {"index": torch.tensor(part.numbers, dtype=torch.int64), **part.tensors}
+    write_safetensors(tensors, path, metadata)
+
+
+def measure_part(
+    source: Source, suite: Suite, images: range, batch: int, rank: int, shown: tqdm[Any] | None = None
+) -> Part:
+    """Measure the images of one part, a batch at a time."""
+    numbers: list[int] = []
+    tensors: dict[str, list[Tensor]] = {}
+    seconds = 0.0
+    for chunk in chunks(len(images), batch):
+        pairs = source.read(images[chunk.start : chunk.stop])
+        numbers += pairs.numbers
+        seconds += pairs.seconds
+        for name, value in suite.measure(pairs.results, pairs.references).items():
+            tensors.setdefault(name, []).append(value)
+        if shown is not None:
+            shown.update(len(chunk))
+    unreadable = {i: reason for i, reason in source.unreadable.items() if i in images}
+    return Part(numbers, {name: torch.cat(values) for name, values in tensors.items()}, unreadable, seconds, rank)
 
 
 class Result(NamedTuple):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -12,9 +12,10 @@ from PIL import Image
 from torch import Tensor
 
 from msdd_fast.bench.timing.clock import now
+from msdd_fast.commands.bulk.sources import Ref, load_ref
 from msdd_fast.commands.inputs import ImageReader, require_finite
 from msdd_fast.errors import InputError
-from msdd_fast.io.images import RESIZE_FILTERS, adm_crop, center_crop, load_image, to_tensor
+from msdd_fast.io.images import RESIZE_FILTERS, adm_crop, center_crop, to_tensor
 
 CROPS = ("center", "adm", "none")
 
@@ -35,8 +36,6 @@ class Pairs(NamedTuple):
 
 
 class Source(Protocol):
-    names: list[str]
-    """Of all pairs."""
     unreadable: dict[int, str]
     """Numbers of the pairs that could not be read, and why."""
 
@@ -70,13 +69,14 @@ class Reconstructed:
     """Images encoded and decoded by a tokenizer. Image i is decoded with ``seed`` + i.
 
     Args:
+        files: by the number of the image.
         encode_images, decode: a batch of images to latents; latents and seeds to images.
         context: what both run in, such as autocast.
     """
 
     def __init__(
         self,
-        files: Sequence[Path],
+        files: Mapping[int, Ref],
         crop: Callable[[Image.Image], Image.Image],
         size: int,
         device: torch.device,
@@ -85,10 +85,10 @@ class Reconstructed:
         decode: Callable[[Tensor, list[int]], Tensor],
         context: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
-        self.files, self.names = list(files), [str(f) for f in files]
+        self.files = files
         self.device, self.seed, self.context = device, seed, context
         self.encode_images, self.decode = encode_images, decode
-        self.reader = ImageReader(size, crop=crop)
+        self.reader = ImageReader(size, load_ref, crop)
         self.unreadable: dict[int, str] = {}
 
     def images(self, part: range) -> tuple[list[int], Tensor]:
@@ -117,34 +117,25 @@ class Reconstructed:
 
 
 class Compared:
-    """Images of two folders that have the same names but for the suffix.
+    """Reconstructions, and the images that they are of.
 
     Args:
+        pairs: reconstruction and original by the number of the pair.
         crop: of the originals, to the size of their partners; "none": they must have that size.
-
-    Raises InputError if an image has no partner, or several.
     """
 
-    def __init__(
-        self, references: Sequence[Path], results: Sequence[Path], roots: tuple[Path, Path], crop: str, resize: str
-    ) -> None:
-        self.references, found = list(references), _by_name(results, roots[1])
-        self.names = [str(f) for f in references]
-        self.crop, self.resize = crop, resize
+    def __init__(self, pairs: Mapping[int, tuple[Ref, Ref]], crop: str, resize: str) -> None:
+        self.pairs, self.crop, self.resize = pairs, crop, resize
         self.unreadable: dict[int, str] = {}
-        names = _by_name(references, roots[0])
-        missing = [name for name in names if name not in found]
-        if missing:
-            raise InputError(f"{roots[1]} must have an image for each of {roots[0]}, got none for {missing[0]}")
-        self.results = [found[name] for name in names]
 
     def read(self, part: range) -> Pairs:
         index: list[int] = []
         results: list[Tensor] = []
         references: list[Tensor] = []
         for i in part:
+            files = self.pairs[i]
             try:
-                result, reference = load_image(self.results[i]), load_image(self.references[i])
+                result, reference = map(load_ref, files)
             except InputError as e:
                 self.unreadable[i] = str(e)
                 continue
@@ -152,18 +143,30 @@ class Compared:
                 if result.width != result.height:
                     raise InputError(
                         f"--crop {self.crop} needs square reconstructions, got {result.width} x {result.height} pixels "
-                        f"in {self.results[i]}"
+                        f"in {files[0]}"
                     )
                 reference = make_crop(self.crop, self.resize, result.width)(reference)
             if result.size != reference.size:
                 raise InputError(
-                    f"{self.references[i]} has {reference.width} x {reference.height} pixels, its reconstruction "
+                    f"{files[1]} has {reference.width} x {reference.height} pixels, its reconstruction "
                     f"{result.width} x {result.height}: give --crop"
                 )
             index.append(i)
             results.append(to_tensor(result))
             references.append(to_tensor(reference))
         return Pairs(index, results, references, 0.0)
+
+
+def pair_up(references: Sequence[Path], results: Sequence[Path], roots: tuple[Path, Path]) -> list[Path]:
+    """Of every image the one of ``results`` that has its name but for the suffix.
+
+    Raises InputError if an image has no partner, or several.
+    """
+    found, names = _by_name(results, roots[1]), _by_name(references, roots[0])
+    missing = [name for name in names if name not in found]
+    if missing:
+        raise InputError(f"{roots[1]} must have an image for each of {roots[0]}, got none for {missing[0]}")
+    return [found[name] for name in names]
 
 
 def _by_name(files: Sequence[Path], root: Path) -> dict[str, Path]:

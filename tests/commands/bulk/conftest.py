@@ -2,6 +2,8 @@
 
 import hashlib
 import io
+import json
+import random
 import tarfile
 from pathlib import Path
 
@@ -10,6 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
+from msdd_fast.commands import main as cli
+from msdd_fast.commands.bulk import options as bulk_options
+from msdd_fast.commands.bulk import run as bulk_run
 from msdd_fast.io.latents import Latents, save_latents
 from tests.perturbed import perturbed
 
@@ -70,6 +75,62 @@ def z_file(latents, tmp_path_factory):
     path = tmp_path_factory.mktemp("z") / "z.safetensors"
     save_latents(latents, path)
     return path
+
+
+class Killed(BaseException):
+    """The driver is gone."""
+
+
+class InProcess:
+    """In place of Ray: units in random order; the driver is killed after ``survive`` of them."""
+
+    def __init__(self):
+        self.survive, self.done, self.runs = None, [], 0
+
+    def __call__(self, worker, arguments, todo, options):
+        self.runs += 1
+        made = worker(**arguments, device="cpu", threads=None)
+        order = list(todo)
+        random.Random(self.runs).shuffle(order)
+        for n, row in enumerate(order):
+            if n == self.survive:
+                raise Killed
+            rows = {name: np.array([value], dtype=object) for name, value in row.items()}
+            self.done.append(row["unit"])
+            yield json.loads(made(rows)["result"][0])
+
+
+@pytest.fixture
+def ray(monkeypatch):
+    fake = InProcess()
+    monkeypatch.setattr(bulk_run, "_on_ray", fake)
+    monkeypatch.setattr(bulk_options, "has_ray", lambda: True)
+    return fake
+
+
+@pytest.fixture
+def run(checkpoint, capsys):
+    def run(command, *args):
+        code = cli.main([command, *map(str, args), "--checkpoint", checkpoint, "--device", "cpu"])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def fails(run):
+    def fails(*args):
+        code, out, err = run(*args)
+        assert code == 1 and out == "" and err.startswith("msdd-fast: error: ") and err.count("\n") == 1, (out, err)
+        return err.removeprefix("msdd-fast: error: ").strip()
+
+    return fails
+
+
+def killed(run, *args):
+    with pytest.raises(Killed):
+        run(*args)
 
 
 def add(tar, name, data):

@@ -13,7 +13,8 @@ import torch
 import msdd_fast
 from msdd_fast.io.json_files import read_json_lines
 from msdd_fast.io.latents import Latents, save_latents
-from tests.commands.bulk.conftest import digests
+from tests.commands.bulk.conftest import COUNT, digests
+from tests.metrics.packages import package, write_squeezenet
 
 pytestmark = pytest.mark.slow
 pytest.importorskip("ray.data", reason="needs Ray Data (the extra [ray])")
@@ -36,9 +37,11 @@ def start(checkpoint):
     """Starts a command in a process of its own."""
     processes = []
 
-    def start(command, *args):
+    def start(command, *args, **environment):
         words = [sys.executable, "-m", "msdd_fast", command, *map(str, args), "--checkpoint", checkpoint, "--ray"]
-        process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment}
+        )
         processes.append(process)
         return process
 
@@ -121,6 +124,58 @@ def test_encode_with_two_workers(start, checkpoint, photo_shards, tmp_path):
         out, err = finish(start(*args, "-o", tmp_path / name, *workers))
         assert "10 x 16 x 32" in out and "1 of 11 images could not be read" in err
     assert digests(tmp_path / "one", ".safetensors") == digests(tmp_path / "two", ".safetensors")
+
+
+# In every process: whoever would publish the part GATED says so in the folder GATE and waits until it may go on.
+SITECUSTOMIZE = """
+import os, time
+
+publish = os.replace
+
+def replace(source, target, **options):
+    gate = os.environ["GATE"]
+    if str(target).endswith(os.environ["GATED"]) and not os.path.exists(f"{gate}/open"):
+        open(f"{gate}/reached-{os.getpid()}", "w").close()
+        while not os.path.exists(f"{gate}/open"):
+            time.sleep(0.02)
+    publish(source, target, **options)
+
+os.replace = replace
+"""
+
+
+def reached(gate, process):
+    """The process that waits at the gate."""
+    while not (found := list(gate.glob("reached-*"))):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    return int(found[0].name.removeprefix("reached-"))
+
+
+def test_eval_with_two_workers_of_which_one_is_killed(start, photos, tmp_path):
+    """The report of one worker, to the last digit: nothing is lost and nothing counted twice."""
+    package("skimage", "scikit-image")
+    package("torch_fidelity", "torch-fidelity")
+    write_squeezenet(tmp_path / "squeezenet.pth")
+    words = ("eval", photos, "--batch-size", 1, "--seed", 3, "--features", f"squeezenet={tmp_path}/squeezenet.pth")
+    one, two = ((*words, "--out", tmp_path / n, "--json", tmp_path / f"{n}.json") for n in ("one", "two"))
+    finish(start(*one, *ONE))
+    (tmp_path / "gate").mkdir()
+    (tmp_path / "gate" / "sitecustomize.py").write_text(SITECUSTOMIZE)
+    gate = {"PYTHONPATH": str(tmp_path / "gate"), "GATE": str(tmp_path / "gate"), "GATED": "000004.safetensors"}
+    process = start(*two, *TWO, **gate)
+    victim = reached(tmp_path / "gate", process)
+    hidden = [p for p in (tmp_path / "two").glob(".*.safetensors") if p.stat().st_size]
+    assert hidden and not (tmp_path / "two" / "000004.safetensors").exists()  # measured, but not there yet
+    os.kill(victim, signal.SIGKILL)
+    (tmp_path / "gate" / "open").touch()
+    _, err = finish(process)
+    assert "1 of 11 images could not be read" in err
+    assert (tmp_path / "two.json").read_text() == (tmp_path / "one.json").read_text()
+    lines = read_json_lines(tmp_path / "two" / "manifest.jsonl")
+    assert sorted(m["first"] for m in lines) == list(range(COUNT))
+    assert victim not in {int(m["worker"].rsplit(":", 1)[1]) for m in lines if m["first"] == 4}
+    assert not [p.name for p in (tmp_path / "two").iterdir() if p.name.startswith(".")]
 
 
 def test_the_error_of_a_worker_is_one_line(start, many, tiny, tmp_path):
