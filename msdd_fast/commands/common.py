@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 
 from msdd_fast.engine import FastDecoder, accelerate
+from msdd_fast.io import arguments
 from msdd_fast.io.arguments import dtype_name as dtype_name
 from msdd_fast.io.arguments import pick_device as pick_device
 from msdd_fast.io.arguments import positive_int as positive_int
@@ -15,7 +16,7 @@ from msdd_fast.io.images import load_batch as load_batch
 from msdd_fast.tokenizer import Tokenizer
 
 DEFAULT_CHECKPOINT = "msdd-nano"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in arguments.DTYPES}
 
 
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:

@@ -12,8 +12,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from msdd_fast.commands.bulk.decode import decode_on_ray
 from msdd_fast.commands.bulk.options import add_ray, ray_options
 from msdd_fast.commands.common import (
@@ -29,7 +27,7 @@ from msdd_fast.commands.common import (
 from msdd_fast.commands.output import add_json, bar, check_json, finish, say
 from msdd_fast.commands.record import claim, decode_options, digest
 from msdd_fast.commands.shards import RECORD, SHARD_SIZE
-from msdd_fast.diffusion.checks import check_latents
+from msdd_fast.diffusion.checks import check_latents, first_not_finite
 from msdd_fast.diffusion.noise import resolve_seeds
 from msdd_fast.errors import InputError
 from msdd_fast.families.base import Conditions
@@ -146,9 +144,9 @@ def read(source: Path) -> Latents:
 
 def check_finite(latents: Latents) -> None:
     """Before the first picture is written: InputError that names the first image with NaN or Inf."""
-    finite = torch.isfinite(latents.z).flatten(1).all(dim=1).tolist()
-    if not all(finite):
-        raise InputError(f"latents must be finite, got NaN or Inf for {latents.names[finite.index(False)]!r}")
+    first = first_not_finite(latents.z)
+    if first is not None:
+        raise InputError(f"latents must be finite, got NaN or Inf for {latents.names[first]!r}")
 
 
 def output_files(latents: Latents, output: Path) -> list[Path]:

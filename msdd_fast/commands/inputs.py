@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from msdd_fast.diffusion.checks import first_not_finite
 from msdd_fast.errors import InputError
 from msdd_fast.io.images import center_crop, load_image, to_tensor
 from msdd_fast.tokenizer import Tokenizer
@@ -100,9 +101,9 @@ def encode(tokenizer: Tokenizer, images: Tensor, names: Sequence[object]) -> Ten
 
 def require_finite(doing: str, x: Tensor, names: Sequence[object]) -> None:
     """Raise InputError that names the first item of the batch with NaN or Inf."""
-    finite = torch.isfinite(x).flatten(1).all(dim=1).tolist()
-    if not all(finite):
-        raise InputError(f"{doing} gave NaN or Inf for {names[finite.index(False)]}")
+    first = first_not_finite(x)
+    if first is not None:
+        raise InputError(f"{doing} gave NaN or Inf for {names[first]}")
 
 
 def printable(path: object) -> str:

@@ -17,8 +17,8 @@ import torch
 
 from msdd_fast.backends.extension import extension_status
 from msdd_fast.backends.tuned import machine
-from msdd_fast.commands.common import pick_device, positive_int
 from msdd_fast.commands.output import say, steps
+from msdd_fast.io.arguments import DTYPES, pick_device, positive_int
 from msdd_fast.io.files import STDOUT, is_standard_output, require_writable
 from msdd_fast.io.json_files import write_json
 from msdd_fast.layers.linear.base import Linear
@@ -26,7 +26,6 @@ from msdd_fast.layers.linear.dense import DenseLinear
 from msdd_fast.layers.linear.native import NativeLinear, size_of
 from msdd_fast.ops.attention import OP
 
-DTYPES = ("bfloat16", "float16", "float32")
 HEAD_SIZE = 64
 # Queries of the coarse scales alone, then tokens of the joint blocks at 32, 64, 128 and 256 px.
 QUERIES = (16, 64, 144, 192, 384, 1152)

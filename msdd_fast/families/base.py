@@ -83,8 +83,8 @@ class Conditions(NamedTuple):
 class Conditioned(Protocol):
     """What a family has besides if its decodes read more than latents and seeds, such as captions."""
 
-    condition_names: ClassVar[tuple[str, ...]]
-    """Keyword arguments of ``decode`` that ``condition`` takes."""
+    condition_names: ClassVar[Mapping[str, str]]
+    """Keyword arguments of ``decode`` that ``condition`` takes, and what each is."""
 
     def condition(self, z: Tensor, steps: int, cfg_scale: float, **given: Any) -> Conditions:
         """What a decode of ``z`` depends on, from those arguments. Raises InputError for bad ones."""
@@ -121,6 +121,11 @@ class Family(Protocol):
     released: ClassVar[ReleasedFormat | None]
     no_fast_tier: ClassVar[str]
     """Why ``accelerate(tier="fast")`` is not offered; empty if it is."""
+
+    @property
+    def no_encoder(self) -> str:
+        """Why images cannot be encoded, and where latents come from instead; empty if they can."""
+        ...
 
     def __init__(self, config: Any) -> None: ...
 

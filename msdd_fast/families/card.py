@@ -9,6 +9,7 @@ from typing import Any
 from msdd_fast.diffusion.config import Config, num_parameters
 from msdd_fast.errors import InputError
 from msdd_fast.families import family_of
+from msdd_fast.families.base import Conditioned, example_conditions
 
 # Of a report of `msdd-fast eval --json`: results, and what does not belong to the conditions.
 _NO_CONDITION = ("mean", "images", "checkpoint", "set", "count", "unreadable", "folder", "reconstructions", "name")
@@ -28,18 +29,24 @@ def model_card(
     ``metrics`` are reports of ``msdd-fast eval --json``. Raises InputError for anything else.
     """
     family = family_of(config)
+    conditions = example_conditions(family)
+    told = family.condition_names if isinstance(family, Conditioned) else {}
     stages = config.stage_shapes((1, *family.example))
-    tags = ["msdd-fast", "image-tokenizer", "diffusion-decoder", config.family]
+    tags = ["msdd-fast", *([] if family.no_encoder else ["image-tokenizer"]), "diffusion-decoder", config.family]
     options = "".join(f', {k}="{v}"' for k, v in (("revision", revision), ("subfolder", subfolder)) if v is not None)
     latents = ", ".join(map(str, ("B", *("any" if n is None else n for n in config.latent_shape))))
+    kind, parts = ("A", "decoder") if family.no_encoder else ("An image tokenizer with a", "encoder and decoder")
     rows = [
         ("family", config.family),
         ("model", family.model),
         ("latents", f"({latents})"),
         ("images", " → ".join(f"{h} x {w}" for _, h, w in stages)),
-        ("parameters", f"{num_parameters(config) / 1e6:.1f} M, encoder and decoder"),
+        ("parameters", f"{num_parameters(config) / 1e6:.1f} M, {parts}"),
         ("sampling", family.describe_sampling(config.sampling.steps, config.sampling.cfg_scale)),
     ]
+    encoded = "" if family.no_encoder else ", or from tok.encode(images)"
+    advice = "" if family.no_encoder else " `msdd-fast eval FOLDER --json FILE` measures some."
+    given = "".join(f", {name}={name}" for name in conditions)
     return "\n".join(
         [
             "---",
@@ -50,7 +57,7 @@ def model_card(
             "",
             f"# {repository.split('/')[-1]}",
             "",
-            "An image tokenizer with a diffusion decoder, in the format of msdd-fast.",
+            f"{kind} diffusion decoder, in the format of msdd-fast.",
             "",
             "| | |",
             "|---|---|",
@@ -63,13 +70,15 @@ def model_card(
             "import torch",
             "",
             f'tok = msdd_fast.Tokenizer.from_pretrained("{repository}"{options})',
-            f"z = torch.randn{(1, *family.example)}  # or from your generator, or from tok.encode(images)",
-            "x = msdd_fast.accelerate(tok).decode(z, seed=0)  # (B, 3, H, W), nominally in [-1, 1]",
+            f"z = torch.randn{(1, *family.example)}  # or from your generator{encoded}",
+            *(f"{name} = torch.randn{tuple(x.shape)}  # or {told[name]}" for name, x in conditions.items()),
+            f"x = msdd_fast.accelerate(tok).decode(z, seed=0{given})  # (B, 3, H, W), nominally in [-1, 1]",
             "```",
+            *(["", f"{family.no_encoder[:1].upper()}{family.no_encoder[1:]}."] if family.no_encoder else []),
             "",
             "## Metrics",
             "",
-            *(_measured(metrics) or ["None were given. `msdd-fast eval FOLDER --json FILE` measures some."]),
+            *(_measured(metrics) or [f"None were given.{advice}"]),
             "",
             "## Configuration",
             "",

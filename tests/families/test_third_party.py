@@ -132,6 +132,7 @@ class MosaicFamily:
         lambda tensors: {"colour": tensors["decoder.gain"]},
     )
     no_fast_tier: ClassVar[str] = "a mosaic has no matrix products"
+    no_encoder: ClassVar[str] = ""
 
     def __init__(self, config: MosaicConfig) -> None:
         self.config = config

@@ -190,15 +190,19 @@ def test_another_process_with_the_environment_of_users(tok, hub, tmp_path):
 # --- The card.
 
 
-@pytest.mark.parametrize("preset", ["tiny", "tiny-ssdd", "msdd-d12-joint"])
+@pytest.mark.parametrize("preset", ["tiny", "tiny-ssdd", "msdd-d12-joint", "tiny-pid"])
 def test_card(preset, tmp_path):
     """It says the configuration, and its program runs."""
     config = get_preset(preset)
     card = model_card(config, "me/mine", [REPORT])
+    encodes = preset != "tiny-pid"
+    is_tokenizer = "image-tokenizer, " if encodes else ""
     assert json.loads(re.search(r"```json\n(.*?)```", card, re.S)[1]) == json.loads(config.to_json())
     assert card.startswith(
-        f"---\nlibrary_name: msdd-fast\ntags: [msdd-fast, image-tokenizer, diffusion-decoder, {config.family}"
+        f"---\nlibrary_name: msdd-fast\ntags: [msdd-fast, {is_tokenizer}diffusion-decoder, {config.family}]\n---\n"
     )
+    assert ("tok.encode" in card) == ("M, encoder and decoder |" in card) == ("image tokenizer" in card) == encodes
+    assert ("\nA PiD tokenizer has no encoder: it decodes latents of the VAE of SDXL; " in card) != encodes
     assert (
         "kodak24, 24 images (crop: largest centred square, to 64 px; steps per scale: 1; cfg scale: 1.0; seed: 0):"
         in card
@@ -209,7 +213,7 @@ def test_card(preset, tmp_path):
         program = re.search(r"```python\n(.*?)```", card, re.S)[1].replace("me/mine", str(tmp_path / "mine"))
         scope = {}
         exec(program, scope)
-        assert scope["x"].shape == (1, 3, 64, 64)
+        assert scope["x"].shape == (1, *config.stage_shapes(scope["z"].shape)[-1]) and scope["x"].isfinite().all()
 
 
 def test_card_without_metrics():

@@ -6,7 +6,9 @@ import hashlib
 import io
 import json
 import tarfile
+from bisect import bisect_right
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -82,22 +84,24 @@ class Piece(NamedTuple):
 
 
 class LatentSource(NamedTuple):
-    """Latents in order of their global index: names, and the pieces that hold them with how many each holds."""
+    """Latents in order of their global index: names, the pieces that hold them, and how many there are up to the end of
+    each piece."""
 
     names: list[str]
     pieces: list[Piece]
-    counts: list[int]
+    ends: list[int]
 
     def part(self, first: int, last: int) -> list[Piece]:
         """Pieces that hold the latents from ``first`` to ``last``."""
-        found, start = [], 0
-        for piece, count in zip(self.pieces, self.counts, strict=True):
-            begin, end = max(first, start), min(last, start + count)
-            if begin < end:
-                whole = piece.in_shard
-                at = piece.begin - start
-                found.append(piece if whole else piece._replace(begin=at + begin, end=at + end))
-            start += count
+        found: list[Piece] = []
+        number = bisect_right(self.ends, first)  # of the first piece that ends behind it
+        start = self.ends[number - 1] if number else 0
+        while start < last and number < len(self.pieces):
+            piece, end = self.pieces[number], self.ends[number]
+            if start < end:
+                begin, stop = (piece.begin - start + i for i in (max(first, start), min(last, end)))
+                found.append(piece if piece.in_shard else piece._replace(begin=begin, end=stop))
+            number, start = number + 1, end
         return found
 
     def digest(self) -> str:
@@ -150,7 +154,7 @@ def list_latents(source: str | Path, is_one_set: bool) -> LatentSource:
             pieces.append(Piece(str(file), 0, head.shape[0], False))
             counts.append(head.shape[0])
     check_names(names, sum(counts), path)
-    return LatentSource(names, pieces, counts)
+    return LatentSource(names, pieces, list(accumulate(counts)))
 
 
 def load_pieces(pieces: Sequence[Piece]) -> Tensor:

@@ -37,6 +37,7 @@ class MSDDFamily:
     presets: ClassVar[Mapping[str, Config]] = PRESETS
     released: ClassVar[ReleasedFormat | None] = RELEASED
     no_fast_tier: ClassVar[str] = ""
+    no_encoder: ClassVar[str] = ""
 
     def __init__(self, config: TokenizerConfig) -> None:
         self.config = config

@@ -208,5 +208,5 @@ class PiDConfig(JsonConfig):
 
 
 def swiglu_hidden_size(width: int) -> int:
-    """Hidden size of a joint block's feed-forward layer."""
-    return int(2 * int(4 * width) / 3)
+    """Hidden size of a joint block's feed-forward layer: two thirds of 4 * width, rounded down."""
+    return 8 * width // 3

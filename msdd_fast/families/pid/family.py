@@ -42,7 +42,13 @@ class PiDFamily:
     presets: ClassVar[Mapping[str, Config]] = PID_PRESETS
     released: ClassVar[ReleasedFormat | None] = RELEASED
     no_fast_tier: ClassVar[str] = "PiD's products have not been measured in 8 bits"
-    condition_names: ClassVar[tuple[str, ...]] = ("text", "sigma", "height", "width", "null_text")
+    condition_names: ClassVar[Mapping[str, str]] = {
+        "text": "features of the caption, or a file of them (msdd_fast.families.pid.caption)",
+        "sigma": "noise level of the latents",
+        "height": "of the images",
+        "width": "of the images",
+        "null_text": "features to guide away from",
+    }
 
     def __init__(self, config: PiDConfig) -> None:
         self.config = config
@@ -68,6 +74,10 @@ class PiDFamily:
             "the caption's tokens, rotary tables and positions of pixels: once per image",
         )
 
+    @property
+    def no_encoder(self) -> str:
+        return no_encoder(self.config)
+
     def describe_sampling(self, steps: int, cfg_scale: float) -> str:
         guidance = f", CFG {cfg_scale:g}" if self.config.has_null_context else ", no guidance"
         return f"{steps} step(s), {self.config.sampler}{guidance}"
@@ -76,7 +86,7 @@ class PiDFamily:
         return NoEncoder(self.config), PiDDecoder(self.config)
 
     def check_images(self, images: Tensor) -> None:
-        raise InputError(no_encoder(self.config))
+        raise InputError(self.no_encoder)
 
     # --- What a decode depends on besides the latents. ---
 
@@ -216,7 +226,7 @@ class PiDFamily:
         return decode_work(self.config, batch, steps, cfg_scale, itemsize, hoisted)
 
     def encode_work(self, batch: int = 1, itemsize: int = 2) -> list[Work]:
-        raise InputError(no_encoder(self.config))
+        raise InputError(self.no_encoder)
 
     def activation_bytes(self, itemsize: int, guided: bool, quantized: bool) -> int:
         return activation_bytes(self.config, itemsize, guided)

@@ -37,6 +37,7 @@ class SSDDFamily:
     presets: ClassVar[Mapping[str, Config]] = SSDD_PRESETS
     released: ClassVar[ReleasedFormat | None] = RELEASED
     no_fast_tier: ClassVar[str] = "SSDD's products are convolutions, of which there is no 8-bit kind"
+    no_encoder: ClassVar[str] = ""
 
     def __init__(self, config: SSDDConfig) -> None:
         self.config = config

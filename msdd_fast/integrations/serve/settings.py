@@ -16,7 +16,7 @@ class Settings:
     Attributes:
         max_wait: seconds that a request waits for others to share its batch.
         max_queue: images that may wait; requests beyond are refused with 503.
-        max_images: of one request.
+        max_images: of one request; at most max_queue.
         max_pixels: of one image.
         timeout: seconds from the head of a request to its images; then 504.
         token: what ``Authorization: Bearer`` must carry; None for no check.
@@ -36,5 +36,10 @@ class Settings:
             value = as_number(name, getattr(self, name))
             if not math.isfinite(value) or value < least:
                 raise InputError(f"{name} must be a finite number of seconds >= {least:g}, got {value!r}")
+        if self.max_images > self.max_queue:
+            raise InputError(
+                f"max_images must be at most max_queue={self.max_queue}, else a request of that many would always be "
+                f"refused, got {self.max_images}"
+            )
         if self.token is not None and (not self.token or not self.token.isascii() or not self.token.isprintable()):
             raise InputError("token must be printable ASCII and not empty")

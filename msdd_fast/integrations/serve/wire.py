@@ -134,7 +134,7 @@ def prepare(
         if value is not None and (not math.isfinite(value) or (name == "scaling_factor" and value == 0)):
             raise InputError(f"{name} must be finite{' and not 0' if name == 'scaling_factor' else ''}, got {value}")
     if scaling is not None or shift is not None:
-        z = z.double() if z.dtype == torch.float64 else z.float()
+        z = z if z.dtype == torch.float64 else z.float()
         z = z / (1.0 if scaling is None else scaling) + (0.0 if shift is None else shift)
     z = z.to(engine.dtype)
     check_finite("latents", z)

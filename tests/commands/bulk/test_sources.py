@@ -1,5 +1,6 @@
 """What bulk work finds, and that it is the same data as without Ray."""
 
+import itertools
 import json
 import tarfile
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from msdd_fast.commands.bulk.sources import list_images, list_latents, load_pieces, load_ref
+from msdd_fast.commands.bulk.sources import LatentSource, Piece, list_images, list_latents, load_pieces, load_ref
 from msdd_fast.commands.record import digest
 from msdd_fast.errors import InputError
 from msdd_fast.io.images import find_image_files, load_image
@@ -43,6 +44,31 @@ def test_latents_of_files_and_any_part_of_them(latents, tmp_path):
     for first, last in ((0, COUNT), (0, 1), (3, 6), (4, 5), (10, 11)):
         assert torch.equal(load_pieces(source.part(first, last)), latents.z[first:last])
     assert source.digest() == digest(json.dumps(latents.names), {"z": latents.z})
+    assert source.part(4, 4) == source.part(COUNT, COUNT) == []
+
+
+def test_a_part_reads_only_the_pieces_that_hold_it():
+    """Of a million pieces as of three: those before and behind are not looked at."""
+
+    class Pieces(list):
+        def __init__(self, pieces):
+            super().__init__(pieces)
+            self.seen = []
+
+        def __getitem__(self, number):
+            self.seen.append(number)
+            return super().__getitem__(number)
+
+        def __iter__(self):
+            raise AssertionError("walks through all pieces")
+
+    counts = [3, 0, 1, 5, 2]
+    pieces = Pieces(Piece(str(i), 10, 10 + n, False) for i, n in enumerate(counts))
+    source = LatentSource([], pieces, list(itertools.accumulate(counts)))
+    assert source.part(2, 6) == [Piece("0", 12, 13, False), Piece("2", 10, 11, False), Piece("3", 10, 12, False)]
+    assert pieces.seen == [0, 1, 2, 3]
+    pieces.seen.clear()
+    assert source.part(8, 9) == [Piece("3", 14, 15, False)] and pieces.seen == [3]
 
 
 def test_latents_in_shards(latents, tmp_path):

@@ -10,7 +10,7 @@ from msdd_fast import Tokenizer
 from msdd_fast.diffusion.config import num_parameters
 from msdd_fast.errors import ConfigError, InputError
 from msdd_fast.families.pid.blocks import RMSNorm
-from msdd_fast.families.pid.config import PiDConfig
+from msdd_fast.families.pid.config import PiDConfig, swiglu_hidden_size
 from msdd_fast.families.pid.decoder import (
     PiDDecoder,
     SigmaGate,
@@ -48,6 +48,11 @@ def test_parameters_of_released_sizes(name):
     with torch.device("meta"):
         decoder = PiDDecoder(PID_PRESETS[name])
     assert sum(p.numel() for p in decoder.parameters()) == PARAMETERS[name] == num_parameters(decoder.config)
+
+
+def test_the_hidden_size_is_that_of_the_specification():
+    assert all(swiglu_hidden_size(n) == int(2 * int(4 * n) / 3) for n in range(1, 2**16 + 1))
+    assert swiglu_hidden_size(1536) == 4096
 
 
 def test_parameters_of_other_sizes():

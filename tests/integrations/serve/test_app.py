@@ -277,9 +277,18 @@ def test_limits_on_size(engine, spatial, z):
 
 
 def test_settings_that_make_no_sense(engine):
-    for bad in ({"max_queue": 0}, {"timeout": 0}, {"timeout": float("nan")}, {"max_wait": -1}, {"token": ""}):
+    for bad in (
+        {"max_queue": 0},
+        {"timeout": 0},
+        {"timeout": float("nan")},
+        {"max_wait": -1},
+        {"token": ""},
+    ):
         with pytest.raises(InputError, match=next(iter(bad))):
             Settings(**bad)
+    assert Settings(max_images=4, max_queue=4).max_images == 4
+    with pytest.raises(InputError, match=r"^max_images must be at most max_queue=4, else .*, got 5$"):
+        Settings(max_images=5, max_queue=4)
     with pytest.raises(InputError, match="max_pixels must allow the model's 64 x 64"):
         create_app(engine, Settings(max_pixels=100))
 
@@ -338,7 +347,7 @@ def test_a_full_queue_is_503_with_a_time_to_come_again(engine, z, held):
         held.set()
         return refused, [await t for t in (first, *waits)]
 
-    refused, answers = serve(engine, test, max_queue=2, max_wait=0)
+    refused, answers = serve(engine, test, max_queue=2, max_images=2, max_wait=0)
     assert "queue is full" in detail(refused, 503) and int(refused[1]["retry-after"]) >= 1
     assert [a[0] for a in answers] == [200] * 3
 
