@@ -3,7 +3,8 @@
     python -m msdd_fast.bench.timing.op_overhead [--root OTHER_TREE ...] [--only OP ...] [--json FILE]
 
 The tensors are so small that Python is most of the time. With ``--root``, another tree with a .venv of its own (a
-checkout of an older revision) is measured in the same run: one process per tree, in turns, op by op. Numbers are
+checkout of an older revision) is measured in the same run: one process per tree, in turns, op by op, on the same
+tensors (``Op.example`` of this tree), as far as both trees have an op of these arguments. Numbers are
 microseconds, the best of ``--rounds`` medians (overhead_worker.py).
 """
 
@@ -14,11 +15,15 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from msdd_fast import ops
 from msdd_fast.bench.report.text import aligned
 from msdd_fast.bench.timing import overhead_worker
 from msdd_fast.bench.timing.machine import ROOT, machine_info
@@ -27,6 +32,7 @@ from msdd_fast.io.arguments import positive_int
 from msdd_fast.io.files import require_writable
 from msdd_fast.io.json_files import write_json
 from msdd_fast.io.program import run_program
+from msdd_fast.ops import get_op
 
 WAYS = ("op", "bound", "C")
 
@@ -34,17 +40,23 @@ Nanoseconds = dict[str, dict[str, float | None]]
 """Op to {"op", "bound", "C"}."""
 
 
-class Worker:
-    """A process that times ops with the interpreter of one tree."""
+def examples() -> dict[str, tuple[Any, ...]]:
+    """Small arguments of every op that has a C++ function."""
+    found = {name: get_op(name) for name in ops.__all__}
+    return {name: op.example() for name, op in found.items() if overhead_worker.BACKEND in op.implementations}
 
-    def __init__(self, root: Path, stack: ExitStack) -> None:
+
+class Worker:
+    """A process that times ops with the interpreter of one tree, on the arguments in a file."""
+
+    def __init__(self, root: Path, arguments: Path, stack: ExitStack) -> None:
         python = sys.executable if root == ROOT else str(root / ".venv" / "bin" / "python")
         if not Path(python).exists():
             raise InputError(f"--root must be a tree with .venv/bin/python, got {root}")
         self.root = root
         environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "TRITON_INTERPRET")}
         self.process = subprocess.Popen(
-            [python, overhead_worker.__file__],
+            [python, overhead_worker.__file__, str(arguments)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -72,7 +84,9 @@ class Worker:
 def measure(roots: Sequence[Path], rounds: int, only: Sequence[str] = ()) -> dict[str, Nanoseconds]:
     """Nanoseconds by tree, op and way, for the ops that all trees have: the minimum over ``rounds``."""
     with ExitStack() as stack:
-        workers = [Worker(root, stack) for root in roots]
+        arguments = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "arguments.pt"
+        torch.save(examples(), arguments)
+        workers = [Worker(root, arguments, stack) for root in roots]
         known = [set(worker.ask("ops")) for worker in workers]
         names = sorted(set.intersection(*known))
         if set(only) - set(names):
@@ -95,9 +109,9 @@ def _least(values: Iterable[float | None]) -> float | None:
 def table(found: Mapping[str, Nanoseconds]) -> list[str]:
     """Microseconds per call; "above C++" is what Python adds to the C++ function."""
     lines: list[str] = []
-    for root, ops in found.items():
+    for root, by_op in found.items():
         rows = [["us per call", "ops.<op>", "above C++", "bound op", "above C++", "C++"]]
-        for name, ns in ops.items():
+        for name, ns in by_op.items():
             c = ns["C"]
             cells = []
             for way in ("op", "bound"):

@@ -1,5 +1,7 @@
 """Times one call of each op on tiny tensors, in any tree of msdd_fast: the process behind ``op_overhead``.
 
+Its argument is a file with the arguments of every op (``op_overhead.examples``).
+
     stdin                          stdout (one JSON value a line)
     ops                            names of the ops that run here
     time OP                        {"op": ns, "bound": ns, "C": ns or null}, each the median of LOOPS loops
@@ -7,7 +9,8 @@
 "op" is ``ops.<op>(..., backend="cpu")``, "bound" the same op as an engine calls it (``engine.bound_ops.bind``), "C" the
 function of ``msdd_fast._C`` alone, called with the arguments that it got from the op.
 
-It runs over older revisions too, so it imports nothing of msdd_fast.bench.
+It runs over older revisions too: it imports nothing of msdd_fast.bench, and leaves out an op that is not there or takes
+other arguments.
 """
 
 from __future__ import annotations
@@ -24,53 +27,6 @@ import torch
 
 LOOPS, CALLS = 5, 1000
 BACKEND = "cpu"
-
-
-def inputs() -> dict[str, tuple[Any, ...]]:
-    """Arguments of each op: one or two tokens, one image of 8 x 8 pixels. No tensor is given twice, as in an engine."""
-
-    from msdd_fast import native
-
-    pack = getattr(native, "pack_linear", lambda weight: None)  # old revisions have no op that needs it
-
-    def randn(*shape: int) -> torch.Tensor:
-        return torch.randn(shape)
-
-    def image() -> torch.Tensor:
-        return randn(1, 3, 8, 8)
-
-    def half() -> torch.Tensor:
-        return torch.tensor(0.5)
-
-    rows, patches, table, seeds = (1, 2, 64), (1, 1, 192), (1, 64), torch.arange(1)
-    heads, maps = randn(1, 2, 3, 2, 64), randn(1, 32, 8, 8).contiguous(memory_format=torch.channels_last)
-    q, k, v = heads.clone().unbind(2)
-    gates, shifts = randn(4 * 64 * 16, 8), randn(2 * 64 * 16, 8)
-    window = [randn(1, 4, 1, 40) for _ in range(3)]
-    return {
-        "attention": (q, k, v),
-        "cfg_combine": (image(), image(), half()),
-        "cfg_euler": (image(), image(), image(), half(), half()),
-        "context_attention": (q, k, v, torch.zeros_like(q)),
-        "euler_step": (image(), image(), half()),
-        "final_step": (randn(*patches), randn(*patches), half(), 8, torch.float32),
-        "gate_residual_norm_modulate": (randn(*rows), randn(*rows), randn(*table), randn(*table), randn(*table)),
-        "group_norm_modulate_silu": (maps, 32, 1e-5),
-        "norm_modulate": (randn(*rows), randn(*table), randn(*table)),
-        "pixel_block": (
-            *(randn(2, 64, 16), randn(2, 64, 16), randn(2, 8), gates, randn(4096), randn(16)),
-            *(randn(64, 16), randn(64), randn(16, 64), randn(16), pack(gates)),
-        ),
-        "pixel_modulate": (randn(2, 64, 16), randn(2, 8), shifts, randn(2048), randn(16), pack(shifts)),
-        "qk_norm_rope": (heads, torch.ones(1, 2, 64), torch.zeros(1, 2, 64), randn(2, 32), randn(2, 32)),
-        "renoise_upsample": (image(), half(), half(), seeds, 1),
-        "stage_transition": (randn(*patches), randn(*patches), half(), half(), half(), seeds, 1, 8),
-        "sde_step": (image(), image(), half(), torch.tensor(0.25), seeds, 1),
-        "sigma_gate": (randn(*rows), randn(*rows), randn(1, 2, 1), None, None, None, None, randn(64)),
-        "start_noise": (seeds, (3, 8, 8)),
-        "swiglu": (randn(2, 64), randn(2, 64)),
-        "window_attention": (*window, randn(15, 15, 1), 2, 2),
-    }
 
 
 def calls_of(name: str, arguments: tuple[Any, ...]) -> dict[str, Callable[[], Any] | None]:
@@ -126,14 +82,14 @@ def nanoseconds(call: Callable[[], Any]) -> float:
 
 
 def main() -> None:
-    from msdd_fast import ops
-
     torch.set_num_threads(1)
     with torch.no_grad():
         calls = {}
-        for name, arguments in inputs().items():
-            if hasattr(ops, name):
+        for name, arguments in torch.load(sys.argv[1], weights_only=True).items():
+            try:
                 calls[name] = calls_of(name, arguments)
+            except (AttributeError, TypeError, ValueError) as error:
+                print(f"{name} is left out: {error}", file=sys.stderr)
         for line in sys.stdin:
             command, *words = line.split()
             answer: Any = list(calls)

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from msdd_fast import ops
 from msdd_fast.backends.choice import Choice, check_ops, current_choice, parse_choice
+from msdd_fast.ops import Ops
 from msdd_fast.ops._registry import Op, can_bypass_dispatcher, get_op, is_observed, observe
-from msdd_fast.ops.protocol import Ops
 
 try:
     from torch._C._dynamo import guards

@@ -27,7 +27,7 @@ from msdd_fast.io.photographs import photographs
 from msdd_fast.layers.linear import fp8, int8
 from msdd_fast.layers.linear.base import MakeLinear
 from msdd_fast.layers.linear.dense import DenseLinear
-from msdd_fast.ops.protocol import Ops
+from msdd_fast.ops import Ops
 from msdd_fast.tokenizer import Tokenizer
 
 REFERENCE_PSNR = 25.0

@@ -19,7 +19,7 @@ from msdd_fast.io.files import as_path, read_torch_file
 from msdd_fast.io.safetensors import check_weights, read_safetensors
 from msdd_fast.layers.linear.base import MakeLinear
 from msdd_fast.layers.request import DecodeProgram
-from msdd_fast.ops.protocol import Ops
+from msdd_fast.ops import Ops
 from msdd_fast.sampling import StageResult
 
 

@@ -1,6 +1,7 @@
 """The fused ops: one file each with formula, eager reference and registration. Kernels have the same stem.
 
 ``__all__`` lists the ops; ``get_op`` and ``observe`` are for those who register backends or watch which are taken.
+``Ops`` is their type as one object, which an engine's network and program call.
 """
 
 from msdd_fast.ops._registry import get_op as get_op
@@ -50,3 +51,29 @@ __all__ = [
     "swiglu",
     "window_attention",
 ]
+
+
+class Ops:
+    """Every op as a method, for ``engine.bound_ops.bind``, which fixes the backend: a call passes no ``backend``."""
+
+    attention = staticmethod(attention)
+    cfg_combine = staticmethod(cfg_combine)
+    cfg_euler = staticmethod(cfg_euler)
+    context_attention = staticmethod(context_attention)
+    euler_step = staticmethod(euler_step)
+    final_step = staticmethod(final_step)
+    gate_residual_norm_modulate = staticmethod(gate_residual_norm_modulate)
+    group_norm_modulate_silu = staticmethod(group_norm_modulate_silu)
+    linear = staticmethod(linear)
+    norm_modulate = staticmethod(norm_modulate)
+    pixel_block = staticmethod(pixel_block)
+    pixel_modulate = staticmethod(pixel_modulate)
+    qk_norm_rope = staticmethod(qk_norm_rope)
+    quantize_rows = staticmethod(quantize_rows)
+    renoise_upsample = staticmethod(renoise_upsample)
+    sde_step = staticmethod(sde_step)
+    sigma_gate = staticmethod(sigma_gate)
+    stage_transition = staticmethod(stage_transition)
+    start_noise = staticmethod(start_noise)
+    swiglu = staticmethod(swiglu)
+    window_attention = staticmethod(window_attention)

@@ -72,6 +72,8 @@ class Op:
         schema: arguments and result in PyTorch's schema language, "(Tensor x, ...) -> Tensor".
         eager: the reference; same arguments.
         fake: an uninitialised result for the same arguments.
+        example: small arguments of the public function, the same at every call, no tensor twice. Tests and the
+            benchmark of a call's cost use them. Tensors are on the CPU, of shapes that every implementation takes.
         fastest: the backend that measured fastest for the same arguments, which "auto" tries first; None if unknown.
         reads_offsets: whether implementations for GPUs also ask where in its storage a tensor begins.
     """
@@ -82,11 +84,12 @@ class Op:
         schema: str,
         eager: Callable[..., Any],
         fake: Callable[..., Any],
+        example: Callable[[], tuple[Any, ...]],
         fastest: Callable[..., str | None] = lambda *_: None,
         reads_offsets: bool = False,
     ) -> None:
-        self.name, self.schema, self.eager, self.fake, self.fastest = name, schema, eager, fake, fastest
-        self.reads_offsets = reads_offsets
+        self.name, self.schema, self.eager, self.fake, self.example = name, schema, eager, fake, example
+        self.fastest, self.reads_offsets = fastest, reads_offsets
         self.implementations: dict[str, Implementation] = {}
         _ops[name] = self
         register_op(name)

@@ -19,6 +19,8 @@ Backends of ``auto``: the one that measured fastest here (msdd_fast/backends/tun
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -32,6 +34,7 @@ from msdd_fast.backends.sdpa import SDPA
 from msdd_fast.errors import InputError
 from msdd_fast.layout import attention_result, like_layout
 from msdd_fast.ops._checks import FLOAT_DTYPES, check_device, check_tensor
+from msdd_fast.ops._example import normals
 from msdd_fast.ops._heads import cast_for_autocast, cpu_fits, kernels_fit, rows_are_dense
 from msdd_fast.ops._native import register_native
 from msdd_fast.ops._registry import Op
@@ -108,11 +111,17 @@ def _flash_attn_fits(q: Tensor, k: Tensor, v: Tensor) -> Verdict:
     return True, ""
 
 
+def _example() -> tuple[Any, ...]:
+    (qkv,) = normals((2, 5, 3, 2, 16))
+    return qkv.unbind(2)
+
+
 OP = Op(
     "attention",
     "(Tensor q, Tensor k, Tensor v) -> Tensor",
     attention_eager,
     lambda q, k, v: attention_result(q),
+    _example,
     fastest=lambda q, k, v: tuned.fastest("attention", q.device, q.dtype, q.shape[3], q.shape[1]),
     reads_offsets=True,
 )

@@ -8,6 +8,8 @@ in float32 and rounded once. Moves 3 elements per element. The eager reference i
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,7 @@ from msdd_fast import native
 from msdd_fast.backends.triton import TRITON
 from msdd_fast.layout import as_rows, dense
 from msdd_fast.ops._checks import as_scalar, check_float, check_like
+from msdd_fast.ops._example import normals
 from msdd_fast.ops._native import register_native
 from msdd_fast.ops._registry import Op
 
@@ -44,11 +47,16 @@ def _native_arguments(v_cond: Tensor, v_uncond: Tensor, scale: Tensor) -> tuple[
     return None, v_cond, v_uncond, scale, None
 
 
+def _example() -> tuple[Any, ...]:
+    return *normals((2, 3, 4, 6), (2, 3, 4, 6)), torch.tensor(1.5)
+
+
 OP = Op(
     "cfg_combine",
     "(Tensor v_cond, Tensor v_uncond, Tensor scale) -> Tensor",
     cfg_combine_eager,
     lambda v, *_: torch.empty_like(dense(v)),
+    _example,
 )
 register_native(OP, native.cfg_euler, _native_arguments)
 OP.register(TRITON, _triton)

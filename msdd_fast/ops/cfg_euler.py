@@ -8,6 +8,8 @@ once (so it is closer than the two ops one after the other). Moves 4 elements pe
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,7 @@ from msdd_fast import native
 from msdd_fast.backends.triton import TRITON
 from msdd_fast.layout import as_rows, dense
 from msdd_fast.ops._checks import as_scalar, check_float, check_like
+from msdd_fast.ops._example import normals
 from msdd_fast.ops._native import register_native
 from msdd_fast.ops._registry import Op
 
@@ -56,11 +59,16 @@ def _native_arguments(
     return *as_rows(x, v_cond, v_uncond), scale, dt
 
 
+def _example() -> tuple[Any, ...]:
+    return *normals(*[(2, 3, 4, 6)] * 3), torch.tensor(1.5), torch.tensor(0.5)
+
+
 OP = Op(
     "cfg_euler",
     "(Tensor x, Tensor v_cond, Tensor v_uncond, Tensor scale, Tensor dt) -> Tensor",
     cfg_euler_eager,
     lambda x, *_: torch.empty_like(dense(x)),
+    _example,
 )
 register_native(OP, native.cfg_euler, _native_arguments)
 OP.register(TRITON, _triton)

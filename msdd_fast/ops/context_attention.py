@@ -21,6 +21,8 @@ launch would be saved.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -31,6 +33,7 @@ from msdd_fast.backends.triton import TRITON
 from msdd_fast.errors import InputError
 from msdd_fast.layout import attention_result, like_layout
 from msdd_fast.ops._checks import check_device, check_float
+from msdd_fast.ops._example import normals
 from msdd_fast.ops._heads import cast_for_autocast, cpu_fits, kernels_fit, without_autocast
 from msdd_fast.ops._native import register_native
 from msdd_fast.ops._registry import Op
@@ -110,11 +113,17 @@ def _triton(q: Tensor, k: Tensor, v: Tensor, accumulate: Tensor | None) -> Tenso
     return out
 
 
+def _example() -> tuple[Any, ...]:
+    (heads,) = normals((2, 5, 4, 2, 64))
+    return heads.bfloat16().unbind(2)
+
+
 OP = Op(
     "context_attention",
     "(Tensor q, Tensor k, Tensor v, Tensor? accumulate) -> Tensor",
     context_attention_eager,
     lambda q, *_: attention_result(q),
+    _example,
     reads_offsets=True,
 )
 OP.register(CUDA, _cuda, kernels_fit)

@@ -8,6 +8,8 @@ float32 and rounded once. Moves 3 elements per element: two reads, one write. Th
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,7 @@ from msdd_fast import native
 from msdd_fast.backends.triton import TRITON
 from msdd_fast.layout import as_rows, dense
 from msdd_fast.ops._checks import as_scalar, check_float, check_like
+from msdd_fast.ops._example import normals
 from msdd_fast.ops._native import register_native
 from msdd_fast.ops._registry import Op
 
@@ -44,11 +47,16 @@ def _native_arguments(x: Tensor, v: Tensor, dt: Tensor) -> tuple[Tensor | None, 
     return x, v, None, None, dt
 
 
+def _example() -> tuple[Any, ...]:
+    return *normals((2, 3, 4, 6), (2, 3, 4, 6)), torch.tensor(0.5)
+
+
 OP = Op(
     "euler_step",
     "(Tensor x, Tensor v, Tensor dt) -> Tensor",
     euler_step_eager,
     lambda x, *_: torch.empty_like(dense(x)),
+    _example,
 )
 register_native(OP, native.cfg_euler, _native_arguments)
 OP.register(TRITON, _triton)

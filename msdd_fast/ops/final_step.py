@@ -24,6 +24,7 @@ from msdd_fast.diffusion.patch_rows import unpatchify_rows
 from msdd_fast.errors import InputError
 from msdd_fast.layout import with_contiguous_rows
 from msdd_fast.ops._checks import FLOAT_DTYPES, check_blocks, check_bool
+from msdd_fast.ops._example import normals
 from msdd_fast.ops._native import register_native
 from msdd_fast.ops._patches import (
     check_patch_size,
@@ -124,12 +125,18 @@ def _triton(*args: Any) -> Tensor:
     return launch(*_contiguous(*args))
 
 
+def _example() -> tuple[Any, ...]:
+    x, v, v_uncond = normals(*[(4, 2, 48)] * 3)  # 2 x 2 patches of 4 pixels
+    return x, v, torch.tensor(0.5), 4, torch.float32, v_uncond, torch.tensor(1.5)
+
+
 OP = Op(
     "final_step",
     "(Tensor x, Tensor v, Tensor dt, int patch_size, ScalarType out_dtype, Tensor? v_uncond=None, "
     "Tensor? scale=None, bool channels_last=False) -> Tensor",
     final_step_eager,
     _fake,
+    _example,
 )
 register_native(OP, native.final_step, _contiguous)
 OP.register(TRITON, _triton)

@@ -23,6 +23,7 @@ from msdd_fast.errors import InputError
 from msdd_fast.layout import expand_rows, rows_per_entry
 from msdd_fast.ops._adaln import check_adaln, check_rms_weight, kernels_fit
 from msdd_fast.ops._checks import check_device, check_eps, check_floating
+from msdd_fast.ops._example import normals
 from msdd_fast.ops._native import register_native
 from msdd_fast.ops._registry import Op
 from msdd_fast.ops.norm_modulate import NORM_EPS, contiguous_rms_weight, norm_modulate_eager
@@ -101,12 +102,18 @@ def _kernels_fit(*args: Any) -> Verdict:
     return kernels_fit(*args[:5], *args[7:])
 
 
+def _example() -> tuple[Any, ...]:
+    x, y, tables = normals((2, 3, 24), (2, 3, 24), (2, 72))
+    return x, y, *tables.split(24, 1), None
+
+
 OP = Op(
     "gate_residual_norm_modulate",
     "(Tensor x, Tensor y, Tensor gate, Tensor shift, Tensor scale, int? split, float eps=1e-6, Tensor? rms_weight=None)"
     " -> (Tensor, Tensor)",
     gate_residual_norm_modulate_eager,
     _fake,
+    _example,
 )
 register_native(OP, native.gate_residual_norm_modulate, _contiguous, _kernels_fit)
 OP.register(TRITON, _triton, _kernels_fit)

@@ -27,6 +27,7 @@ from msdd_fast.backends.triton import TRITON
 from msdd_fast.errors import InputError
 from msdd_fast.layout import dense, memory_order
 from msdd_fast.ops._checks import FLOAT_DTYPES, check_bool, check_device, check_eps, check_floating
+from msdd_fast.ops._example import normals
 from msdd_fast.ops._native import register_native
 from msdd_fast.ops._registry import Op
 
@@ -154,12 +155,18 @@ def _kernels_fit(x: Tensor, *others: Any) -> Verdict:
     return True, ""
 
 
+def _example() -> tuple[Any, ...]:
+    x, weight, bias, scale, shift = normals((2, 3, 4, 6), (3,), (3,), (2, 3, 2, 3), (2, 3, 2, 3))
+    return x, 3, 1e-5, weight, bias, scale, shift, True
+
+
 OP = Op(
     "group_norm_modulate_silu",
     "(Tensor x, int groups, float eps, Tensor? weight=None, Tensor? bias=None, Tensor? scale=None, "
     "Tensor? shift=None, bool silu=True) -> Tensor",
     group_norm_modulate_silu_eager,
     lambda x, *_: torch.empty_like(x, memory_format=memory_order(x)),
+    _example,
 )
 register_native(OP, native.group_norm_modulate_silu, _contiguous, _kernels_fit)
 OP.register(TRITON, _triton, _kernels_fit)

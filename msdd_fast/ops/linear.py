@@ -15,14 +15,18 @@ threads. R rows move R in + out in + R out elements (with ``swiglu`` R out / 2 a
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor
 
 from msdd_fast import native
 from msdd_fast.backends.choice import Verdict
 from msdd_fast.backends.cpu import CPU
+from msdd_fast.backends.extension import extension_status
 from msdd_fast.errors import InputError
 from msdd_fast.ops._checks import FLOAT_DTYPES, check_bool, check_device, check_floating
+from msdd_fast.ops._example import normals
 from msdd_fast.ops._registry import Op
 
 
@@ -62,6 +66,11 @@ def pack_linear(weight: Tensor, swiglu: bool = False) -> Tensor:
     return native.pack_linear(weight.detach(), swiglu)
 
 
+def pack_if_built(weight: Tensor) -> Tensor | None:
+    """``pack_linear``, or None without the extension."""
+    return pack_linear(weight) if extension_status()[0] else None
+
+
 def linear_eager(x: Tensor, weight: Tensor, bias: Tensor | None, packed: Tensor | None, swiglu: bool) -> Tensor:
     """Reference: plain torch."""
     y = F.linear(x, weight, bias)
@@ -89,10 +98,16 @@ def _kernel_fits(x: Tensor, weight: Tensor, bias: Tensor | None, packed: Tensor 
     return packed is not None, "needs the weight in its own layout: packed=pack_linear(weight)"
 
 
+def _example() -> tuple[Any, ...]:
+    x, weight, bias = normals((2, 3, 24), (10, 24), (10,))
+    return x, weight, bias, pack_if_built(weight), False
+
+
 OP = Op(
     "linear",
     "(Tensor x, Tensor weight, Tensor? bias, Tensor? packed, bool swiglu) -> Tensor",
     linear_eager,
     _fake,
+    _example,
 )
 OP.register(CPU, _cpu, _kernel_fits)

@@ -26,6 +26,7 @@ from msdd_fast.backends.triton import TRITON
 from msdd_fast.layout import expand_rows, rows_per_entry
 from msdd_fast.ops._adaln import check_adaln, check_rms_weight, kernels_fit, rms_norm
 from msdd_fast.ops._checks import check_eps
+from msdd_fast.ops._example import normals
 from msdd_fast.ops._native import register_native
 from msdd_fast.ops._registry import Op
 
@@ -107,11 +108,17 @@ def _kernels_fit(
     return kernels_fit(x, shift, scale, rms_weight)
 
 
+def _example() -> tuple[Any, ...]:
+    x, tables = normals((2, 3, 24), (2, 48))
+    return x, *tables.split(24, 1), None
+
+
 OP = Op(
     "norm_modulate",
     "(Tensor x, Tensor shift, Tensor scale, int? split, float eps=1e-6, Tensor? rms_weight=None) -> Tensor",
     norm_modulate_eager,
     lambda x, *_: torch.empty_like(x, memory_format=torch.contiguous_format),
+    _example,
 )
 register_native(OP, native.norm_modulate, _contiguous, _kernels_fit)
 OP.register(TRITON, _triton, _kernels_fit)

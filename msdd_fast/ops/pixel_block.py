@@ -33,8 +33,10 @@ from msdd_fast.errors import InputError
 from msdd_fast.layout import with_contiguous_rows
 from msdd_fast.ops._adaln import rms_norm
 from msdd_fast.ops._checks import check_device, check_eps, check_floating
+from msdd_fast.ops._example import normals
 from msdd_fast.ops._pixels import MAX_HIDDEN, check_pixels, has_packed, pixels_fit
 from msdd_fast.ops._registry import Op, all_of
+from msdd_fast.ops.linear import pack_if_built
 from msdd_fast.ops.norm_modulate import NORM_EPS
 
 
@@ -167,12 +169,20 @@ def _cpu_fits(*args: Any) -> Verdict:
     return all_of(_kernels_fit(*args), has_packed(args[10]))
 
 
+def _example() -> tuple[Any, ...]:
+    x, y, s, weight, *small = normals(
+        *[(5, 2, 4), (5, 2, 4), (5, 6), (32, 6), (32,), (4,)], *[(7, 4), (7,), (4, 7), (4,)]
+    )
+    return x, y, s, weight, *small, pack_if_built(weight)
+
+
 OP = Op(
     "pixel_block",
     "(Tensor x, Tensor y, Tensor s, Tensor weight, Tensor bias, Tensor rms_weight, Tensor fc1_weight, Tensor fc1_bias, "
     "Tensor fc2_weight, Tensor fc2_bias, Tensor? packed, float eps=1e-6) -> Tensor",
     pixel_block_eager,
     lambda x, *_: torch.empty_like(x, memory_format=torch.contiguous_format),
+    _example,
 )
 OP.register(CPU, _cpu, _cpu_fits, prepare=_prepare)
 OP.register(TRITON, _triton, _kernels_fit)

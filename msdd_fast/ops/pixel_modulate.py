@@ -30,8 +30,10 @@ from msdd_fast.backends.triton import TRITON
 from msdd_fast.layout import with_contiguous_rows
 from msdd_fast.ops._adaln import rms_norm
 from msdd_fast.ops._checks import check_eps
+from msdd_fast.ops._example import normals
 from msdd_fast.ops._pixels import check_pixels, has_packed, pixels_fit
 from msdd_fast.ops._registry import Op, all_of
+from msdd_fast.ops.linear import pack_if_built
 from msdd_fast.ops.norm_modulate import NORM_EPS
 
 
@@ -111,11 +113,17 @@ def _kernels_fit(*args: Any) -> Verdict:
     return pixels_fit(*args[:5])
 
 
+def _example() -> tuple[Any, ...]:
+    x, s, weight, bias, rms_weight = normals((5, 2, 4), (5, 6), (16, 6), (16,), (4,))
+    return x, s, weight, bias, rms_weight, pack_if_built(weight)
+
+
 OP = Op(
     "pixel_modulate",
     "(Tensor x, Tensor s, Tensor weight, Tensor bias, Tensor rms_weight, Tensor? packed, float eps=1e-6) -> Tensor",
     pixel_modulate_eager,
     _fake,
+    _example,
 )
 OP.register(CPU, _cpu, _cpu_fits, prepare=_prepare)
 OP.register(TRITON, _triton, _kernels_fit)

@@ -34,6 +34,7 @@ from msdd_fast.errors import InputError
 from msdd_fast.layout import empty_tokens, is_token_major, like_layout
 from msdd_fast.ops._adaln import check_split, rms_norm
 from msdd_fast.ops._checks import FLOAT_DTYPES, check_device, check_floating
+from msdd_fast.ops._example import normals
 from msdd_fast.ops._native import register_native
 from msdd_fast.ops._registry import Op
 from msdd_fast.ops.norm_modulate import NORM_EPS
@@ -139,11 +140,17 @@ def _kernels_fit(qkv: Tensor, weight: Tensor, bias: Tensor | None, *_: Any) -> V
     return d <= MAX_HEAD_DIM, f"works with head_dim up to {MAX_HEAD_DIM}, got {d}"
 
 
+def _example() -> tuple[Any, ...]:
+    qkv, weight, bias, angles = normals((2, 6, 3, 4, 16), (1, 2, 16), (1, 2, 16), (6, 8))
+    return qkv, weight, bias, angles.cos(), angles.sin(), None
+
+
 OP = Op(
     "qk_norm_rope",
     "(Tensor qkv, Tensor weight, Tensor? bias, Tensor cos, Tensor? sin, int? split) -> Tensor",
     qk_norm_rope_eager,
     lambda qkv, *_: _result(qkv),
+    _example,
 )
 register_native(OP, native.qk_norm_rope, _contiguous, _kernels_fit)
 OP.register(TRITON, _triton, _kernels_fit)

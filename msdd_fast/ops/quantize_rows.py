@@ -11,6 +11,8 @@ moves R D elements of x's dtype, R D bytes and 4 R bytes, and takes D up to 8192
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,7 @@ from msdd_fast.backends.choice import Verdict
 from msdd_fast.backends.triton import TRITON
 from msdd_fast.errors import InputError
 from msdd_fast.ops._checks import check_float
+from msdd_fast.ops._example import normals
 from msdd_fast.ops._registry import Op
 
 LARGEST = 448.0
@@ -62,5 +65,9 @@ def _kernel_fits(x: Tensor) -> Verdict:
     return True, "float8"
 
 
-OP = Op("quantize_rows", "(Tensor x) -> (Tensor, Tensor)", quantize_rows_eager, _fake)
+def _example() -> tuple[Any, ...]:
+    return tuple(normals((6, 24)))
+
+
+OP = Op("quantize_rows", "(Tensor x) -> (Tensor, Tensor)", quantize_rows_eager, _fake, _example)
 OP.register(TRITON, _triton, _kernel_fits)

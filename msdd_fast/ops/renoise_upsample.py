@@ -29,6 +29,7 @@ from msdd_fast.ops._checks import (
     check_seeds,
     check_stage,
 )
+from msdd_fast.ops._example import normals
 from msdd_fast.ops._native import register_native
 from msdd_fast.ops._registry import Op
 
@@ -98,11 +99,17 @@ def _triton(*args: Any) -> Tensor:
     return launch(*_contiguous(*args))
 
 
+def _example() -> tuple[Any, ...]:
+    (x,) = normals((2, 3, 4, 6))
+    return x, torch.tensor(0.7), torch.tensor(0.3), torch.tensor([3, 4]), 2, 0.25
+
+
 OP = Op(
     "renoise_upsample",
     "(Tensor x, Tensor alpha, Tensor beta, Tensor seeds, int stage, float correlation) -> Tensor",
     renoise_upsample_eager,
     _fake,
+    _example,
 )
 register_native(OP, native.renoise_upsample, _contiguous)
 OP.register(TRITON, _triton)

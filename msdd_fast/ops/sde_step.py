@@ -34,6 +34,7 @@ from msdd_fast.ops._checks import (
     check_seeds,
     check_stage,
 )
+from msdd_fast.ops._example import normals
 from msdd_fast.ops._native import register_native
 from msdd_fast.ops._registry import Op
 
@@ -141,12 +142,18 @@ def _triton(*args: Any) -> Tensor:
     return launch(*_contiguous(*args))
 
 
+def _example() -> tuple[Any, ...]:
+    x, v = normals((2, 3, 4, 6), (2, 3, 4, 6))
+    return x, v, torch.tensor(0.7), torch.tensor(0.3), torch.tensor([3, 4]), 2, None, None, True
+
+
 OP = Op(
     "sde_step",
     "(Tensor x, Tensor v, Tensor t, Tensor? t_next, Tensor? seeds, int stage, Tensor? noise, int? patch_size, "
     "bool clamp) -> Tensor",
     sde_step_eager,
     lambda x, *_: torch.empty_like(x, memory_format=torch.contiguous_format),
+    _example,
 )
 register_native(OP, native.sde_step, _contiguous)
 OP.register(TRITON, _triton)

@@ -28,6 +28,7 @@ from msdd_fast.errors import InputError
 from msdd_fast.layout import rows_per_entry
 from msdd_fast.ops._adaln import check_adaln, check_rms_weight, kernels_fit
 from msdd_fast.ops._checks import check_device, check_eps, check_floating
+from msdd_fast.ops._example import normals
 from msdd_fast.ops._native import register_native
 from msdd_fast.ops._registry import Op
 from msdd_fast.ops.norm_modulate import NORM_EPS, norm_modulate_eager
@@ -135,12 +136,18 @@ def _kernels_fit(*args: Any) -> Verdict:
     return kernels_fit(*args[:8])
 
 
+def _example() -> tuple[Any, ...]:
+    x, y, offset, tables, rms_weight, weight = normals((2, 3, 24), (2, 3, 24), (2, 3, 1), (2, 48), (24,), (24,))
+    return x, y, offset, *tables.split(24, 1), rms_weight, None, weight
+
+
 OP = Op(
     "sigma_gate",
     "(Tensor x, Tensor y, Tensor offset, Tensor? shift, Tensor? scale, Tensor? rms_weight, Tensor? logit, "
     "Tensor? weight, float eps=1e-6) -> (Tensor, Tensor)",
     sigma_gate_eager,
     _fake,
+    _example,
 )
 register_native(OP, native.sigma_gate, _contiguous, _kernels_fit)
 OP.register(TRITON, _triton, _kernels_fit)

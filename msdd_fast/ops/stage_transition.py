@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from msdd_fast import native
@@ -27,6 +28,7 @@ from msdd_fast.diffusion import noise
 from msdd_fast.diffusion.patch_rows import patchify, unpatchify_rows
 from msdd_fast.layout import with_contiguous_rows
 from msdd_fast.ops._checks import as_scalar, check_blocks, check_correlation, check_device, check_seeds, check_stage
+from msdd_fast.ops._example import normals
 from msdd_fast.ops._native import register_native
 from msdd_fast.ops._patches import check_patch_size, check_rows, check_velocity, euler_eager
 from msdd_fast.ops._registry import Op
@@ -126,12 +128,19 @@ def _triton(*args: Any) -> Tensor:
     return launch(*_contiguous(*args))
 
 
+def _example() -> tuple[Any, ...]:
+    x, v, v_uncond = normals(*[(4, 2, 48)] * 3)  # 2 x 2 patches of 4 pixels
+    dt, alpha, beta, scale = torch.tensor([0.5, 0.7, 0.3, 1.5]).unbind()
+    return x, v, dt, alpha, beta, torch.tensor([3, 4]), 2, 4, 0.25, v_uncond, scale
+
+
 OP = Op(
     "stage_transition",
     "(Tensor x, Tensor v, Tensor dt, Tensor alpha, Tensor beta, Tensor seeds, int stage, int patch_size, "
     "float correlation, Tensor? v_uncond=None, Tensor? scale=None) -> Tensor",
     stage_transition_eager,
     _fake,
+    _example,
 )
 register_native(OP, native.stage_transition, _contiguous)
 OP.register(TRITON, _triton)

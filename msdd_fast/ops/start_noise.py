@@ -86,11 +86,16 @@ def _triton(*args: Any) -> Tensor:
     return launch(*_contiguous(*args))
 
 
+def _example() -> tuple[Any, ...]:
+    return torch.tensor([3, 4]), (3, 4, 6), torch.float32
+
+
 OP = Op(
     "start_noise",
     "(Tensor seeds, SymInt channels, SymInt height, SymInt width, ScalarType dtype, int? patch_size=None) -> Tensor",
     start_noise_eager,
     _fake,
+    _example,
 )
 register_native(OP, native.start_noise, _contiguous)
 OP.register(TRITON, _triton)

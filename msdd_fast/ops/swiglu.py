@@ -20,6 +20,7 @@ from msdd_fast.backends.choice import Verdict
 from msdd_fast.backends.triton import TRITON
 from msdd_fast.errors import InputError
 from msdd_fast.ops._checks import FLOAT_DTYPES, check_device, check_floating
+from msdd_fast.ops._example import normals
 from msdd_fast.ops._native import register_native
 from msdd_fast.ops._registry import Op
 
@@ -61,11 +62,17 @@ def _kernels_fit(a: Tensor, b: Tensor) -> Verdict:
     return a.dtype in FLOAT_DTYPES, f"works in float32, bfloat16 and float16, got {a.dtype}"
 
 
+def _example() -> tuple[Any, ...]:
+    (both,) = normals((6, 48))
+    return both.split(24, 1)
+
+
 OP = Op(
     "swiglu",
     "(Tensor a, Tensor b) -> Tensor",
     swiglu_eager,
     lambda a, _: torch.empty_like(a, memory_format=torch.contiguous_format),
+    _example,
 )
 register_native(OP, native.swiglu, _native_arguments, _kernels_fit)
 OP.register(TRITON, _triton, _kernels_fit)

@@ -22,6 +22,8 @@ Moves 4 B N heads d elements; 4 B N heads d s FLOP with s <= (2w - 1)^2 keys see
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -33,6 +35,7 @@ from msdd_fast.backends.triton import TRITON
 from msdd_fast.errors import InputError
 from msdd_fast.layout import attention_result, like_layout
 from msdd_fast.ops._checks import FLOAT_DTYPES, check_device, check_float, check_floating
+from msdd_fast.ops._example import normals
 from msdd_fast.ops._heads import cast_for_autocast, without_autocast
 from msdd_fast.ops._native import register_native
 from msdd_fast.ops._registry import Op
@@ -133,11 +136,17 @@ def _kernels_fit(q: Tensor, k: Tensor, v: Tensor, table: Tensor, height: int, wi
     return True, ""
 
 
+def _example() -> tuple[Any, ...]:
+    qkv, table = normals((1, 4, 3, 1, 16), (3, 3, 1))
+    return *qkv.unbind(2), table, 2, 2
+
+
 OP = Op(
     "window_attention",
     "(Tensor q, Tensor k, Tensor v, Tensor table, int height, int width) -> Tensor",
     window_attention_eager,
     lambda q, *_: attention_result(q),
+    _example,
 )
 register_native(OP, native.window_attention, fits=_kernels_fit)
 OP.register(TRITON, _triton, _kernels_fit)

@@ -161,11 +161,11 @@ def test_gpu_kernels_take_them_too():
 # --- Other kinds. ---
 
 
-@pytest.mark.parametrize("name", [n for n in ARGUMENTS if n != "start_noise"])
+@pytest.mark.parametrize("name", [n for n in ops.__all__ if n != "start_noise"])
 @pytest.mark.filterwarnings("ignore")
 def test_tensors_of_another_kind_are_refused_by_name(name):
     function = getattr(ops, name)
-    arguments = list(ARGUMENTS[name])
+    arguments = get_op(name).example()
     first = arguments[0]
     kinds = [
         first.to_sparse(),

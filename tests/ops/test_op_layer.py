@@ -1,5 +1,6 @@
 """Choosing a backend, and what every registered op promises torch.compile and autograd."""
 
+import importlib
 import logging
 import os
 import subprocess
@@ -13,56 +14,26 @@ from msdd_fast.backends import choice, cpu
 from msdd_fast.backends.choice import backend_names, parse_choice, use_backend
 from msdd_fast.errors import BackendUnavailableError, InputError
 from msdd_fast.ops import _registry as _op
-from msdd_fast.ops.linear import pack_linear
 from tests.conftest import HAS_GPU
 
-SEEDS = torch.tensor([3, 4])
 X = torch.randn(2, 3, 4, 6, generator=torch.Generator().manual_seed(0))
 HALF = torch.tensor(0.5)
-ROWS = X.reshape(2, 3, 24)
-TABLE = X.reshape(2, 72)[:, :24]
-HEADS = X.expand(16, 2, 3, 4, 6).permute(1, 4, 2, 3, 0)  # (B, N, P, H, d)
-NORM, ANGLE = torch.ones(1, 2, 16), torch.ones(6, 8)
-QKV = torch.randn(2, 5, 3, 2, 16, generator=torch.Generator().manual_seed(1)).unbind(2)
-PATCHES = torch.randn(4, 2, 48, generator=torch.Generator().manual_seed(2))  # 2x2 tokens, 2 images, patches of 4
-CONTEXT = torch.randn(2, 5, 4, 2, 64, generator=torch.Generator().manual_seed(1)).bfloat16().unbind(2)
-PIXELS = torch.randn(1, 4, 3, 1, 16, generator=torch.Generator().manual_seed(3)).unbind(2)  # a grid of 2 x 2, one head
-CELLS = X[:, :, :2, :3]
-WEIGHT = torch.randn(10, 24, generator=torch.Generator().manual_seed(4))
-PACKED = pack_linear(WEIGHT) if backends.extension_status()[0] else None
-S, PIXEL_WEIGHT = torch.randn(5, 6, generator=torch.Generator().manual_seed(5)), WEIGHT.repeat(7, 1)[:, :6].contiguous()
-PIXEL_ROWS = torch.randn(5, 2, 4, generator=torch.Generator().manual_seed(6))
-PIXEL_PACKED = [pack_linear(PIXEL_WEIGHT[:n]) if PACKED is not None else None for n in (16, 32)]
-ARGUMENTS = {
-    "attention": QKV,
-    "window_attention": (*PIXELS, torch.linspace(-1, 1, 9).view(3, 3, 1), 2, 2),
-    "group_norm_modulate_silu": (X, 3, 1e-5, X[0, :, 0, 0], X[1, :, 0, 0], CELLS, CELLS - 1, True),
-    "context_attention": CONTEXT,  # q, k, v and what is added
-    "start_noise": (SEEDS, 3, 4, 6, torch.float32),
-    "renoise_upsample": (X, HALF, HALF, SEEDS, 2, 0.25),
-    "euler_step": (X, X + 1, HALF),
-    "cfg_combine": (X, X + 1, HALF),
-    "cfg_euler": (X, X + 1, X - 1, HALF, HALF),
-    "stage_transition": (PATCHES, PATCHES + 1, HALF, HALF, HALF, SEEDS, 2, 4, 0.25, PATCHES - 1, HALF),
-    "final_step": (PATCHES, PATCHES + 1, HALF, 4, torch.float32, PATCHES - 1, HALF),
-    "norm_modulate": (ROWS, TABLE, TABLE + 1, None),
-    "gate_residual_norm_modulate": (ROWS, ROWS + 1, TABLE, TABLE + 1, TABLE - 1, None),
-    "pixel_modulate": (PIXEL_ROWS, S, PIXEL_WEIGHT[:16], PIXEL_WEIGHT[16:32, 0].clone(), S[0, :4], PIXEL_PACKED[0]),
-    "pixel_block": (
-        *(PIXEL_ROWS, PIXEL_ROWS + 1, S, PIXEL_WEIGHT[:32], PIXEL_WEIGHT[32:64, 0].clone(), S[0, :4]),
-        *(S.flatten()[:28].view(7, 4), S.flatten()[:7], S.flatten()[1:29].view(4, 7), S[1, :4], PIXEL_PACKED[1]),
-    ),
-    "sde_step": (X, X + 1, torch.tensor(0.7), torch.tensor(0.3), SEEDS, 2, None, None, True),
-    "sigma_gate": (ROWS, ROWS + 1, ROWS[..., :1] - 1, TABLE, TABLE + 1, TABLE[0] - 1, None, TABLE[1] + 2),
-    "qk_norm_rope": (HEADS.contiguous(), NORM, NORM + 1, ANGLE, ANGLE, None),
-    "swiglu": (X, X + 1),
-    "linear": (ROWS, WEIGHT, WEIGHT[:, 0].contiguous(), PACKED, False),
-    "quantize_rows": (X.reshape(6, 24),),
-}
+
+
+def recorded(name):
+    """What an op's example makes of it: the arguments of its implementations, by position."""
+    calls = []
+    with ops.observe(lambda the_op, backend, args: calls.append(args)):
+        getattr(ops, name)(*op(name).example(), backend="eager")
+    (arguments,) = calls
+    return arguments
 
 
 def op(name):
-    return __import__(f"msdd_fast.ops.{name}", fromlist=["OP"]).OP
+    return importlib.import_module(f"msdd_fast.ops.{name}").OP
+
+
+ARGUMENTS = {name: recorded(name) for name in ops.__all__}
 
 
 def total(out):
@@ -74,9 +45,14 @@ def needs(backend):
         pytest.skip(f"backend 'cpu': {backends.extension_status()[1]}")
 
 
-def test_every_op_is_covered_here():
-    assert set(ARGUMENTS) == set(ops.__all__)
-    assert all(op(name).name == name for name in ARGUMENTS)
+@pytest.mark.parametrize("name", ops.__all__)
+def test_examples_are_the_same_every_time_with_no_tensor_twice(name):
+    example, again = op(name).example(), op(name).example()
+    assert op(name).name == name and isinstance(example, tuple)
+    for a, b in zip(example, again, strict=True):
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+    tensors = [a for a in example if isinstance(a, torch.Tensor)]
+    assert len({(t.data_ptr(), t.shape, t.stride()) for t in tensors}) == len(tensors)
 
 
 REGISTERED = [(n, b) for n in ARGUMENTS for b in ("cpu", "triton") if b in op(n).implementations]

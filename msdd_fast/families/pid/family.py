@@ -30,7 +30,7 @@ from msdd_fast.families.pid.released import RELEASED
 from msdd_fast.families.pid.work import decode_work
 from msdd_fast.families.work import Work
 from msdd_fast.layers.linear.base import MakeLinear
-from msdd_fast.ops.protocol import Ops
+from msdd_fast.ops import Ops
 from msdd_fast.sampling import StageResult
 
 

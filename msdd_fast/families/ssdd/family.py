@@ -26,7 +26,7 @@ from msdd_fast.families.ssdd.released import RELEASED
 from msdd_fast.families.ssdd.work import decode_work
 from msdd_fast.families.work import Work
 from msdd_fast.layers.linear.base import MakeLinear
-from msdd_fast.ops.protocol import Ops
+from msdd_fast.ops import Ops
 
 
 class SSDDFamily:

@@ -28,15 +28,12 @@ def test_the_bare_call_computes_what_the_op_does():
 
 @torch.no_grad()
 def test_every_op_is_timed_in_three_ways(quick):
-    arguments = overhead_worker.inputs()
-    assert set(ops.__all__) - set(arguments) == {
-        "linear",
-        "quantize_rows",
-    }  # an engine calls the one as a layer; the other has no C++ backend
+    arguments = op_overhead.examples()
+    assert set(ops.__all__) - set(arguments) == {"quantize_rows"}  # an engine calls it inside the int8 layer
     for name, inputs in arguments.items():
         calls = overhead_worker.calls_of(name, inputs)
         times = {way: overhead_worker.nanoseconds(call) for way, call in calls.items()}
-        assert set(times) == set(op_overhead.WAYS) and 0 < times["C"] < 2 * times["op"]
+        assert set(times) == set(op_overhead.WAYS) and min(times.values()) > 0
 
 
 def test_trees_are_measured_in_turns():

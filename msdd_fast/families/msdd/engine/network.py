@@ -17,7 +17,7 @@ from msdd_fast.families.msdd.engine.tables import BlockModulation, Modulation
 from msdd_fast.families.msdd.engine.weights import BlockWeights, Weights
 from msdd_fast.families.msdd.mmdit import NORM_EPS
 from msdd_fast.layers.linear.base import Linear
-from msdd_fast.ops.protocol import Ops
+from msdd_fast.ops import Ops
 
 
 class Context(NamedTuple):

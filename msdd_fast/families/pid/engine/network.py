@@ -23,7 +23,7 @@ from msdd_fast.families.pid.engine.tables import PiDStep, Vectors
 from msdd_fast.families.pid.engine.weights import GateWeights, JointWeights, PiDWeights, PixelWeights, StreamWeights
 from msdd_fast.families.pid.rope import image_rope, text_rope
 from msdd_fast.layers.convolution import channels_last, rows
-from msdd_fast.ops.protocol import Ops
+from msdd_fast.ops import Ops
 
 GROUP_NORM_EPS = 1e-5
 

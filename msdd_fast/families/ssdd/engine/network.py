@@ -18,7 +18,7 @@ from msdd_fast.families.ssdd.decoder import MID_NORM_EPS, NORM_EPS
 from msdd_fast.families.ssdd.engine.tables import SSDDStep
 from msdd_fast.families.ssdd.engine.weights import ResWeights, SSDDWeights, TransformerWeights
 from msdd_fast.layers.convolution import as_map, channels_last, rows
-from msdd_fast.ops.protocol import Ops
+from msdd_fast.ops import Ops
 
 
 class SSDDContext(NamedTuple):
