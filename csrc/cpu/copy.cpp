@@ -110,8 +110,6 @@ CopyShape simplified(const CopyShape& shape) {
     return result;
 }
 
-int size_of(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
-
 }  // namespace
 
 void copy(void* out, DType out_dtype, const void* x, DType x_dtype, const CopyShape& shape, int threads) {

@@ -1,7 +1,6 @@
 #include "msdd_fast/pixel_block.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cstring>
 #include <numeric>
 #include <vector>
@@ -35,10 +34,7 @@ struct PixelJob {
     std::int64_t hidden;
 };
 
-// 1 / sqrt(mean square + eps) of C channels, a multiple of 4.
-MSDD_INLINE float pixel_factor(const float* x, std::int64_t channels, float eps) {
-    return rms_factor<4>(x, channels, eps);
-}
+constexpr int PIXEL_LANES = 4;  // of the sum of squares: channels are a multiple of 4
 
 MSDD_SIMD_CLONES void modulate_tile(const PixelJob& job, const PixelTile& tile) {
     alignas(64) float xs[MAX_TILE_COLUMNS / 2], results[MAX_TILE_COLUMNS / 2];
@@ -49,7 +45,7 @@ MSDD_SIMD_CLONES void modulate_tile(const PixelJob& job, const PixelTile& tile) 
         const float* shift = tile.modulation + t * tile.stride;
         float* const out = place(job.out, job.out_dtype, at, results);
         for (std::int64_t i = 0; i < count; i += channels, shift += 2 * channels) {
-            const float factor = pixel_factor(x + i, channels, job.shape.eps), *scale = shift + channels;
+            const float factor = rms_factor<PIXEL_LANES>(x + i, channels, job.shape.eps), *scale = shift + channels;
             for (std::int64_t c = 0; c < channels; ++c)
                 out[i + c] = x[i + c] * factor * job.rms_weight[c] * (1.0f + scale[c]) + shift[c];
         }
@@ -121,7 +117,7 @@ MSDD_SIMD_CLONES void block_tile(const PixelJob& job, const PixelTile& tile) {
             const std::int64_t i = p * channels;
             const float *gate1 = modulation + 4 * i, *shift = gate1 + channels, *scale = shift + channels;
             for (std::int64_t c = 0; c < channels; ++c) x1[i + c] = x[i + c] + gate1[c] * y[i + c];
-            const float factor = pixel_factor(x1 + i, channels, job.shape.eps);
+            const float factor = rms_factor<PIXEL_LANES>(x1 + i, channels, job.shape.eps);
             for (std::int64_t c = 0; c < channels; ++c)
                 h[i + c] = x1[i + c] * factor * job.rms_weight[c] * (1.0f + scale[c]) + shift[c];
         }
@@ -141,10 +137,6 @@ MSDD_SIMD_CLONES void block_tile(const PixelJob& job, const PixelTile& tile) {
 
 namespace {
 
-constexpr std::int64_t GRAIN_PRODUCTS = 500'000;  // multiplications worth a thread, as in linear.cpp
-
-std::int64_t size_of(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
-
 Operand advance(const Operand& x, std::int64_t elements) {
     return {static_cast<const char*>(x.data) + elements * size_of(x.dtype), x.dtype};
 }
@@ -158,29 +150,26 @@ void for_tiles(void (*finish)(const PixelJob&, const PixelTile&), const PixelJob
     const std::int64_t whole = std::lcm(per_pixel, plan.panel);  // pixels and panels end together
     const std::int64_t columns = std::max<std::int64_t>(1, TILE_COLUMNS / whole) * whole;
     const std::int64_t products = shape.tokens * width * shape.in;
-    threads = static_cast<int>(std::max<std::int64_t>(1, std::min<std::int64_t>(threads, products / GRAIN_PRODUCTS)));
+    threads = threads_for(products, GRAIN_PRODUCTS, threads);
     const std::int64_t across = ceil_div(width, columns), rows = std::min(TILE_TOKENS, shape.tokens);
     const std::int64_t tasks = ceil_div(shape.tokens, rows) * across;
-    std::atomic<std::int64_t> next{0};
-    // Each thread takes the next tile when it has done one, all tiles of some tokens before those of the next.
-    parallel_for(threads, 1, threads, [&](std::int64_t, std::int64_t) {
+    // All tiles of some tokens before those of the next.
+    share_tasks(tasks, threads, [&](std::int64_t, std::int64_t task) {
         thread_local std::vector<float> sums;
         if (static_cast<std::int64_t>(sums.size()) < rows * columns)
             sums.resize(static_cast<std::size_t>(rows * columns));
-        for (std::int64_t task; (task = next++) < tasks;) {
-            const std::int64_t token = task / across * rows, tokens = std::min(rows, shape.tokens - token);
-            const std::int64_t first = task % across * columns, count = std::min(columns, width - first);
-            const Rows& features = modulation.features;
-            const LinearJob linear{
-                sums.data(), DType::float32,
-                columns,     {advance(features.values, token * features.stride), features.stride},
-                nullptr,     static_cast<const float*>(modulation.packed) + first / plan.panel * plan.words,
-                plan.words,  advance(modulation.bias, first),
-                shape.in,    count,
-                false};
-            plan.run(linear, {0, tokens, 0, ceil_div(count, plan.panel)});
-            finish(job, {sums.data(), columns, token, tokens, first / per_pixel, count / per_pixel});
-        }
+        const std::int64_t token = task / across * rows, tokens = std::min(rows, shape.tokens - token);
+        const std::int64_t first = task % across * columns, count = std::min(columns, width - first);
+        const Rows& features = modulation.features;
+        const LinearJob linear{
+            sums.data(), DType::float32,
+            columns,     {advance(features.values, token * features.stride), features.stride},
+            nullptr,     static_cast<const float*>(modulation.packed) + first / plan.panel * plan.words,
+            plan.words,  advance(modulation.bias, first),
+            shape.in,    count,
+            false};
+        plan.run(linear, {0, tokens, 0, ceil_div(count, plan.panel)});
+        finish(job, {sums.data(), columns, token, tokens, first / per_pixel, count / per_pixel});
     });
 }
 
@@ -200,14 +189,20 @@ bool check(const void* out, const PixelJob& job, const PixelModulation& modulati
     return true;
 }
 
+std::vector<float> as_float32(const Operand& x, std::int64_t count) {
+    std::vector<float> result(static_cast<std::size_t>(count));
+    const float* from = floats(x, 0, count, result.data());
+    if (from != result.data()) std::copy(from, from + count, result.data());
+    return result;
+}
+
 // Contiguous (rows, columns) as float32, transposed: (columns, rows).
 std::vector<float> transposed(const Operand& x, std::int64_t rows, std::int64_t columns) {
-    const auto count = static_cast<std::size_t>(rows * columns);
-    std::vector<float> buffer(count), result(count);
-    const float* from = floats(x, 0, rows * columns, buffer.data());
+    const std::vector<float> from = as_float32(x, rows * columns);
+    std::vector<float> result(from.size());
     for (std::int64_t i = 0; i < rows; ++i)
         for (std::int64_t j = 0; j < columns; ++j)
-            result[static_cast<std::size_t>(j * rows + i)] = from[i * columns + j];
+            result[static_cast<std::size_t>(j * rows + i)] = from[static_cast<std::size_t>(i * columns + j)];
     return result;
 }
 
@@ -221,7 +216,7 @@ void pixel_modulate(void* out, DType out_dtype, const Operand& x, const PixelMod
     job.x = x;
     job.shape = shape;
     if (!check(out, job, modulation, rms_weight, threads)) return;
-    const std::vector<float> weight = transposed(rms_weight, 1, shape.channels);
+    const std::vector<float> weight = as_float32(rms_weight, shape.channels);
     job.rms_weight = weight.data();
     for_tiles(modulate_tile, job, 2, modulation, threads);
 }
@@ -243,11 +238,11 @@ void pixel_block(void* out, const Operand& x, const Operand& y, const PixelModul
                (mlp.fc1_weight.data != nullptr && mlp.fc1_bias.data != nullptr && mlp.fc2_weight.data != nullptr),
            "a weight is missing");
     const std::int64_t channels = shape.channels, hidden = mlp.hidden;
-    const std::vector<float> weight = transposed(rms_weight, 1, channels);
+    const std::vector<float> weight = as_float32(rms_weight, channels);
     const std::vector<float> fc1 = transposed(mlp.fc1_weight, hidden, channels);
-    const std::vector<float> fc1_bias = transposed(mlp.fc1_bias, 1, hidden);
+    const std::vector<float> fc1_bias = as_float32(mlp.fc1_bias, hidden);
     const std::vector<float> fc2 = transposed(mlp.fc2_weight, channels, hidden);
-    const std::vector<float> fc2_bias = transposed(mlp.fc2_bias, 1, channels);
+    const std::vector<float> fc2_bias = as_float32(mlp.fc2_bias, channels);
     job.rms_weight = weight.data();
     job.fc1_weight = fc1.data();
     job.fc1_bias = fc1_bias.data();

@@ -9,8 +9,8 @@
 namespace msdd_fast {
 namespace {
 
-constexpr std::int64_t QUANTIZE_CHUNK = 2048;              // elements widened at a time
-constexpr std::int64_t QUANTIZE_GRAIN_ELEMENTS = 1 << 15;  // about 0.02 ms
+constexpr std::int64_t QUANTIZE_CHUNK = 2048;  // elements widened at a time
+constexpr std::int64_t QUANTIZE_GRAIN_ELEMENTS = 1 << 15;
 constexpr int QUANTIZE_LANES = 32;
 
 struct QuantizeRows {

@@ -11,8 +11,8 @@
 
 namespace msdd_fast {
 
-constexpr std::int64_t SDE_COLUMNS = 2 * LANES;     // pixels of a line at a time
-constexpr std::int64_t SDE_GRAIN_PIXELS = 1 << 14;  // about 0.05 ms
+constexpr std::int64_t SDE_COLUMNS = 2 * LANES;  // pixels of a line at a time
+constexpr std::int64_t SDE_GRAIN_PIXELS = 1 << 14;
 
 struct SdeStep {
     void* out;

@@ -12,7 +12,7 @@
 namespace msdd_fast {
 
 constexpr int GATE_LANES = 32;
-constexpr std::int64_t GATE_GRAIN_ELEMENTS = 1 << 15;  // about 0.02 ms
+constexpr std::int64_t GATE_GRAIN_ELEMENTS = 1 << 15;
 
 struct SigmaGateJob {
     void *x_new, *h;

@@ -227,8 +227,8 @@ void window_attention(HeadsView out, HeadsView q, HeadsView k, HeadsView v, cons
     if (lines == 0 || width == 0 || size == 0) return;
     const WindowAttention job{out, q, k, v, table, dtype, shape};
     const std::int64_t seen = std::min(height, 2 * window - 1) * (2 * window - 1);
-    const std::int64_t useful = 2 * lines * width * seen * size / WINDOW_GRAIN_PRODUCTS;
-    const std::int64_t parts = std::max<std::int64_t>(1, std::min<std::int64_t>({threads, lines, useful}));
+    const std::int64_t products = 2 * lines * width * seen * size;
+    const std::int64_t parts = std::min<std::int64_t>(lines, threads_for(products, WINDOW_GRAIN_PRODUCTS, threads));
     const std::int64_t floats = WindowSizes(shape).floats();
     float* const scratch = scratch_of(parts * floats);
     parallel_for(parts, 1, threads, [&](std::int64_t first, std::int64_t last) {

@@ -1,7 +1,6 @@
 #include "msdd_fast/attention.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
 
 #include "job.h"
@@ -12,8 +11,8 @@
 namespace msdd_fast {
 namespace {
 
-constexpr std::int64_t TASKS_PER_THREAD = 4;        // so that threads that wake late or lose their core cost little
-constexpr std::int64_t GRAIN_PRODUCTS = 1'000'000;  // multiplications worth a thread: about 0.03 ms
+constexpr std::int64_t TASKS_PER_THREAD = 4;  // so that threads that wake late or lose their core cost little
+constexpr std::int64_t ATTENTION_GRAIN_PRODUCTS = 1'000'000;  // multiplications worth a thread: about 0.03 ms
 
 AttentionTask task_of(const std::string& level) {
     if (level == "plain") return attention_task_plain;
@@ -60,18 +59,14 @@ void attention(HeadsView out, HeadsView q, HeadsView k, HeadsView v, HeadsView a
 
     const AttentionJob job{out, q, k, v, accumulate, dtype, shape};
     const std::int64_t products = 2 * batch * heads * queries * keys * head_size;
-    threads = static_cast<int>(std::max<std::int64_t>(1, std::min<std::int64_t>(threads, products / GRAIN_PRODUCTS)));
+    threads = threads_for(products, ATTENTION_GRAIN_PRODUCTS, threads);
     const std::int64_t step = queries_per_task(shape, threads), per_head = ceil_div(queries, step);
     const std::int64_t tasks = batch * heads * per_head, floats = ceil_div(scratch_floats(head_size), 16) * 16;
     const std::int64_t parts = std::min<std::int64_t>(threads, tasks);
     float* const scratch = scratch_of(parts * floats);
-    std::atomic<std::int64_t> next{0};
-    // Each part takes the next task when it has done one: a thread that comes late leaves its share to the others.
-    parallel_for(parts, 1, threads, [&](std::int64_t part, std::int64_t) {
-        for (std::int64_t task; (task = next++) < tasks;) {
-            const std::int64_t which = task / per_head, first = task % per_head * step;
-            run(job, which / heads, which % heads, first, std::min(step, queries - first), scratch + part * floats);
-        }
+    share_tasks(tasks, parts, [&](std::int64_t part, std::int64_t task) {
+        const std::int64_t which = task / per_head, first = task % per_head * step;
+        run(job, which / heads, which % heads, first, std::min(step, queries - first), scratch + part * floats);
     });
 }
 

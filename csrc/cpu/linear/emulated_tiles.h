@@ -1,4 +1,6 @@
 // Tiles of AMX in plain C++. The including file has `add_products`, of a word of each operand and a sum.
+#include <cstdint>
+#include <cstring>
 
 namespace msdd_fast {
 namespace {
@@ -22,12 +24,12 @@ inline void tile_store(int from, void* data, std::int64_t row_bytes) {
         std::memcpy(static_cast<char*>(data) + i * row_bytes, tiles[from].words[i], sizeof tiles[from].words[i]);
 }
 
-inline void tile_dot(int c, int a, int b) {
+inline void tile_dot(int sums, int left, int right) {
     for (int i = 0; i < 16; ++i)
-        for (int pair = 0; pair < 16; ++pair)
+        for (int word = 0; word < 16; ++word)
             for (int j = 0; j < 16; ++j)
-                tiles[c].words[i][j] =
-                    add_products(tiles[a].words[i][pair], tiles[b].words[pair][j], tiles[c].words[i][j]);
+                tiles[sums].words[i][j] =
+                    add_products(tiles[left].words[i][word], tiles[right].words[word][j], tiles[sums].words[i][j]);
 }
 
 inline void begin_tiles() {}

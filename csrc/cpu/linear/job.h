@@ -44,6 +44,8 @@ struct LinearLevel {
 // multiply them.
 constexpr std::int64_t TILE_WORDS = 16;
 
+constexpr std::int64_t GRAIN_PRODUCTS = 500'000;  // multiplications worth a thread: about 5 us
+
 inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 // How a weight lies in panels.

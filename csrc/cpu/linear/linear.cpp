@@ -1,7 +1,6 @@
 #include "msdd_fast/linear.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cstring>
 
 #include "job.h"
@@ -11,7 +10,6 @@
 namespace msdd_fast {
 namespace {
 
-constexpr std::int64_t GRAIN_PRODUCTS = 500'000;     // multiplications worth a thread: about 5 us
 constexpr std::int64_t BLOCK_BYTES = 256 * 1024;     // rows of x that stay in L2 while panels pass
 constexpr std::int64_t MIN_ROWS = 6, MAX_ROWS = 96;  // of a task
 constexpr std::int64_t TASKS_PER_THREAD = 8;         // enough that the last tasks do not leave a thread idle for long
@@ -96,20 +94,16 @@ float element(const Operand& x, std::int64_t at) {
 void run_linear(const LinearJob& job, const LinearLevel& level, std::int64_t rows, const LinearShape& shape,
                 std::int64_t row_bytes, int threads) {
     const std::int64_t panels = layout_of(shape, level).panels, products = rows * shape.out * shape.in;
-    threads = static_cast<int>(std::max<std::int64_t>(1, std::min<std::int64_t>(threads, products / GRAIN_PRODUCTS)));
+    threads = threads_for(products, GRAIN_PRODUCTS, threads);
     const std::int64_t step = rows_per_task(rows, panels, row_bytes, threads), tasks = ceil_div(rows, step) * panels;
     if (threads == 1) {
         for (std::int64_t row = 0; row < rows; row += step)
             level.run(job, {row, std::min(step, rows - row), 0, panels});
         return;
     }
-    std::atomic<std::int64_t> next{0};
-    // Each part takes the next task when it has done one: a thread that comes late leaves its share to the others.
-    parallel_for(threads, 1, threads, [&](std::int64_t, std::int64_t) {
-        for (std::int64_t task; (task = next++) < tasks;) {
-            const std::int64_t row = task / panels * step;
-            level.run(job, {row, std::min(step, rows - row), task % panels, 1});
-        }
+    share_tasks(tasks, threads, [&](std::int64_t, std::int64_t task) {
+        const std::int64_t row = task / panels * step;
+        level.run(job, {row, std::min(step, rows - row), task % panels, 1});
     });
 }
 

@@ -14,6 +14,9 @@ namespace msdd_fast {
 
 enum class DType : int { float32 = 0, bfloat16 = 1, float16 = 2 };
 
+// Bytes of an element.
+constexpr int size_of(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
+
 struct BFloat16 {
     std::uint16_t bits;
 };

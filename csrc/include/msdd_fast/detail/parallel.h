@@ -7,6 +7,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <functional>
 
@@ -34,6 +35,21 @@ void parallel_for(std::int64_t count, std::int64_t grain, int threads, const Bod
     const std::int64_t parts = std::min<std::int64_t>(threads, count / grain);
     if (parts <= 1) return body(std::int64_t{0}, count);
     run_tasks(parts, [&](std::int64_t part) { body(count * part / parts, count * (part + 1) / parts); });
+}
+
+// Threads for `work` of which `grain` is worth a thread: 1 to `threads`.
+inline int threads_for(std::int64_t work, std::int64_t grain, int threads) {
+    return static_cast<int>(std::max<std::int64_t>(1, std::min<std::int64_t>(threads, work / grain)));
+}
+
+// Calls body(part, task) for tasks 0 .. tasks - 1, each once, on `parts` threads, which are parts 0 .. parts - 1. Each
+// takes the next task when it has done one: a thread that comes late leaves its share to the others.
+template <class Body>
+void share_tasks(std::int64_t tasks, std::int64_t parts, const Body& body) {
+    std::atomic<std::int64_t> next{0};
+    parallel_for(parts, 1, static_cast<int>(parts), [&](std::int64_t part, std::int64_t) {
+        for (std::int64_t task; (task = next++) < tasks;) body(part, task);
+    });
 }
 
 }  // namespace msdd_fast
