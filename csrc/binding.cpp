@@ -506,18 +506,21 @@ void linear_int8(const Tensor& out, const Tensor& values, const Tensor& scales, 
 void sigma_gate(Address x_new, Address h, const Tensor& x, const Tensor& y, const Tensor& offset, const Tensor& shift,
                 const Tensor& scale, const Tensor& rms_weight, const Tensor& logit, const Tensor& weight,
                 std::int64_t run, float eps, int threads) {
-    expect_dimensions("x", x, 2);
+    expect_present("x", x);
+    expect(x.dimensions >= 1, "x must have a dimension");
     expect_contiguous("x", x);
     expect_like("y", y, x);
     expect_contiguous("y", y);
-    const std::int64_t rows = x.shape[0], width = x.shape[1];
+    const int last = x.dimensions - 1;
+    const std::int64_t width = x.shape[last], rows = width == 0 ? 0 : x.elements() / width;
     const auto logits_of = [&](const char* name, const Tensor& t) -> msdd_fast::Logits {
         if (t.address == 0) return {};
-        expect_dimensions(name, t, 2);
-        if (t.shape[1] != 1) expect_shape(name, t, {rows, width});
-        expect_shape(name, t, {rows, t.shape[1]});
-        expect_inner(name, t, 1);
-        return {operand_of(t), t.strides[0], t.shape[1] != 1};
+        Tensor expected = x;  // or one value per row
+        const bool wide = t.dimensions != x.dimensions || t.shape[last] != 1;
+        if (!wide) expected.shape[last] = 1;
+        expect_like(name, t, expected);
+        expect_contiguous(name, t);
+        return {operand_of(t), t.shape[last], wide};
     };
     const auto vector_of = [&](const char* name, const Tensor& t) -> msdd_fast::Operand {
         if (t.address == 0) return {};

@@ -8,6 +8,7 @@ Nothing is imported here but the standard library: files are parsed.
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -34,6 +35,12 @@ LAYERS = (
     ("errors", "layout", "profiling", "_moved"),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+# The op whose files are counted, where they may be, and files there that are not part of adding an op.
+OP = "sigma_gate"
+COUNTED = ("msdd_fast", "kernels", "csrc", "bench", "tests", "tools", "docs/reference")
+SOURCES = (".py", ".pyi", ".h", ".cpp", ".cu", ".txt", ".md", ".yml", ".toml")
+LEFT_OUT = ("CHANGELOG.md", "msdd_fast/families/", "tests/families/", "tests/test_architecture.py")
+LEFT_OUT += ("csrc/tests/", "tests/native/", "tests/kernels/", "tests/ops/test_odd_tensors.py")
 
 
 def test_every_file_belongs_to_a_layer():
@@ -58,6 +65,23 @@ def test_no_family_imports_another():
 def test_only_families_and_recipes_ask_which_family_it_is():
     forks = {m: found for m in modules() if may_not_fork(m) and (found := family_questions(source(m)))}
     assert forks == {}
+
+
+def test_an_op_is_in_eight_files():
+    """docs/writing-kernels.md lists the files that a new op touches. Nothing else may need to name it.
+
+    Counted are the files that name one op. Left out: the family that calls it, what is written about it, and tests that
+    no op must have.
+    """
+    table = re.findall(r"^\| `(\S+)` \|", (ROOT / "docs/writing-kernels.md").read_text(), re.M)
+    listed = {name.replace("scale_shift", OP) for name in table}
+    naming = {name for name in listed if OP in name and (ROOT / name).exists()}
+    files = [*ROOT.glob("*.*"), *(file for folder in COUNTED for file in (ROOT / folder).rglob("*.*"))]
+    for file in files:
+        name = file.relative_to(ROOT).as_posix()
+        if file.suffix in SOURCES and not name.startswith(LEFT_OUT) and OP in file.read_text(encoding="utf-8"):
+            naming.add(name)
+    assert naming == listed and len(listed) <= 8
 
 
 def test_the_checks_find_what_they_look_for():

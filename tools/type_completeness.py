@@ -23,8 +23,10 @@ def documented() -> tuple[set[str], tuple[str, ...]]:
     """Dotted names of the reference, as given there and where they are defined; those of classes with a dot behind."""
     names: set[str] = set()
     classes: set[str] = set()
+    every_op = [f"msdd_fast.ops.{op}.{op}" for op in importlib.import_module("msdd_fast.ops").__all__]
     for page in (ROOT / "docs/reference").glob("*.md"):
-        for name in re.findall(r"^::: (\S+)$", page.read_text(), re.M):
+        text = page.read_text()
+        for name in [*re.findall(r"^::: (\S+)$", text, re.M), *(every_op if "<!-- every op -->" in text else ())]:
             module, _, attribute = name.rpartition(".")
             found = getattr(importlib.import_module(module), attribute)
             if hasattr(found, "__qualname__"):  # not a module

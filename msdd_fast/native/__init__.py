@@ -1,6 +1,7 @@
-"""The C++ functions of ``msdd_fast._C`` on tensors, one file per op stem; ``cuda`` has the CUDA kernels.
+"""The C++ functions of ``msdd_fast._C`` on tensors; ``cuda`` has the CUDA kernels.
 
 Only marshalling: the ops (``msdd_fast.ops``) check arguments, and the extension refuses whatever would leave a tensor.
+A function that takes results and arguments in the op's order needs no file here: ``_call.in_order`` makes it.
 """
 
 from msdd_fast.native.attention import attention
@@ -11,12 +12,9 @@ from msdd_fast.native.group_norm_modulate_silu import group_norm_modulate_silu
 from msdd_fast.native.linear import linear, pack_linear
 from msdd_fast.native.linear_int8 import linear_int8, pack_linear_int8
 from msdd_fast.native.norm_modulate import norm_modulate
-from msdd_fast.native.pixel_block import pixel_block
-from msdd_fast.native.pixel_modulate import pixel_modulate
 from msdd_fast.native.qk_norm_rope import qk_norm_rope
 from msdd_fast.native.renoise_upsample import renoise_upsample
 from msdd_fast.native.sde_step import sde_step
-from msdd_fast.native.sigma_gate import sigma_gate
 from msdd_fast.native.stage_transition import stage_transition
 from msdd_fast.native.start_noise import start_noise
 from msdd_fast.native.swiglu import swiglu
@@ -33,12 +31,9 @@ __all__ = [
     "norm_modulate",
     "pack_linear",
     "pack_linear_int8",
-    "pixel_block",
-    "pixel_modulate",
     "qk_norm_rope",
     "renoise_upsample",
     "sde_step",
-    "sigma_gate",
     "stage_transition",
     "start_noise",
     "swiglu",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, ParamSpec, TypeVar
 
@@ -42,6 +43,39 @@ class Native(Generic[P, R]):
             bound.apply_defaults()
             args, kwargs = bound.args, {}  # type: ignore[assignment]
         return self.prepare(*args, **kwargs)(*(a for a in args if isinstance(a, Tensor)))
+
+
+def in_order(
+    name: str, operands: Sequence[str], results: Callable[..., Tensor | tuple[Tensor, ...]]
+) -> Native[..., Any]:
+    """A function of the extension that takes the addresses of its results, then the arguments, as a native function.
+
+    Args:
+        name: of the function.
+        operands: names of the arguments that are tensors or None, in order. The others follow and are passed on as
+            they are.
+        results: takes the same arguments and returns uninitialised results, contiguous, each of the dtype of one of the
+            operands. If none of them has an element, nothing is called.
+    """
+
+    def prepare(*args: Any) -> Callable[..., Any]:
+        call, numbers = entry(name), args[len(operands) :]
+        of = [optional_metadata(operand, t) for operand, t in zip(operands, args, strict=False)]
+        dtypes = [t.dtype for t in args if isinstance(t, Tensor)]
+        made = results(*args)
+        layouts = [(dtypes.index(r.dtype), tuple(r.shape)) for r in (made if isinstance(made, tuple) else (made,))]
+        several, empty = isinstance(made, tuple), not any(math.prod(shape) for _, shape in layouts)
+
+        def run(*tensors: Tensor) -> Any:
+            made, given = [tensors[i].new_empty(shape) for i, shape in layouts], iter(tensors)
+            if not empty:
+                addresses = [r.data_ptr() for r in made]
+                call(*addresses, *[None if m is None else (next(given).data_ptr(), *m) for m in of], *numbers)
+            return tuple(made) if several else made[0]
+
+        return run
+
+    return Native(prepare)
 
 
 def entry(name: str) -> Callable[..., None]:

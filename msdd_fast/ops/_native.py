@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import itemgetter
 from typing import Any
 
 from torch import Tensor
@@ -24,7 +25,7 @@ def register_native(
     Args:
         native: the function.
         arrange: takes the op's arguments and returns those of ``native``, with tensors copied only if their layout does
-            not fit. Default: they are the same.
+            not fit. It may leave tensors out and change their order. Default: they are the same.
         fits: see ``Op.register``.
     """
 
@@ -33,9 +34,16 @@ def register_native(
 
     def prepare(*args: Any) -> Callable[..., Any] | None:
         arranged = args if arrange is None else arrange(*args)
-        ours, theirs = (tuple(a for a in x if isinstance(a, Tensor)) for x in (args, arranged))
-        if len(ours) != len(theirs) or any(a is not b for a, b in zip(ours, theirs, strict=True)):
+        ours, theirs = ([id(a) for a in x if isinstance(a, Tensor)] for x in (args, arranged))
+        if not set(theirs) <= set(ours):
             return None  # something is copied first, at every call
-        return native.prepare(*arranged)
+        run = native.prepare(*arranged)
+        if theirs == ours:
+            return run
+        places = [ours.index(t) for t in theirs]
+        if len(places) == 1:
+            return lambda *tensors: run(tensors[places[0]])
+        pick = itemgetter(*places)
+        return lambda *tensors: run(*pick(tensors))
 
     op.register(CPU, run, fits, prepare=prepare)

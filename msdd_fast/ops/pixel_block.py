@@ -18,22 +18,21 @@ a time. Rows are independent. R K (8 C D + 4 C H) FLOP. Eager is differentiable.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from msdd_fast import native
 from msdd_fast.backends.choice import Verdict
-from msdd_fast.backends.cpu import CPU
 from msdd_fast.backends.triton import TRITON
 from msdd_fast.errors import InputError
 from msdd_fast.layout import with_contiguous_rows
+from msdd_fast.native._call import in_order
 from msdd_fast.ops._adaln import rms_norm
 from msdd_fast.ops._checks import check_device, check_eps, check_floating
 from msdd_fast.ops._example import normals
+from msdd_fast.ops._native import register_native
 from msdd_fast.ops._pixels import MAX_HIDDEN, check_pixels, has_packed, pixels_fit
 from msdd_fast.ops._registry import Op, all_of
 from msdd_fast.ops.linear import pack_if_built
@@ -140,16 +139,8 @@ def _contiguous(
     return x.contiguous(), y.contiguous(), with_contiguous_rows(s), packed, *small, eps
 
 
-def _cpu(*args: Any) -> Tensor:
-    return native.pixel_block(*_contiguous(*args))
-
-
-def _prepare(*args: Any) -> Callable[..., Tensor] | None:
-    arranged = _contiguous(*args)
-    if any(a is not b for a, b in zip(arranged, (*args[:3], args[10], *args[4:10]), strict=False)):
-        return None  # something is copied first, at every call
-    run = native.pixel_block.prepare(*arranged)
-    return lambda x, y, s, weight, *small: run(x, y, s, small[-1], *small[:-1])
+def _native_arguments(*args: Any) -> tuple[Any, ...]:
+    return *_contiguous(*args), ""  # the machine's SIMD level
 
 
 def _triton(x: Tensor, y: Tensor, s: Tensor, weight: Tensor, *rest: Any) -> Tensor:
@@ -169,6 +160,10 @@ def _cpu_fits(*args: Any) -> Verdict:
     return all_of(_kernels_fit(*args), has_packed(args[10]))
 
 
+def _fake(x: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
 def _example() -> tuple[Any, ...]:
     x, y, s, weight, *small = normals(
         *[(5, 2, 4), (5, 2, 4), (5, 6), (32, 6), (32,), (4,)], *[(7, 4), (7,), (4, 7), (4,)]
@@ -181,8 +176,13 @@ OP = Op(
     "(Tensor x, Tensor y, Tensor s, Tensor weight, Tensor bias, Tensor rms_weight, Tensor fc1_weight, Tensor fc1_bias, "
     "Tensor fc2_weight, Tensor fc2_bias, Tensor? packed, float eps=1e-6) -> Tensor",
     pixel_block_eager,
-    lambda x, *_: torch.empty_like(x, memory_format=torch.contiguous_format),
+    _fake,
     _example,
 )
-OP.register(CPU, _cpu, _cpu_fits, prepare=_prepare)
+native_pixel_block = in_order(
+    "pixel_block",
+    ("x", "y", "s", "packed", "bias", "rms_weight", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias"),
+    _fake,
+)
+register_native(OP, native_pixel_block, _native_arguments, _cpu_fits)
 OP.register(TRITON, _triton, _kernels_fit)

@@ -16,21 +16,20 @@ a time. Rows are independent. 4 R K C D FLOP. Eager is differentiable.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from msdd_fast import native
 from msdd_fast.backends.choice import Verdict
-from msdd_fast.backends.cpu import CPU
 from msdd_fast.backends.triton import TRITON
 from msdd_fast.layout import with_contiguous_rows
+from msdd_fast.native._call import in_order
 from msdd_fast.ops._adaln import rms_norm
 from msdd_fast.ops._checks import check_eps
 from msdd_fast.ops._example import normals
+from msdd_fast.ops._native import register_native
 from msdd_fast.ops._pixels import check_pixels, has_packed, pixels_fit
 from msdd_fast.ops._registry import Op, all_of
 from msdd_fast.ops.linear import pack_if_built
@@ -93,16 +92,8 @@ def _triton(x: Tensor, s: Tensor, weight: Tensor, *rest: Any) -> Tensor:
     return launch(x, s, weight, *small)
 
 
-def _cpu(*args: Any) -> Tensor:
-    return native.pixel_modulate(*_contiguous(*args))
-
-
-def _prepare(*args: Any) -> Callable[..., Tensor] | None:
-    arranged = _contiguous(*args)
-    if any(a is not b for a, b in zip(arranged, (*args[:2], args[5], *args[3:5]), strict=False)):
-        return None  # something is copied first, at every call
-    run = native.pixel_modulate.prepare(*arranged)
-    return lambda x, s, weight, bias, rms_weight, packed: run(x, s, packed, bias, rms_weight)
+def _native_arguments(*args: Any) -> tuple[Any, ...]:
+    return *_contiguous(*args), ""  # the machine's SIMD level
 
 
 def _cpu_fits(*args: Any) -> Verdict:
@@ -125,5 +116,6 @@ OP = Op(
     _fake,
     _example,
 )
-OP.register(CPU, _cpu, _cpu_fits, prepare=_prepare)
+native_pixel_modulate = in_order("pixel_modulate", ("x", "s", "packed", "bias", "rms_weight"), _fake)
+register_native(OP, native_pixel_modulate, _native_arguments, _cpu_fits)
 OP.register(TRITON, _triton, _kernels_fit)

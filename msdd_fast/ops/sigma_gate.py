@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from msdd_fast import native
 from msdd_fast.backends.choice import Verdict
 from msdd_fast.backends.triton import TRITON
 from msdd_fast.errors import InputError
 from msdd_fast.layout import rows_per_entry
+from msdd_fast.native._call import in_order
 from msdd_fast.ops._adaln import check_adaln, check_rms_weight, kernels_fit
 from msdd_fast.ops._checks import check_device, check_eps, check_floating
 from msdd_fast.ops._example import normals
@@ -149,5 +149,8 @@ OP = Op(
     _fake,
     _example,
 )
-register_native(OP, native.sigma_gate, _contiguous, _kernels_fit)
+native_sigma_gate = in_order(
+    "sigma_gate", ("x", "y", "offset", "shift", "scale", "rms_weight", "logit", "weight"), _fake
+)
+register_native(OP, native_sigma_gate, _contiguous, _kernels_fit)
 OP.register(TRITON, _triton, _kernels_fit)

@@ -15,7 +15,7 @@ from msdd_fast import backends, native, ops
 from msdd_fast.backends.extension import load_extension
 from msdd_fast.diffusion import noise
 from msdd_fast.errors import InputError
-from msdd_fast.native._call import operand
+from msdd_fast.native._call import in_order, operand
 
 if not backends.extension_status()[0]:
     pytest.skip(f"msdd_fast._C {backends.extension_status()[1]}", allow_module_level=True)
@@ -260,7 +260,9 @@ REFUSED = {
         (dict(y=tensor(5, 8)), r"y must be of shape \(6, 8\), got \(5, 8\)"),
         (dict(offset=tensor(6, 7)), r"offset must be of shape \(6, 8\), got \(6, 7\)"),
         (dict(offset=tensor(5, 1)), r"offset must be of shape \(6, 1\), got \(5, 1\)"),
-        (dict(offset=tensor(6, 8, strides=(1, 6))), "offset must be contiguous in its last dimension"),
+        (dict(offset=tensor(6, 8, strides=(1, 6))), "offset must be contiguous, got shape"),
+        (dict(offset=tensor(6, 8, strides=(9, 1))), "offset must be contiguous, got shape"),
+        (dict(offset=tensor(6)), r"offset must be of shape \(6, 8\), got \(6\)"),
         (dict(offset=None), "offset is missing"),
         (dict(weight=tensor(7)), r"weight must be of shape \(8\), got \(7\)"),
         (dict(weight=None), "either logit or weight must be given"),
@@ -419,3 +421,19 @@ def test_constants_of_the_header_equal_those_of_noise_py():
     for name in ("LN_POLY", "SIN_POLY", "COS_POLY"):
         (numbers,) = re.findall(name + r"\[\] = \{([^}]*)\}", source)
         assert tuple(float(n) for n in numbers.split(",")) == getattr(noise, name), name
+
+
+def test_a_function_whose_arguments_are_in_order_needs_no_code():
+    swiglu = in_order("swiglu", ("a", "b"), lambda a, b: torch.empty_like(a))
+    a, b = torch.randn(2, 3, 16, generator=torch.Generator().manual_seed(0)).unbind()
+    expected = native.swiglu(a, b)
+    assert torch.equal(swiglu(a, b), expected)
+    run = swiglu.prepare(b, a)
+    assert torch.equal(run(a, b), expected)  # metadata alone were kept
+    assert swiglu(a[:0], b[:0]).shape == (0, 16)
+    with pytest.raises(InputError, match=r"b must be a float32, .* on the CPU, got torch\.float64"):
+        swiglu(a, b.double())
+    with pytest.raises(InputError, match=r"swiglu: b must be of shape \(3, 16\), got \(2, 16\)"):
+        swiglu(a, b[:2])
+    with pytest.raises(InputError, match="swiglu: b is missing"):
+        swiglu(a, None)

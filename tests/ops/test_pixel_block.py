@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from msdd_fast import backends, native, ops
+from msdd_fast import backends, ops
 from msdd_fast.errors import BackendUnavailableError, InputError
 from msdd_fast.ops.linear import pack_linear
-from msdd_fast.ops.pixel_block import split_modulation
+from msdd_fast.ops.pixel_block import native_pixel_block, split_modulation
 from tests.ops.pixels import DTYPES, LEVELS, SIZES, case, modulation, norm, packed_for
 
 NAMES = ("x", "y", "s", "weight", "bias", "rms_weight", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")
@@ -85,7 +85,7 @@ def test_every_level_of_the_product(level, dtype):
 
     def run(level):
         weights = packed_for(weight, level)
-        return native.pixel_block(x, y, s, weights, bias, *small, 1e-6, level)
+        return native_pixel_block(x, y, s, weights, bias, *small, 1e-6, level)
 
     out = run(level)
     error, allowed = ((t.double() - exact(*args)).abs().max() for t in (out, run("plain")))

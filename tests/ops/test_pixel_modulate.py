@@ -6,6 +6,7 @@ import torch
 from msdd_fast import backends, native, ops
 from msdd_fast.errors import BackendUnavailableError, InputError
 from msdd_fast.ops.linear import pack_linear
+from msdd_fast.ops.pixel_modulate import native_pixel_modulate
 from tests.ops.pixels import DTYPES, LEVELS, SIZES, case, modulation, norm, packed_for
 
 NAMES = ("x", "s", "weight", "bias", "rms_weight")
@@ -93,8 +94,8 @@ def test_every_level_of_the_product(level, dtype):
         pytest.skip(backends.extension_status()[1])
     x, s, weight, bias, rms_weight = args = arguments((101, 5, 12, 33, 64), "cpu", dtype)
     weights = packed_for(weight, level)
-    out = native.pixel_modulate(x, s, weights, bias, rms_weight, 1e-6, level)
-    reference = native.pixel_modulate(x, s, native.pack_linear(weight, False, "plain"), bias, rms_weight, 1e-6, "plain")
+    out = native_pixel_modulate(x, s, weights, bias, rms_weight, 1e-6, level)
+    reference = native_pixel_modulate(x, s, native.pack_linear(weight, False, "plain"), bias, rms_weight, 1e-6, "plain")
     error = (out.double() - exact(*args)).abs().max()
     assert error <= 2 * (reference.double() - exact(*args)).abs().max() + 2e-6
 
