@@ -53,6 +53,10 @@ class Draws:
     def __len__(self) -> int:
         return len(self.samples)
 
+    def of(self, index: Tensor) -> Draws:
+        """The numbers of some samples of the batch, by their places in it."""
+        return Draws(self.seed, self.step, self.samples[index])
+
     def words(self, purpose: Purpose, variant: int = 0, index: Tensor | None = None) -> tuple[Tensor, ...]:
         """Four 32-bit words, each int64 (B,), per sample, or per element of ``index``, int64 (B,)."""
         index = self.samples if index is None else index

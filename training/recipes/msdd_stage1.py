@@ -24,6 +24,8 @@ from msdd_fast.training.loop.numbers import Range, check_numbers
 from msdd_fast.training.loop.objective import Loss
 from msdd_fast.training.losses.perceptual import require_perceptual
 from msdd_fast.training.preview import stage_columns
+from msdd_fast.training.recipes.msdd_one_step import OneStepConfig, one_step_loss
+from msdd_fast.training.recipes.msdd_unroll import image_pyramid, msdd_parts
 
 
 @dataclass(frozen=True)
@@ -51,14 +53,6 @@ class Stage1Config:
             perceptual_weight=Range(0),
             stages_per_image=Range(1, 64),
         )
-
-
-def image_pyramid(images: Tensor, num_stages: int) -> list[Tensor]:
-    """``num_stages`` + 1 resolutions by 2x2 box means, coarsest first."""
-    levels = [images]
-    for _ in range(num_stages):
-        levels.append(F.avg_pool2d(levels[-1], 2))
-    return levels[::-1]
 
 
 def stage_endpoints(coarse: Tensor, fine: Tensor, stage: Stage, noise: Tensor) -> tuple[Tensor, Tensor]:
@@ -103,13 +97,14 @@ def stage1_loss(
     config: Stage1Config,
     draws: Draws,
     perceptual: Callable[[Tensor, Tensor], Tensor] | None = None,
+    z: Tensor | None = None,
 ) -> Loss:
-    """Loss of images (B, 3, R, R) in [-1, 1], a mean over the samples.
+    """Loss of images (B, 3, R, R) in [-1, 1], a mean over the samples. z: their latent tokens, if they are known.
 
     Its metrics are vectors of the samples' values, empty for a stage without samples.
     """
     schedule, device, batch = tokenizer.schedule, images.device, len(images)
-    z = tokenizer.encoder(images)
+    z = tokenizer.encoder(images) if z is None else z
     pyramid = image_pyramid(images.float(), len(schedule))
     repeats = range(config.stages_per_image)
     labels = assign_stages(draws, len(schedule), config.stages_per_image).flatten()
@@ -149,17 +144,43 @@ def stage1_loss(
 
 
 class Stage1Recipe:
-    """Stage 1 as a ``loop.objective.Recipe``.
+    """Stage 1 as a ``loop.objective.Recipe``: flow matching, and a share of one-step decodes.
+
+    Args:
+        config: of the images that learn the flow.
+        perceptual: needed when one of the two perceptual weights is above 0.
+        one_step: of the images that are decoded; by default none are.
 
     Raises ConfigError if the perceptual distance is needed but missing.
     """
 
-    def __init__(self, config: Stage1Config, perceptual: Callable[[Tensor, Tensor], Tensor] | None = None) -> None:
-        require_perceptual(config.perceptual_weight, perceptual)
-        self.config, self.perceptual = config, perceptual
+    def __init__(
+        self,
+        config: Stage1Config,
+        perceptual: Callable[[Tensor, Tensor], Tensor] | None = None,
+        one_step: OneStepConfig | None = None,
+    ) -> None:
+        self.config, self.perceptual, self.one_step = config, perceptual, one_step or OneStepConfig()
+        require_perceptual(max(config.perceptual_weight, self.one_step.perceptual_weight), perceptual)
 
     def loss(self, tokenizer: Tokenizer, images: Tensor, draws: Draws) -> Loss:
-        return stage1_loss(tokenizer, images, self.config, draws, self.perceptual)
+        if self.one_step.share == 0:
+            return stage1_loss(tokenizer, images, self.config, draws, self.perceptual)
+        encoder, decoder = msdd_parts(tokenizer)
+        z, schedule = encoder(images), tokenizer.schedule
+        chosen = self.one_step.chosen(draws.samples)
+        decoded, rest = chosen.nonzero().flatten(), (~chosen).nonzero().flatten()
+        total = images.new_zeros((), dtype=torch.float32)
+        # Every process logs the same names, whatever falls to its part of the batch.
+        metrics = {name: images.new_zeros(0) for name in self.one_step.metrics(len(schedule))}
+        if self.one_step.share < 1:
+            flow = stage1_loss(tokenizer, images[rest], self.config, draws.of(rest), self.perceptual, z[rest])
+            total, metrics = len(rest) * flow.value, metrics | flow.metrics
+        if len(decoded):
+            part, numbers = images[decoded], draws.of(decoded)
+            loss = one_step_loss(decoder, schedule, part, z[decoded], self.one_step, numbers, self.perceptual)
+            total, metrics = total + len(decoded) * loss.value, metrics | loss.metrics
+        return Loss(total / len(images), metrics)
 
     def preview(self, tokenizer: Tokenizer, images: Tensor) -> list[Tensor]:
         """The clean estimate of every stage."""
@@ -179,6 +200,7 @@ class MSDDTrainConfig(RunConfig):
     num_stages: int | None = None
     """Scales, each at half the resolution of the next, if not the model's; 1 is single-scale flow matching."""
     objective: Stage1Config = field(default_factory=Stage1Config)
+    one_step: OneStepConfig = field(default_factory=OneStepConfig)
 
     def model(self, base: Config | None = None) -> TokenizerConfig:
         """``base``, by default the preset, with this configuration's sizes. Raises ConfigError."""
@@ -201,12 +223,19 @@ class MSDDTrainConfig(RunConfig):
                 f"stages_per_image must be at most the model's {config.schedule.num_stages} stages, got "
                 f"{self.objective.stages_per_image}"
             )
-        recipe = Stage1Recipe(self.objective, self.perceptual_distance(self.objective.perceptual_weight))
+        weight = max(self.objective.perceptual_weight, self.one_step.perceptual_weight)
+        recipe = Stage1Recipe(self.objective, self.perceptual_distance(weight), self.one_step)
         torch.manual_seed(self.loop.seed)
         if start is None:
-            return Components(Tokenizer(config), recipe, self.preset)
-        try:
-            tokenizer = Tokenizer.from_stored(config, start.state_dict(), str(self.start))
-        except CheckpointError as e:
-            raise ConfigError(f"start has no weights for this image_size and num_stages: {e}") from e
-        return Components(tokenizer, recipe, f"from {self.start}")
+            tokenizer, title = Tokenizer(config), self.preset
+        else:
+            try:
+                tokenizer, title = (
+                    Tokenizer.from_stored(config, start.state_dict(), str(self.start)),
+                    f"from {self.start}",
+                )
+            except CheckpointError as e:
+                raise ConfigError(f"start has no weights for this image_size and num_stages: {e}") from e
+        if self.one_step.share == 1:  # no image ever meets the null context
+            msdd_parts(tokenizer)[1].context_null.requires_grad_(False)
+        return Components(tokenizer, recipe, title)

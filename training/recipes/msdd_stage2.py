@@ -35,12 +35,12 @@ from msdd_fast.training.loop.numbers import Range, check_numbers
 from msdd_fast.training.loop.objective import Critic, Loss
 from msdd_fast.training.losses.adversarial import AdversarialLoss, adaptive_weight, discriminator_loss, generator_loss
 from msdd_fast.training.losses.augment import NUM_DRAWS
+from msdd_fast.training.losses.crop import random_crop
 from msdd_fast.training.losses.dino import SOURCE, load_dino, random_features
 from msdd_fast.training.losses.discriminator import Discriminator
 from msdd_fast.training.losses.perceptual import Perceptual, require_perceptual
 from msdd_fast.training.preview import TeacherColumns
-from msdd_fast.training.recipes.msdd_stage1 import image_pyramid
-from msdd_fast.training.recipes.msdd_unroll import draw_noise, msdd_parts, path_noise, stage_of, unroll
+from msdd_fast.training.recipes.msdd_unroll import draw_noise, image_pyramid, msdd_parts, path_noise, stage_of, unroll
 
 
 @dataclass(frozen=True)
@@ -114,17 +114,6 @@ class Stage2Config:
         """Whether the target of the perceptual distance is the teacher's image."""
         target = self.perceptual_target
         return self.perceptual_weight > 0 and (target == "teacher" or (target == "recipe" and self.matches_teacher))
-
-
-def _crop(x: Tensor, y: Tensor, size: int | None, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """The same random square of both, or all of them if they are not larger."""
-    height, width = x.shape[-2:]
-    if size is None or size >= min(height, width):
-        return x, y
-    draw = torch.rand(2, generator=generator).tolist()
-    top, left = int(draw[0] * (height - size + 1)), int(draw[1] * (width - size + 1))
-    window = (..., slice(top, top + size), slice(left, left + size))
-    return x[window], y[window]
 
 
 def teacher_states(
@@ -230,7 +219,7 @@ class Stage2Recipe:
         if config.perceptual_weight > 0:
             assert self.perceptual is not None
             place = draws.shared(Purpose.PERCEPTUAL_CROP)
-            term = self.perceptual(*_crop(fake, target, config.perceptual_crop, place)).mean()
+            term = self.perceptual(*random_crop(fake, target, config.perceptual_crop, place)).mean()
             metrics[self.perceptual.name] = term.detach()
             rest = rest + config.perceptual_weight * term
         plain, total = plain + rest, total + rest

@@ -59,6 +59,14 @@ def unroll(
     return states
 
 
+def image_pyramid(images: Tensor, num_stages: int) -> list[Tensor]:
+    """``num_stages`` + 1 resolutions by 2x2 box means, coarsest first."""
+    levels = [images]
+    for _ in range(num_stages):
+        levels.append(F.avg_pool2d(levels[-1], 2))
+    return levels[::-1]
+
+
 def path_noise(schedule: StageSchedule, noise: Sequence[Tensor], stage: int) -> Tensor:
     """The noise in the state of a decode with ``noise`` at the start of ``stage``: (B, 3, H_s, H_s).
 
