@@ -24,8 +24,8 @@ from msdd_fast.bench.timing.ceilings import copy_bandwidth, gemm_rate
 from msdd_fast.bench.timing.harness import Check, Measurement, close_to, compare
 
 BATCH = {"cpu": 8, "cuda": 512}
-QUICK = {"scales": "32", "batch": 2, "rounds": 3}
-FULL = {"scales": ",".join(map(str, suite.SCALES)), "batch": None, "rounds": 20}
+QUICK = {"scales": "32", "batch-size": 2, "rounds": 3}
+FULL = {"scales": ",".join(map(str, suite.SCALES)), "batch-size": None, "rounds": 20}
 
 os.environ.pop("TRITON_INTERPRET", None)  # the interpreter's times mean nothing
 
@@ -56,7 +56,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--quick", action="store_true", help="32 px, batch 2, 3 rounds, no torch.compile: does it run?")
     group.addoption("--scales", help="comma-separated, default 32,64,128,256")
     group.addoption("--dtypes", default="fp32,bf16,fp16", help="comma-separated, default fp32,bf16,fp16")
-    group.addoption("--batch", type=int, help="default 8 on a CPU, 512 on a GPU")
+    group.addoption("--batch-size", type=int, help="default 8 on a CPU, 512 on a GPU")
     group.addoption("--rounds", type=int, help="samples for each provider, default 20")
     group.addoption("--no-compile", action="store_true", help="leave torch.compile out")
     group.addoption("--device", help="default cuda if there is one, else cpu")
@@ -73,7 +73,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     module = metafunc.module
     dtypes = [suite.DTYPES[name] for name in _option(metafunc.config, "dtypes").split(",")]
     device = _device(metafunc.config)
-    batch = _option(metafunc.config, "batch") or {**BATCH, **getattr(module, "BATCH", {})}[device.type]
+    batch = _option(metafunc.config, "batch-size") or {**BATCH, **getattr(module, "BATCH", {})}[device.type]
     scales = [int(s) for s in _option(metafunc.config, "scales").split(",")]
     cases = [suite.Case(s, d, batch, device) for s in scales for d in dtypes]
     metafunc.parametrize("case", cases, ids=str)

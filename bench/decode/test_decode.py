@@ -1,6 +1,7 @@
 """The whole decode and each of its scales, for every provider, as entries of pytest-benchmark.
 
-msdd-nano at batch 1 (--batch), with --quick the tiny preset. One interleaved run (decode/suite.py) serves all tests.
+msdd-nano at batch 1 (--batch-size), with --quick the tiny preset. One interleaved run (decode/suite.py) serves all
+tests.
 """
 
 from collections.abc import Callable
@@ -29,7 +30,7 @@ def decoded(request: pytest.FixtureRequest) -> dict[str, Any]:
     device = torch.device(option("--device") or ("cuda" if torch.cuda.is_available() else "cpu"))
     compiled = not (option("--quick") or option("--no-compile"))
     seconds, limit = 0.2 if option("--quick") else 8.0, 300.0 if compiled else 0.0
-    case = DecodeCase(name, option("--batch") or 1, seconds=seconds, compile_seconds=limit)
+    case = DecodeCase(name, option("--batch-size") or 1, seconds=seconds, compile_seconds=limit)
     rounds = 3 if option("--quick") else option("--rounds") or 100
     return {**measure_case(load(name, device), case, rounds), "device": device}
 

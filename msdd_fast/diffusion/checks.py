@@ -184,3 +184,9 @@ def _check_float(name: str, x: Tensor) -> None:
         raise InputError(f"{name} must be floating point, got {x.dtype}")
     if x.dtype not in LATENT_DTYPES:
         raise InputError(f"{name} must be float32, bfloat16, float16 or float64, got {x.dtype}")
+
+
+def check_bool(name: str, value: object) -> None:
+    """Raise InputError unless ``value`` is True or False."""
+    if not isinstance(value, bool):
+        raise InputError(f"{name} must be True or False, got {value!r:.80}")

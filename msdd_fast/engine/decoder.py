@@ -17,6 +17,7 @@ from torch import Tensor
 from msdd_fast.backends.environment import thread_problems
 from msdd_fast.diffusion.checks import (
     as_int,
+    check_bool,
     check_finite,
     check_guidance,
     check_latents,
@@ -108,9 +109,8 @@ def accelerate(
     tokenizer = as_tokenizer(tokenizer)
     _one_of("tier", tier, TIERS)
     check_limit(max_psnr_loss)
-    for name, value in (("validate", validate), ("batch_invariant", batch_invariant)):
-        if not isinstance(value, bool):
-            raise InputError(f"{name} must be True or False, got {value!r}")
+    check_bool("validate", validate)
+    check_bool("batch_invariant", batch_invariant)
     options = Options(dtype, backend, steps, cfg_scale, batch_sizes, graphs, max_memory, validate, batch_invariant)
     if tier == "exact":
         if calibration is not None:

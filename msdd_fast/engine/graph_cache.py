@@ -17,7 +17,7 @@ from msdd_fast.engine import graphs
 from msdd_fast.engine.batching import Chunk, assumed_cost, split_by_cost, split_evenly
 from msdd_fast.engine.programs import ProgramRecorder, can_record
 from msdd_fast.errors import BackendUnavailableError, InputError
-from msdd_fast.layers.request import DecodeProgram, Inputs, Request, stream
+from msdd_fast.layers.request import DecodeProgram, Inputs, NotRecordable, Request, stream
 
 MAX_GRAPHS = 32  # of each kind: a few batch sizes of some dtypes, and the sizes of images where there are several
 G = TypeVar("G", graphs.Graph, graphs.StageGraphs)
@@ -33,7 +33,7 @@ class GraphCache:
             at once.
 
     Args:
-        program: one with a ``not_recordable`` is never recorded on a CPU, for that reason.
+        program: one that is ``NotRecordable`` is never recorded on a CPU, for its reason.
         wanted: "auto" (where it can; without graphs if a capture fails), True (a failure is an error) or False.
         example: makes inputs of a request to capture with.
         stages: number of stages of a decode.
@@ -53,7 +53,7 @@ class GraphCache:
         stages: int,
     ) -> None:
         self.enabled, self.reason = use_graphs(wanted, device)
-        refusal = getattr(program, "not_recordable", "") if records_programs(device) else ""
+        refusal = program.not_recordable if records_programs(device) and isinstance(program, NotRecordable) else ""
         if self.enabled and refusal:
             if wanted is True:
                 raise BackendUnavailableError(f"graphs=True cannot be had: {refusal}")

@@ -96,6 +96,17 @@ class DecodeProgram(Protocol):
         ...
 
 
+@runtime_checkable
+class NotRecordable(Protocol):
+    """A program that cannot become a recorded one on a CPU.
+
+    Attributes:
+        not_recordable: why.
+    """
+
+    not_recordable: str
+
+
 def stream(program: DecodeProgram, inputs: Inputs, request: Request) -> Iterator[StageImages]:
     """A decode with the images of every stage."""
     for stage, end in enumerate(program.stages(inputs, request)):

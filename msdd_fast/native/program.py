@@ -168,8 +168,11 @@ _EMPTY, _EMPTY_LIKE, _NEW_EMPTY, _NEW_EMPTY_STRIDED = (
 
 
 def _is_view(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
-    """Whether a function of _VIEWS with these arguments behind the tensor reads no elements: a tensor among them, or an
-    index of anything else than integers and slices, would be read once, when the program is recorded."""
+    """Whether a function of _VIEWS reads no elements, given its arguments behind the tensor.
+
+    An index must consist of integers, slices, None and ``...``. Tensors, lists and booleans select elements by value:
+    they would be read once, when the program is recorded.
+    """
     index = args[0] if func is Tensor.__getitem__ else ()
     parts = index if isinstance(index, tuple) else (index,)
     plain = all(p is None or p is ... or type(p) in (int, slice) for p in parts)

@@ -118,9 +118,3 @@ def as_scalar(name: str, value: float | Tensor, device: torch.device) -> Tensor:
             raise InputError(f"{name} must be a real number, got {value.dtype}")
         return value.to(torch.float32).reshape(())
     return torch.tensor(as_number(name, value), dtype=torch.float32, device=device)
-
-
-def check_bool(name: str, value: object) -> None:
-    """Raise InputError unless ``value`` is True or False."""
-    if not isinstance(value, bool):
-        raise InputError(f"{name} must be True or False, got {value!r:.80}")

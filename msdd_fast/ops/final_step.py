@@ -20,10 +20,11 @@ from torch import Tensor
 
 from msdd_fast import native
 from msdd_fast.backends.triton import TRITON
+from msdd_fast.diffusion.checks import check_bool
 from msdd_fast.diffusion.patch_rows import unpatchify_rows
 from msdd_fast.errors import InputError
 from msdd_fast.layout import with_contiguous_rows
-from msdd_fast.ops._checks import FLOAT_DTYPES, check_blocks, check_bool
+from msdd_fast.ops._checks import FLOAT_DTYPES, check_blocks
 from msdd_fast.ops._example import normals
 from msdd_fast.ops._native import register_native
 from msdd_fast.ops._patches import (

@@ -24,9 +24,10 @@ from torch import Tensor
 from msdd_fast import native
 from msdd_fast.backends.choice import Verdict
 from msdd_fast.backends.triton import TRITON
+from msdd_fast.diffusion.checks import check_bool
 from msdd_fast.errors import InputError
 from msdd_fast.layout import dense, memory_order
-from msdd_fast.ops._checks import FLOAT_DTYPES, check_bool, check_device, check_eps, check_floating
+from msdd_fast.ops._checks import FLOAT_DTYPES, check_device, check_eps, check_floating
 from msdd_fast.ops._example import normals
 from msdd_fast.ops._native import register_native
 from msdd_fast.ops._registry import Op

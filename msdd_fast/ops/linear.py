@@ -24,8 +24,9 @@ from msdd_fast import native
 from msdd_fast.backends.choice import Verdict
 from msdd_fast.backends.cpu import CPU
 from msdd_fast.backends.extension import extension_status
+from msdd_fast.diffusion.checks import check_bool
 from msdd_fast.errors import InputError
-from msdd_fast.ops._checks import FLOAT_DTYPES, check_bool, check_device, check_floating
+from msdd_fast.ops._checks import FLOAT_DTYPES, check_device, check_floating
 from msdd_fast.ops._example import normals
 from msdd_fast.ops._registry import Op
 

@@ -23,11 +23,11 @@ from torch import Tensor
 from msdd_fast import native
 from msdd_fast.backends.triton import TRITON
 from msdd_fast.diffusion import noise as streams
+from msdd_fast.diffusion.checks import check_bool
 from msdd_fast.errors import InputError
 from msdd_fast.ops._checks import (
     as_scalar,
     check_blocks,
-    check_bool,
     check_device,
     check_float,
     check_image,

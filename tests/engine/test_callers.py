@@ -256,9 +256,19 @@ def test_other_arguments_of_a_wrong_kind(engine, cross, arguments, message):
         ({"backend": ["cpu"]}, "backend must be a name, .*, got list"),
         ({"validate": "yes"}, "validate must be True or False, got 'yes'"),
         ({"max_psnr_loss": "x"}, "max_psnr_loss must be a finite number >= 0, got 'x'"),
+        ({"dtype": torch.float64}, "dtype must be float32, bfloat16 or float16, got torch.float64"),
+        ({"tier": "slow"}, "tier must be one of exact, fast, got 'slow'"),
+        ({"backend": "cuda9"}, "backend must be one of auto, .*, got 'cuda9'"),
+        ({"backend": "auto,flux=cpu"}, "backend is chosen for the op 'flux'; known: "),
+        ({"steps": 0}, "steps must be an integer >= 1, got 0"),
+        ({"cfg_scale": -1.0}, "cfg_scale must be a finite number >= 0, got -1.0"),
+        ({"batch_sizes": ()}, r"batch_sizes must be integers >= 1, got \(\)"),
+        ({"batch_sizes": (0, 8)}, r"batch_sizes must be integers >= 1, got \(0, 8\)"),
+        ({"graphs": "yes"}, "graphs must be 'auto', True or False, got 'yes'"),
+        ({"max_memory": 1000}, r"max_memory must be at least \d+ bytes .*, got 1000"),
     ],
 )
-def test_arguments_of_accelerate_of_a_wrong_kind(cross, arguments, message):
+def test_bad_arguments_of_accelerate(cross, arguments, message):
     with pytest.raises(InputError, match=message):
         accelerate(cross, **arguments)
 

@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from msdd_fast import Tokenizer, accelerate
-from msdd_fast.backends import extension_status, use_backend
+from msdd_fast.backends import extension_status
 from msdd_fast.diffusion.config import ScheduleConfig
 from msdd_fast.families import get_preset
 from tests.conftest import HAS_GPU
 from tests.perturbed import perturbed
+from tests.reference import reference
 
 # float32: eager and engine differ in the order of sums only. Decoded values reach 4; the largest difference seen is
 # 1.4e-5 (guidance doubles a velocity's error, four steps add it up).
@@ -20,12 +21,6 @@ FLOAT32 = 5e-5
 def latents(tok, batch, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(batch, tok.config.num_latent_tokens, tok.config.latent_dim, generator=generator)
-
-
-def reference(tok, *args, **kwargs):
-    """The decode in plain PyTorch, every op eager."""
-    with use_backend("eager"):
-        return tok.decode(*args, **kwargs)
 
 
 @pytest.mark.parametrize("cfg_scale", [1.0, 2.0])

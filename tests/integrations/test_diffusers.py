@@ -18,6 +18,7 @@ from tests.perturbed import perturbed
 diffusers = pytest.importorskip("diffusers", reason="pip install 'msdd-fast[diffusers]'")
 
 from msdd_fast.integrations.diffusers import as_vae  # noqa: E402
+from tests.draws import generator  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of diffusers, about the schedulers' configs
 
@@ -52,10 +53,6 @@ def tapped(vae):
 
 def shown(images):
     return (images / 2 + 0.5).clamp(0, 1)
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def pipeline(kind, vae, network):

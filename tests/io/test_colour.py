@@ -12,6 +12,7 @@ from msdd_fast.errors import InputError
 from msdd_fast.io.colour import BACKGROUND
 from msdd_fast.io.images import load_image
 from tests.io import profiles
+from tests.io.png import chunk
 
 GREY = np.linspace(0, 255, 48 * 80).reshape(48, 80).astype(np.uint8)
 RGB = np.stack([GREY, GREY[::-1], 255 - GREY], axis=-1)
@@ -173,9 +174,6 @@ def test_16_bits_of_pillow():
 
 
 def png(depth, kind, rows, *chunks):
-    def chunk(name, body):
-        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
-
     head = struct.pack(">IIBBBBB", 80, 48, depth, kind, 0, 0, 0)
     pixels = zlib.compress(b"".join(b"\0" + r for r in rows))
     parts = (chunk(b"IHDR", head), *(chunk(*c) for c in chunks), chunk(b"IDAT", pixels), chunk(b"IEND", b""))

@@ -12,6 +12,7 @@ from PIL import Image, ImageOps
 from msdd_fast.errors import InputError
 from msdd_fast.io.images import load_image
 from msdd_fast.io.metadata import Directory, exif_orientation, split
+from tests.io.png import chunk
 
 CORNERS = Image.fromarray(np.random.default_rng(0).integers(0, 256, (3, 5, 3), dtype=np.uint8)).resize((80, 48), 0)
 
@@ -138,9 +139,6 @@ def test_types_of_the_orientation(kind, value, turned):
 
 def test_what_a_decoder_would_trip_over():
     png = stored("PNG", exif())
-
-    def chunk(name, body):
-        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
 
     text = chunk(b"zTXt", b"key\0\0" + zlib.compress(bytes(2**27)))  # 128 MB of text
     assert load_image("x", png[:33] + text + png[33:]).size == (48, 80)

@@ -8,13 +8,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from msdd_fast import Tokenizer, accelerate, explain
-from msdd_fast.backends import extension_status, use_backend
+from msdd_fast.backends import extension_status
 from msdd_fast.errors import BackendUnavailableError, InputError
 from msdd_fast.families.pid.engine.memory import activation_bytes, bytes_per_row, chunk_rows
 from msdd_fast.families.pid.presets import PID_PRESETS
 from msdd_fast.ops._patches import to_uint8
 from tests.conftest import HAS_GPU
 from tests.families.pid.models import TINY, captions, latents, random_tokenizer
+from tests.reference import reference
 
 # float32: eager and engine differ in the order of sums only; decoded values reach 5. The largest seen is 5e-6.
 FLOAT32 = 3e-5
@@ -33,12 +34,6 @@ SMALLEST = replace(
 @pytest.fixture(scope="module")
 def tok():
     return random_tokenizer()
-
-
-def reference(tok, *args, **kwargs):
-    """The decode in plain PyTorch, every op eager."""
-    with use_backend("eager"):
-        return tok.decode(*args, **kwargs)
 
 
 def given(batch, config=TINY, rows=7):

@@ -5,8 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from msdd_fast import Tokenizer, accelerate
 from msdd_fast.backends import use_backend
@@ -15,6 +13,7 @@ from msdd_fast.families import family_of
 from msdd_fast.families.pid.presets import PID_PRESETS
 from msdd_fast.families.pid.work import decode_work
 from msdd_fast.families.work import total
+from tests.families.flops import counted
 from tests.families.pid.models import TINY, captions, latents, random_tokenizer
 
 # GFLOP of one evaluation of the released networks with a caption of 300 rows; at 512 px equal to torch's counter.
@@ -78,12 +77,6 @@ def test_what_the_engine_saves():
         assert gflop(name, side, steps=4) == pytest.approx(expected - 4 * dead, rel=0.01)
     weights = [total(decode_work(PID_PRESETS["pid-v15-flux"], hoisted=h)).weight_bytes for h in (False, True)]
     assert (weights[0] - weights[1]) / 2 == pytest.approx(399.4e6 + 21.2e6 + 2.36e6, rel=0.001)
-
-
-def counted(run):
-    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        run()
-    return counter.get_total_flops()
 
 
 V1_TINY = replace(TINY, features=replace(TINY.features, gate="channel", pixel_injection=False))

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from msdd_fast import Tokenizer, accelerate, explain
-from msdd_fast.backends import extension_status, use_backend
+from msdd_fast.backends import extension_status
 from msdd_fast.engine.batching import Chunk
 from msdd_fast.errors import BackendUnavailableError, InputError
 from msdd_fast.families.ssdd.presets import SSDD_PRESETS
@@ -15,6 +15,7 @@ from msdd_fast.layers.convolution import UpsampleConvolution, channels_last
 from msdd_fast.ops._patches import to_uint8
 from tests.conftest import HAS_GPU
 from tests.families.ssdd.test_ssdd import random_tokenizer
+from tests.reference import reference
 
 # float32: eager and engine differ in the order of sums only. Decoded values reach 8; the largest difference seen is
 # 6e-6 (more groups of channels, larger maps or more steps do not change it).
@@ -36,12 +37,6 @@ def f16():
 
 def latents(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def reference(tok, *args, **kwargs):
-    """The decode in plain PyTorch, every op eager."""
-    with use_backend("eager"):
-        return tok.decode(*args, **kwargs)
 
 
 @pytest.mark.parametrize("sides", [(8, 8), (3, 5), (9, 4)])

@@ -21,6 +21,7 @@ from msdd_fast.families.ssdd.config import SSDDConfig
 from msdd_fast.families.ssdd.presets import SSDD_PRESETS
 from msdd_fast.families.ssdd.released import release_ssdd, translate_ssdd
 from msdd_fast.ops.window_attention import dense_bias
+from tests.draws import generator
 
 TOLERANCE = 1e-5
 TINY = SSDD_PRESETS["tiny-ssdd"]
@@ -30,10 +31,6 @@ SMALL = dataclasses.replace(TINY, decoder=dataclasses.replace(TINY.decoder, mid_
 
 def near(actual, expected):
     torch.testing.assert_close(actual, expected, rtol=0, atol=TOLERANCE)
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 @torch.no_grad()

@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from msdd_fast import Tokenizer, accelerate
 from msdd_fast.backends import use_backend
@@ -12,6 +10,7 @@ from msdd_fast.families import family_of
 from msdd_fast.families.ssdd.presets import SSDD_PRESETS
 from msdd_fast.families.ssdd.work import decode_work, keys_seen
 from msdd_fast.families.work import total
+from tests.families.flops import counted
 
 # GFLOP of one evaluation at 256 px with dense attention; of M at other sizes.
 # GFLOP of the authors' network, by torch's counter, at 256 px; of size M at other sides.
@@ -35,12 +34,6 @@ def test_what_the_engine_saves():
     assert gflop("m", hoisted=False) - gflop("m") == pytest.approx(41.2 + 12.0, rel=0.01)
     assert 2 * gflop("m") - gflop("m", steps=2) == pytest.approx(4.6, rel=0.05)
     assert keys_seen(32, 32, 8) / 32**2 == pytest.approx(175.6, abs=0.05)
-
-
-def counted(run):
-    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        run()
-    return counter.get_total_flops()
 
 
 @pytest.mark.parametrize(("batch", "steps", "sides"), [(1, 1, (8, 8)), (2, 3, (4, 6))])

@@ -15,11 +15,7 @@ from msdd_fast.training.losses.adversarial import adaptive_weight, discriminator
 from msdd_fast.training.losses.augment import NUM_DRAWS, augment
 from msdd_fast.training.losses.dino import PatchFeatures, load_dino, random_features
 from msdd_fast.training.losses.discriminator import BatchNorm, Discriminator, Head, fit
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
-
+from tests.draws import generator
 
 # --- batch statistics
 

@@ -20,14 +20,11 @@ from msdd_fast.training.recipes.ssdd_alignment import Alignment
 from msdd_fast.training.recipes.ssdd_distill import SSDDDistillation, one_step_student
 from msdd_fast.training.recipes.ssdd_flow import SSDDRecipe, trainable
 from msdd_fast.training.recipes.ssdd_objective import SSDDObjective, draw_noise
+from tests.draws import generator
 from tests.families.ssdd.test_ssdd import random_tokenizer
 from tests.training.launch import curve, spawn
 
 PLAIN = SSDDObjective(perceptual_weight=0.0)
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def draws(count=2, seed=0):

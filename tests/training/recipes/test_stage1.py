@@ -17,10 +17,7 @@ from msdd_fast.training.recipes.msdd_stage1 import (
     stage_endpoints,
     time_weight,
 )
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
+from tests.draws import generator
 
 
 def draws(count, seed=0, first=0):

@@ -22,12 +22,9 @@ from msdd_fast.training.losses.discriminator import Discriminator
 from msdd_fast.training.losses.perceptual import make_perceptual
 from msdd_fast.training.recipes.msdd_stage2 import Stage2Config, Stage2Recipe, make_student, teacher_states
 from msdd_fast.training.recipes.msdd_unroll import draw_noise, path_noise, stage_of, unroll
+from tests.draws import generator
 
 MATCHING = Stage2Config(recipe="teacher-matching", teacher_steps=2)
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def draws(count=2, seed=0, step=0):
