@@ -245,9 +245,9 @@ def test_reasons_why_the_extension_is_missing(probe):
 def test_import_is_lean(tmp_path):
     """No Triton, no extension, no CUDA context; at most a fifth of what `import torch` takes (0.3 s of 1.5 s).
 
-    A ratio, because machines differ; the best of three in processor time, because other work must not count; once
-    Python has its bytecode; and with torch's objects frozen, because the collector may look through all of them
-    during whatever import comes next.
+    A ratio, because machines differ; in processor time and once in up to five tries, because other work must not
+    count; once Python has its bytecode; and with torch's objects frozen, because the collector may look through all of
+    them during whatever import comes next.
     """
     script = """
 import gc, json, sys, time
@@ -263,16 +263,11 @@ print(json.dumps({"ours": ours, "torch": middle - start, "new": new, "cuda": tor
 """
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
     environment["PYTHONPYCACHEPREFIX"] = str(tmp_path)
-    runs = [
-        json.loads(
-            subprocess.run(
-                [sys.executable, "-c", script], capture_output=True, check=True, cwd=ROOT, env=environment
-            ).stdout
-        )
-        for _ in range(3)
-    ]
-    for run in runs:
+    ratios = []  # the first is that of a run that writes bytecode
+    while len(ratios) < 2 or (min(ratios[1:]) >= 0.2 and len(ratios) < 6):
+        command = [sys.executable, "-c", script]
+        run = json.loads(subprocess.run(command, capture_output=True, check=True, cwd=ROOT, env=environment).stdout)
         loaded = {name for name in run["new"] if name.split(".")[0] == "triton" or name == "msdd_fast._C"}
         assert not loaded and not run["cuda"]
-    ours, torchs = (min(run[name] for run in runs) for name in ("ours", "torch"))
-    assert ours < 0.2 * torchs
+        ratios.append(run["ours"] / run["torch"])
+    assert min(ratios[1:]) < 0.2

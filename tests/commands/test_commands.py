@@ -608,10 +608,31 @@ def test_help_and_version_do_not_import_torch():
         subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
 
 
+@pytest.fixture(scope="module")
+def helped():
+    """(code, stdout, stderr) of ``msdd-fast NAME --help`` by name, all in one fresh process."""
+    code = """
+import contextlib, io, json
+from msdd_fast.commands.main import COMMANDS, main
+said = {}
+for name in COMMANDS:
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        try:
+            code = main([name, "--help"])
+        except SystemExit as end:
+            code = end.code or 0
+    said[name] = code, out.getvalue(), err.getvalue()
+print(json.dumps(said))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
 @pytest.mark.parametrize("name", cli.COMMANDS)
-def test_every_command_has_help_without_extras(name):
+def test_every_command_has_help_without_extras(helped, name):
     """Optional packages may be missing: `train` and `distill` say so, the others do not need them for help."""
-    code, out, err = in_a_shell(f"msdd-fast {name} --help")
+    code, out, err = helped[name]
     assert code == 0 and out.startswith(f"usage: msdd-fast {name}"), err
 
 

@@ -73,17 +73,20 @@ def test_devices_and_fifos_are_written_into(tmp_path):
     assert got == ["new"] and stat.S_ISFIFO(fifo.stat().st_mode) and os.listdir(tmp_path) == ["fifo"]
 
 
-@pytest.mark.parametrize("path", ["-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"])
+STANDARD_OUTPUT = ["-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"]
+
+
 @pytest.mark.parametrize("kind", ["pipe", "file"])
-def test_standard_output(tmp_path, path, kind):
+def test_standard_output(tmp_path, kind):
     """Also where it is a regular file: what was printed before and after stays in it."""
     code = f"""if True:
         from msdd_fast.io.files import atomic_write, require_writable
-        print("before")
-        require_writable({path!r})
-        with atomic_write({path!r}) as temporary:
-            temporary.write_bytes(b"new\\n")
-        print("after")
+        for path in {STANDARD_OUTPUT!r}:
+            print("before", path)
+            require_writable(path)
+            with atomic_write(path) as temporary:
+                temporary.write_bytes(b"new\\n")
+            print("after")
     """
     if kind == "pipe":
         out = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, cwd=tmp_path).stdout
@@ -91,9 +94,9 @@ def test_standard_output(tmp_path, path, kind):
         with open(tmp_path / "out", "ab") as f:
             subprocess.run([sys.executable, "-c", code], stdout=f, check=True, cwd=tmp_path)
         out = (tmp_path / "out").read_bytes()
-    assert out == b"before\nnew\nafter\n"
+    assert out.decode() == "".join(f"before {path}\nnew\nafter\n" for path in STANDARD_OUTPUT)
     assert os.listdir(tmp_path) == (["out"] if kind == "file" else [])
-    assert is_standard_output(path)
+    assert all(map(is_standard_output, STANDARD_OUTPUT))
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt(), ZeroDivisionError()])

@@ -1,4 +1,6 @@
-"""Every Triton kernel compiles ahead of time for sm_80, 90 and 100 (float8: 89, 90 and 100), within limits.
+"""Every Triton kernel compiles ahead of time, within limits, for the oldest and the newest of NVIDIA's architectures.
+
+The slow tests take all of them, and AMD's.
 
 In a subprocess, because this test process runs Triton's interpreter.
 """
@@ -87,12 +89,12 @@ def check(kernels):
 
 
 def test_default_configurations(tmp_path):
-    targets = [t for t in TARGETS if t not in AMD]
+    targets = [NVIDIA[0], NVIDIA[-1]]
     kernels = compile_all(tmp_path / "kernels.json", ["bf16"], targets)
     assert {f["target"] for f in kernels} == set(targets)
     stems = {p.stem for p in KERNELS.glob("*.py") if not p.stem.startswith("_")}
     assert {f["kernel"].split(".")[0] for f in kernels} == stems  # each file states its cases
-    assert len({(f["kernel"], f["variant"], f["target"]) for f in kernels}) == len(kernels) >= 3 * 23
+    assert len({(f["kernel"], f["variant"], f["target"]) for f in kernels}) == len(kernels) >= 2 * 23
     check(kernels)
 
 

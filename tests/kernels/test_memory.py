@@ -6,6 +6,8 @@ test_aot.py), and on a GPU by the peak of PyTorch's allocator.
 """
 
 import importlib
+import json
+import os
 import resource
 import subprocess
 import sys
@@ -53,17 +55,36 @@ def address_space_for(size):
         resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
-def refused(setup, call, size):
-    """``call`` needs more than ``size`` bytes. In a fresh process: this one's malloc may have kept enough to reuse."""
-    code = f"""
-import torch
-from tests.kernels.test_memory import *
-torch.set_num_threads(1)
-{setup}
-with address_space_for({size}), pytest.raises(RuntimeError, match="alloc"):
-    {call}
-"""
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).resolve().parents[2], timeout=120)
+def run_in_forks():
+    """Run each line of stdin, code as a JSON string, in a fork of this process, and print its exit code."""
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        pid = os.fork()
+        if pid == 0:
+            exec(json.loads(line), dict(globals()))
+            os._exit(0)
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+
+
+@pytest.fixture(scope="module")
+def refused():
+    """``refused(setup, call, size)``: ``call`` needs more than ``size`` bytes.
+
+    In forks of a process that has only imported this file: the malloc of this one may have kept enough to reuse.
+    """
+    need_a_limit()
+    command = [sys.executable, "-c", "from tests.kernels.test_memory import run_in_forks; run_in_forks()"]
+    root = Path(__file__).resolve().parents[2]
+    with subprocess.Popen(command, cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+
+        def check(setup, call, size):
+            limit = f'address_space_for({size}), pytest.raises(RuntimeError, match="alloc")'
+            process.stdin.write(json.dumps(f"{setup}\nwith {limit}:\n    {call}\n") + "\n")
+            process.stdin.flush()
+            assert process.stdout.readline() == "0\n"
+
+        yield check
+        process.kill()
 
 
 def need_a_limit():
@@ -92,7 +113,7 @@ def window(grid, batch=1, heads=4):
 
 
 @pytest.mark.parametrize("grid", [32, 64])
-def test_window_attention_needs_memory_for_its_output_only(grid):
+def test_window_attention_needs_memory_for_its_output_only(grid, refused):
     """At 256 and 512 px; the dense reference needs at least heads N^2 floats, 16 and 256 MiB an image."""
     if not extension_status()[0]:
         pytest.skip(f"backend 'cpu': {extension_status()[1]}")
@@ -106,7 +127,7 @@ def test_window_attention_needs_memory_for_its_output_only(grid):
     refused(f"arguments = window({grid}, 1)", "ops.window_attention(*arguments, backend='eager')", 4 * grid**4 * 4)
 
 
-def test_group_norm_modulate_silu_needs_memory_for_its_output_only():
+def test_group_norm_modulate_silu_needs_memory_for_its_output_only(refused):
     """Neither scale and shift at the size of x nor steps in between; statistics are 1/256 of x."""
     if not extension_status()[0]:
         pytest.skip(f"backend 'cpu': {extension_status()[1]}")
@@ -126,7 +147,7 @@ def test_group_norm_modulate_silu_needs_memory_for_its_output_only():
     refused(setup, call, size + size // 256 + 4 * MEBIBYTE)
 
 
-def test_the_limit_shows_a_noise_tensor():
+def test_the_limit_shows_a_noise_tensor(refused):
     """The same measurement of plain PyTorch, which has one: so the test above could fail."""
     need_a_limit()
     call = "renoise_upsample_with(x, alpha, beta, torch.randn(64, 3, 512, 512))"

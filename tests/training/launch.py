@@ -88,9 +88,18 @@ def environment(rank, world, port):
     return {**{k: str(v) for k, v in names.items()}, "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
 
 
-def spawn(function, world, *args):
-    """``function(*args)`` in ``world`` processes of one gloo group; an error or a hang in one ends all."""
+def spawn(function, world, *args, meanwhile=lambda: None):
+    """``function(*args)`` in ``world`` processes of one gloo group; an error or a hang in one ends all.
+
+    ``meanwhile`` is called here while they run.
+    """
     context = mp.spawn(_in_group, (world, free_port(), function, args), nprocs=world, join=False)
+    try:
+        meanwhile()
+    except BaseException:
+        for process in context.processes:
+            process.kill()
+        raise
     end = time.monotonic() + TIMEOUT
     while not context.join(timeout=5):
         if time.monotonic() > end:

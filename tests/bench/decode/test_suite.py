@@ -173,7 +173,7 @@ def test_packed_weights_are_counted_as_plain_ones():
     assert [(r.kernel, r.calls, r.flops) for r in rows if r.flops] == [(f"{name} 5x32x48", 1, 2 * 5 * 32 * 48)]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.slow)])
 def test_the_profile_command_writes_a_trace(dtype, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("msdd_fast.bench.timing.ceilings.last_level_cache", lambda _: 2**20)
     trace = tmp_path / "new" / "trace.json"

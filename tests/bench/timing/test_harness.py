@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from msdd_fast import ops
-from msdd_fast.bench.ops.suite import in_float32, op_providers
+from msdd_fast.bench.ops.suite import DTYPES, in_float32, op_providers
 from msdd_fast.bench.report.op_table import markdown
 from msdd_fast.bench.timing import harness
 from msdd_fast.bench.timing.ceilings import copy_bandwidth, floor_seconds, gemm_rate, last_level_cache
@@ -163,7 +163,8 @@ def test_in_float32():
     assert x.dtype == torch.float32 and s is seeds and dtype == torch.float32 and shape == (1, 2)
 
 
-def test_every_benchmark_runs(tmp_path):
+@pytest.mark.parametrize("dtypes", ["fp32,bf16", pytest.param("fp16", marks=pytest.mark.slow)])
+def test_every_benchmark_runs(dtypes, tmp_path):
     """The quick mode over all files: one JSON entry for every provider that can run here, with all its fields."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     command = [
@@ -174,6 +175,7 @@ def test_every_benchmark_runs(tmp_path):
         "-p",
         "no:cacheprovider",
         "--quick",
+        f"--dtypes={dtypes}",
         f"--benchmark-json={tmp_path}/b.json",
     ]
     done = subprocess.run(
@@ -182,7 +184,8 @@ def test_every_benchmark_runs(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     document = json.loads((tmp_path / "b.json").read_text())
     assert document["machine_info"]["msdd_fast"]["cpu"]["cores"] >= 1
-    assert set(document["ceilings"]) == {"copy", "float32", "bfloat16", "float16"}
+    names = {str(DTYPES[name]).removeprefix("torch.") for name in dtypes.split(",")}
+    assert names <= set(document["ceilings"]) - {"copy"} <= names | {"float32", "bfloat16"}  # those of the decode, too
     assert {b["extra_info"]["op"] for b in document["benchmarks"]} == {*ops.__all__, "decode", "scale"}
     whole = [b["extra_info"] for b in document["benchmarks"] if b["extra_info"]["op"] == "decode"]
     assert {i["backend"] for i in whole} >= {"eager-bf16", "engine-exact"} and whole[0]["teraflops"] > 0

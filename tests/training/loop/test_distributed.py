@@ -35,9 +35,12 @@ def perturbed(images, folder, seed):
 @pytest.fixture(scope="module")
 def folder(images, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
-    for kind, optimizer in RUNS:
-        trainer(kind, images, folder / name(kind, optimizer, "one"), optimizer=optimizer).run()
-    spawn(in_two, 2, images, folder)
+
+    def in_one():
+        for kind, optimizer in RUNS:
+            trainer(kind, images, folder / name(kind, optimizer, "one"), optimizer=optimizer).run()
+
+    spawn(in_two, 2, images, folder, meanwhile=in_one)
     return folder
 
 

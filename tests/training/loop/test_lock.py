@@ -5,7 +5,7 @@ import pytest
 from msdd_fast.commands.main import main
 from msdd_fast.errors import InputError
 from msdd_fast.training.loop.lock import RunLock
-from tests.training.launch import command, finish, start
+from tests.training.launch import command, start
 from tests.training.loop.test_survival import snapshot, wait_for_line
 
 pytest.importorskip("tyro")
@@ -27,7 +27,9 @@ def test_a_second_run_is_refused_and_the_first_undisturbed(images, tmp_path, cap
         assert (out / "config.json").read_bytes() == config and first.poll() is None
     finally:
         first.kill()
-        finish([first])
+        first.wait()  # not for the end of its output, which its workers hold open for some seconds
+        first.stdout.close()
+        first.stderr.close()
     before = snapshot(out)
     lock = RunLock.take(out)
     assert RunLock.take(out) is lock
