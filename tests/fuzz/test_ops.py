@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from msdd_fast import ops
 from msdd_fast.backends import extension_status
+from msdd_fast.ops import get_op
 from msdd_fast.ops.linear import pack_linear
 from tests.fuzz.law import obeys
 
@@ -180,6 +181,20 @@ CASES = (
     *(window_attention, group_norm_modulate_silu, euler_step, cfg_combine, cfg_euler, renoise_upsample),
     *(stage_transition, final_step, start_noise),
 )
+
+
+def example_of(name):
+    """A case for an op that has no generator above: its example, which is then spoiled or not."""
+
+    def case(d):
+        return get_op(name).example()
+
+    case.__name__ = name
+    return case
+
+
+WITH_CPU = [name for name in ops.__all__ if "cpu" in get_op(name).implementations]
+CASES += tuple(example_of(name) for name in WITH_CPU if name not in {case.__name__ for case in CASES})
 JUNK = (
     *(None, "x", 3, -1, 0.5, float("nan"), [1.0], torch.ones(2), torch.ones(0), torch.ones(1, 2, 3, 4, 5, 6)),
     *(torch.ones(2, 2, dtype=torch.int64), torch.ones(2, 2, dtype=torch.complex64), torch.ones(2, 2, device="meta")),
