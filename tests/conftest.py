@@ -6,13 +6,15 @@ import copy
 import importlib.util
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+
+from tests.fresh import Fresh
 
 ROOT = Path(__file__).resolve().parent.parent
 HAS_GPU = torch.cuda.is_available()
@@ -59,6 +61,16 @@ def shared_dir() -> Path:
             return candidate
     looked = " or ".join(str(c) for c in candidates)
     pytest.skip(f"no reference data in {looked}: set MSDD_FAST_SHARED to the folder that holds fixtures/ and data/")
+
+
+@pytest.fixture(scope="session")
+def fresh() -> Iterator[Fresh]:
+    """``fresh(code, NAME=value)`` runs code in a process that has imported PyTorch alone (tests/fresh.py)."""
+    if not hasattr(os, "fork"):
+        pytest.skip("needs fork")
+    processes = Fresh()
+    yield processes
+    processes.close()
 
 
 def _poisoned(function: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -97,7 +97,7 @@ def test_round_trip(tiny, saved):
     assert torch.equal(loaded.decode(z, seed=3), tiny.decode(z, seed=3))
 
 
-def test_loading_is_light(saved):
+def test_loading_is_light(saved, fresh):
     """Neither Triton nor torch's symbolic machinery (seconds) is imported to load a checkpoint."""
     code = f"""if True:
         import sys, torch
@@ -106,8 +106,7 @@ def test_loading_is_light(saved):
         msdd_fast.Tokenizer.from_pretrained({str(saved)!r})
         print([m for m in ("triton", "sympy", "torch._dynamo") if m in set(sys.modules) - before])
     """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "[]\n"
+    assert fresh(code, check=True).stdout == "[]\n"
 
 
 def test_sharded_round_trip(tiny, sharded):

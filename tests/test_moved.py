@@ -1,7 +1,6 @@
 """Import paths of version 0.1: they still work, with a warning that names the new path."""
 
 import importlib
-import subprocess
 import sys
 
 import pytest
@@ -29,7 +28,7 @@ def test_old_modules_warn_once_and_have_the_new_names(old):
         _ = module.no_such_name
 
 
-def test_code_of_version_0_1_runs():
+def test_code_of_version_0_1_runs(fresh):
     """What its README and guides imported, in a process of its own, with warnings as they are by default."""
     code = """
 import msdd_fast
@@ -44,7 +43,7 @@ from msdd_fast.engine.program import StageImages
 from msdd_fast.training.data import ImageDataset, find_images
 assert Tokenizer is msdd_fast.Tokenizer and msdd_fast.config.PRESETS is PRESETS
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = fresh(code, check=True)
     assert "<string>:3: DeprecationWarning: msdd_fast.config has moved and will be gone in 0.3" in done.stderr
 
 

@@ -2,7 +2,6 @@
 
 import contextvars
 import os
-import subprocess
 import sys
 import threading
 
@@ -62,7 +61,7 @@ def test_a_backend_from_outside_in_an_engine(calls):
     assert {c.op: c.backend for c in engine.report().ops}["swiglu"] == "mine"
 
 
-def test_a_backend_from_outside_in_the_environment():
+def test_a_backend_from_outside_in_the_environment(fresh):
     program = """
 import torch
 from msdd_fast import ops
@@ -71,8 +70,7 @@ mine = register_backend("mine", lambda x: (True, ""))
 ops.get_op("swiglu").register(mine, lambda a, b: a + 1)
 assert ops.swiglu(torch.ones(2), torch.ones(2)).tolist() == [2.0, 2.0]
 """
-    environment = {**os.environ, "MSDD_FAST_BACKEND": "auto,swiglu=mine"}
-    subprocess.run([sys.executable, "-c", program], env=environment, check=True)
+    fresh(program, check=True, MSDD_FAST_BACKEND="auto,swiglu=mine")
 
 
 def test_names_that_cannot_be_registered():

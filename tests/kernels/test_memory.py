@@ -6,10 +6,7 @@ test_aot.py), and on a GPU by the peak of PyTorch's allocator.
 """
 
 import importlib
-import json
-import os
 import resource
-import subprocess
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,36 +52,25 @@ def address_space_for(size):
         resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
-def run_in_forks():
-    """Run each line of stdin, code as a JSON string, in a fork of this process, and print its exit code."""
-    torch.set_num_threads(1)
-    for line in sys.stdin:
-        pid = os.fork()
-        if pid == 0:
-            exec(json.loads(line), dict(globals()))
-            os._exit(0)
-        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-
-
-@pytest.fixture(scope="module")
-def refused():
+@pytest.fixture
+def refused(fresh):
     """``refused(setup, call, size)``: ``call`` needs more than ``size`` bytes.
 
-    In forks of a process that has only imported this file: the malloc of this one may have kept enough to reuse.
+    In a fresh process: the malloc of this one may have kept enough to reuse.
     """
     need_a_limit()
-    command = [sys.executable, "-c", "from tests.kernels.test_memory import run_in_forks; run_in_forks()"]
-    root = Path(__file__).resolve().parents[2]
-    with subprocess.Popen(command, cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
 
-        def check(setup, call, size):
-            limit = f'address_space_for({size}), pytest.raises(RuntimeError, match="alloc")'
-            process.stdin.write(json.dumps(f"{setup}\nwith {limit}:\n    {call}\n") + "\n")
-            process.stdin.flush()
-            assert process.stdout.readline() == "0\n"
+    def check(setup, call, size):
+        code = f"""
+from tests.kernels.test_memory import *
+torch.set_num_threads(1)
+{setup}
+with address_space_for({size}), pytest.raises(RuntimeError, match="alloc"):
+    {call}
+"""
+        fresh(code, check=True)
 
-        yield check
-        process.kill()
+    return check
 
 
 def need_a_limit():

@@ -2,8 +2,6 @@
 
 import contextlib
 import io
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -225,7 +223,7 @@ def test_packages_that_are_missing(monkeypatch, tmp_path):
         _packages.import_package("msdd_fast_broken", "x")
 
 
-def test_nothing_imports_torchvision_by_itself():
+def test_nothing_imports_torchvision_by_itself(fresh):
     """It takes seconds, and needs the shim where PyTorch is built for CPUs."""
     code = "import sys, msdd_fast.metrics, msdd_fast.commands.eval; sys.exit('torchvision' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    assert fresh(code).returncode == 0

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -42,22 +39,20 @@ def renoise_noise(seeds, shape, stage, correlation):
     ("value", "expected"),
     [("plain", "plain plain plain"), ("avx2", "avx2 avx2 plain"), ("sse9", "must be auto, plain, avx2")],
 )
-def test_the_highest_level_can_be_chosen(value, expected):
+def test_the_highest_level_can_be_chosen(value, expected, fresh):
     if value == "avx2" and load_extension().linear_level() == "plain":
         pytest.skip("this machine cannot run avx2")
     code = (
         "from msdd_fast.backends.extension import load_extension; e = load_extension();"
         "print(e.linear_level(), e.attention_level(), e.linear_int8_level())"
     )
-    env = {**os.environ, "MSDD_FAST_CPU_LEVEL": value}
-    run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    run = fresh(code, MSDD_FAST_CPU_LEVEL=value)
     assert expected in run.stdout + run.stderr
 
 
-def test_a_level_that_does_not_exist_is_an_error_of_ours():
+def test_a_level_that_does_not_exist_is_an_error_of_ours(fresh):
     code = "import msdd_fast; msdd_fast.accelerate('msdd-nano')"
-    env = {**os.environ, "MSDD_FAST_CPU_LEVEL": "sse9", "MSDD_FAST_NATIVE_LINEAR": "auto"}
-    run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    run = fresh(code, MSDD_FAST_CPU_LEVEL="sse9", MSDD_FAST_NATIVE_LINEAR="auto")
     assert "InputError: MSDD_FAST_CPU_LEVEL must be auto, plain, avx2" in run.stderr
 
 

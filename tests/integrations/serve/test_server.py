@@ -3,8 +3,6 @@
 import asyncio
 import signal
 import socket
-import subprocess
-import sys
 
 import pytest
 
@@ -97,10 +95,10 @@ def test_wrong_arguments_are_one_line(checkpoint, capsys, monkeypatch):
     assert "token must be printable" in fails()
 
 
-def test_without_the_extra_it_says_what_to_install(checkpoint):
+def test_without_the_extra_it_says_what_to_install(fresh):
     code = (
         "import sys; sys.modules['uvicorn'] = None\n"
         "from msdd_fast.commands.main import main; sys.exit(main(['serve', '--port', '0']))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = fresh(code)
     assert done.returncode == 1 and "pip install 'msdd-fast[serve]'" in done.stderr and done.stderr.count("\n") == 1

@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -176,7 +174,7 @@ def test_fine_tuning(images, tmp_path, capsys):
         MSDDTrainConfig(("x",), "y", preset="tiny", objective=Stage1Config(stages_per_image=60)).build()
 
 
-def test_training_imports_where_posix_modules_are_missing():
+def test_training_imports_where_posix_modules_are_missing(fresh):
     """As on Windows, which has neither fcntl nor resource."""
     code = (
         "import sys; sys.modules.update(fcntl=None, resource=None)\n"
@@ -187,4 +185,4 @@ def test_training_imports_where_posix_modules_are_missing():
         "import pathlib, tempfile; RunLock.take(pathlib.Path(tempfile.mkdtemp()))\n"
         "assert memory_gib('cpu') != memory_gib('cpu')"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    fresh(code, check=True)
