@@ -1,7 +1,20 @@
-"""``python -m msdd_fast`` is the same as ``msdd-fast``."""
+"""``msdd-fast`` and ``python -m msdd_fast``: Ctrl-C and SIGTERM are handled before anything slow is imported."""
 
 import sys
 
-from msdd_fast.commands.main import main
+from msdd_fast.io.program import run_program
 
-sys.exit(main())
+
+def main() -> int:
+    """Run the command line; returns the exit code."""
+    return run_program(_run)
+
+
+def _run() -> int:
+    from msdd_fast.commands.main import run
+
+    return run(sys.argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.abc
 import importlib.machinery
 import importlib.util
 import sys
@@ -24,7 +23,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "engine.fast_decoder": ("engine.decoder",),
     "engine.program": ("layers.request", "families.msdd.engine.program"),
     "env": ("backends.environment",),
-    "files": ("io.files",),
+    "files": ("io.files", "io.torch_files"),
     "images": ("io.images", "ops._patches"),
     "latents": ("io.latents",),
     "lpips_vgg": ("metrics.lpips",),
@@ -73,8 +72,11 @@ class _Module(ModuleType):
         raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
 
 
-class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds the old modules. It stands last: nothing that exists is hidden."""
+class _Finder:
+    """Finds the old modules and loads them. It stands last: nothing that exists is hidden.
+
+    Without the base classes of importlib.abc, whose import would be most of the time that ``import msdd_fast`` takes.
+    """
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -82,7 +84,7 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         package, _, old = fullname.partition(".")
         if package != "msdd_fast" or old not in MOVED:
             return None
-        return importlib.machinery.ModuleSpec(fullname, self, is_package=old == "models")
+        return importlib.machinery.ModuleSpec(fullname, self, is_package=old == "models")  # type: ignore[arg-type]
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
         return _Module(spec.name)

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import argparse
 import io
-import os
 import shutil
+import sys
 import tarfile
 from pathlib import Path
 
 from msdd_fast.errors import InputError
+from msdd_fast.io.files import atomic_write
 from msdd_fast.io.images import load_image
+from msdd_fast.io.program import run_program
 from msdd_fast.training.data import ImageRef, find_images
 
 TRAIN_MB, TOTAL_MB = 24.0, 67.0
@@ -44,17 +46,15 @@ def choose_quality(refs: list[ImageRef], limit: float) -> int:
 def write_train_tar(refs: list[ImageRef], path: Path, limit: float) -> int:
     """Write the tar atomically; returns the WebP quality. Raises InputError if it exceeds ``limit`` bytes."""
     quality = choose_quality(refs, limit)
-    temporary = path.with_suffix(".tmp")
-    with tarfile.open(temporary, "w") as tar:
-        for i, ref in enumerate(refs):
-            data = encode(ref, quality)
-            info = tarfile.TarInfo(f"{i:06d}.webp")
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    if temporary.stat().st_size > limit:
-        temporary.unlink()
-        raise InputError(f"the training tar must be at most {limit:.0f} bytes; quality {quality} was not enough")
-    os.replace(temporary, path)
+    with atomic_write(path) as temporary:
+        with tarfile.open(temporary, "w") as tar:
+            for i, ref in enumerate(refs):
+                data = encode(ref, quality)
+                info = tarfile.TarInfo(f"{i:06d}.webp")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+        if temporary.stat().st_size > limit:
+            raise InputError(f"the training tar must be at most {limit:.0f} bytes; quality {quality} was not enough")
     return quality
 
 
@@ -65,7 +65,8 @@ def pack(shared: Path, out: Path, train_mb: float = TRAIN_MB, total_mb: float = 
         raise InputError(f"SHARED must hold data/train256-*.tar, got {shared}")
     (out / "fixtures").mkdir(parents=True, exist_ok=True)
     for fixture in sorted((shared / "fixtures").iterdir()):
-        shutil.copyfile(fixture, out / "fixtures" / fixture.name)
+        with atomic_write(out / "fixtures" / fixture.name) as temporary:
+            shutil.copyfile(fixture, temporary)
     refs = find_images(shards)
     quality = write_train_tar(refs, out / "train.tar", train_mb * 1e6)
     total = sum(p.stat().st_size for p in out.rglob("*") if p.is_file()) / 1e6
@@ -85,4 +86,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program(main))

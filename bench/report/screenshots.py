@@ -19,6 +19,7 @@ from pathlib import Path
 from PIL import Image, ImageChops
 
 from msdd_fast.errors import BackendUnavailableError, InputError
+from msdd_fast.io.files import atomic_write
 from msdd_fast.io.program import run_program
 
 SIZES = {"bench": (940, 9000), "bench-phone": (390, 12000)}
@@ -34,15 +35,16 @@ MARGIN = 16
 def take(page: Path, target: Path, size: tuple[int, int], options: Sequence[str], browser: str) -> None:
     """One screenshot, cropped to the page."""
     with tempfile.TemporaryDirectory() as profile:
-        window = f"--window-size={size[0]},{size[1]}"
-        command = [browser, *OFFLINE, *options, f"--user-data-dir={profile}", window, f"--screenshot={target}"]
+        window, taken = f"--window-size={size[0]},{size[1]}", Path(profile, "taken.png")
+        command = [browser, *OFFLINE, *options, f"--user-data-dir={profile}", window, f"--screenshot={taken}"]
         subprocess.run([*command, page.absolute().as_uri()], check=True, capture_output=True, timeout=120)
-    with Image.open(target, formats=["PNG"]) as opened:
-        shown = opened.convert("RGB")
+        with Image.open(taken, formats=["PNG"]) as opened:
+            shown = opened.convert("RGB")
     empty = Image.new("RGB", shown.size, shown.getpixel((0, shown.height - 1)))
     box = ImageChops.difference(shown, empty).getbbox()
     bottom = shown.height if box is None else min(box[3] + MARGIN, shown.height)
-    shown.crop((0, 0, shown.width, bottom)).quantize(64).save(target, optimize=True)
+    with atomic_write(target) as temporary:
+        shown.crop((0, 0, shown.width, bottom)).quantize(64).save(temporary, optimize=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Arguments and helpers that several subcommands share."""
+"""Helpers that several subcommands share."""
 
 from __future__ import annotations
 
@@ -9,49 +9,11 @@ import torch
 
 from msdd_fast.engine import FastDecoder, accelerate
 from msdd_fast.io import arguments
-from msdd_fast.io.arguments import dtype_name as dtype_name
 from msdd_fast.io.arguments import pick_device as pick_device
-from msdd_fast.io.arguments import positive_int as positive_int
 from msdd_fast.io.images import load_batch as load_batch
 from msdd_fast.tokenizer import Tokenizer
 
-DEFAULT_CHECKPOINT = "msdd-nano"
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in arguments.DTYPES}
-
-
-def add_checkpoint(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--checkpoint", default=DEFAULT_CHECKPOINT, help="bundled name, directory or hub id (default: %(default)s)"
-    )
-    parser.add_argument("--device", default=None, help="torch device (default: cuda if there is one, else cpu)")
-
-
-def add_sampling(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--seed", type=int, default=0, help="image i uses seed + i (default: 0)")
-    add_steps_and_guidance(parser)
-
-
-def add_steps_and_guidance(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--steps", type=int, default=None, help="denoising steps per scale (default: the checkpoint's)")
-    parser.add_argument(
-        "--cfg-scale", type=float, default=None, help="classifier-free guidance (default: the checkpoint's)"
-    )
-
-
-def add_dtype(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--dtype",
-        type=dtype_name,
-        choices=sorted(DTYPES),
-        default="bfloat16",
-        help="arithmetic of the decoder (default: %(default)s; a CPU without fast bfloat16 calculates in float32)",
-    )
-
-
-def add_batch_size(parser: argparse.ArgumentParser, default: int = 8) -> None:
-    parser.add_argument(
-        "--batch-size", type=positive_int, default=default, help="images at a time (default: %(default)s)"
-    )
 
 
 def load_tokenizer(args: argparse.Namespace) -> Tokenizer:

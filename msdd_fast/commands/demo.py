@@ -4,24 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-import torch
-
-from msdd_fast.bench.decode.scales import format_table, measure_engine_scales, measure_scales
-from msdd_fast.commands.common import (
-    add_batch_size,
-    add_checkpoint,
-    add_dtype,
-    add_sampling,
-    device_of,
-    load_engine,
-    load_tokenizer,
-)
-from msdd_fast.commands.inputs import require_finite
+from msdd_fast.commands.arguments import add_batch_size, add_checkpoint, add_dtype, add_sampling
 from msdd_fast.commands.output import add_json, check_json, finish, say, steps
-from msdd_fast.commands.reconstruction import draw, reconstruct
-from msdd_fast.io.images import require_picture_path, save_image
-from msdd_fast.io.photographs import PHOTOS, photographs
-from msdd_fast.metrics.image import psnr
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,6 +18,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    import torch
+
+    from msdd_fast.bench.decode.scales import format_table, measure_engine_scales, measure_scales
+    from msdd_fast.commands.common import device_of, load_engine, load_tokenizer
+    from msdd_fast.commands.inputs import require_finite
+    from msdd_fast.commands.reconstruction import draw, reconstruct
+    from msdd_fast.io.images import require_picture_path, save_image
+    from msdd_fast.io.photographs import PHOTOS, photographs
+    from msdd_fast.metrics.image import psnr
+
     check_json(args)
     require_picture_path(args.out)
     tokenizer = load_tokenizer(args)

@@ -6,7 +6,6 @@ import argparse
 from typing import Any
 
 from msdd_fast import __version__
-from msdd_fast.backends.environment import collect_env, shortcomings
 from msdd_fast.errors import BackendUnavailableError
 from msdd_fast.io.json_files import write_json
 
@@ -17,6 +16,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from msdd_fast.backends.environment import collect_env, shortcomings
+
     missing = shortcomings()
     report = {"msdd_fast": __version__, **collect_env(), "missing": missing}
     if args.json:

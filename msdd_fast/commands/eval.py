@@ -23,16 +23,17 @@ from typing import Any
 import torch
 
 from msdd_fast import __version__
+from msdd_fast.commands.arguments import add_batch_size, add_checkpoint, add_sampling, add_strict
 from msdd_fast.commands.bulk.eval import evaluate_on_ray
 from msdd_fast.commands.bulk.options import LOCAL, add_ray, ray_options
-from msdd_fast.commands.common import DTYPES, add_batch_size, add_checkpoint, add_sampling, positive_int
 from msdd_fast.commands.evaluation.job import Job, list_inputs, machine, make_job
 from msdd_fast.commands.evaluation.run import RECORD, PartFolder, Result, collect, measure_part, write_part
 from msdd_fast.commands.evaluation.sources import CROPS, Source
 from msdd_fast.commands.evaluation.suite import PIXELS
-from msdd_fast.commands.inputs import add_strict, report_unreadable
+from msdd_fast.commands.inputs import report_unreadable
 from msdd_fast.commands.output import add_json, bar, check_json, finish, say
 from msdd_fast.errors import InputError
+from msdd_fast.io.arguments import DTYPES, positive_int
 from msdd_fast.io.files import as_path, require_writable
 from msdd_fast.io.images import RESIZE_FILTERS
 from msdd_fast.metrics.image import SSIM_DATA_RANGES

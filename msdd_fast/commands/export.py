@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from msdd_fast.commands.common import add_steps_and_guidance
+from msdd_fast.commands.arguments import add_steps_and_guidance
 from msdd_fast.commands.output import add_json, check_json, finish, say, steps
 from msdd_fast.errors import InputError
 from msdd_fast.io.arguments import pick_device, positive_int

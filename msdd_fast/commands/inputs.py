@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -18,10 +17,6 @@ from msdd_fast.io.images import center_crop, load_image, to_tensor
 from msdd_fast.tokenizer import Tokenizer
 
 _SHOWN = 10
-
-
-def add_strict(parser: argparse._ActionsContainer) -> None:
-    parser.add_argument("--strict", action="store_true", help="exit with 1, at the end, if an image could not be read")
 
 
 class ImageReader:

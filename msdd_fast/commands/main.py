@@ -81,11 +81,13 @@ def build_parser(chosen: str | None = None) -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    return run_program(lambda: _run(words))
+    words = sys.argv[1:] if argv is None else argv
+    return run_program(lambda: run(words))
 
 
-def _run(words: list[str]) -> int:
+def run(argv: Sequence[str]) -> int:
+    """The same inside ``run_program``, which turns errors into exit codes."""
+    words = list(argv)
     chosen = next((w for w in words if not w.startswith("-")), None)
     words = renamed(words, RENAMED.get(chosen or "", {}))
     parser = build_parser(chosen)
@@ -104,7 +106,3 @@ def _run(words: list[str]) -> int:
     logging.basicConfig(level=level, format="%(name)s: %(message)s")
     args.run(args)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -13,9 +13,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
-
-from msdd_fast.commands.common import add_sampling
+from msdd_fast.commands.arguments import add_sampling
 from msdd_fast.commands.output import add_json, check_json, finish, say, steps
 from msdd_fast.errors import BackendUnavailableError
 from msdd_fast.io.arguments import DTYPES, dtype_name, pick_device, positive_int
@@ -45,6 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    import torch
+
     from msdd_fast.bench.decode import models
     from msdd_fast.bench.ops import suite
     from msdd_fast.bench.ops.one import one_op, parse_shape

@@ -7,19 +7,8 @@ from __future__ import annotations
 
 import argparse
 
-from msdd_fast.commands.common import (
-    add_checkpoint,
-    add_dtype,
-    add_sampling,
-    device_of,
-    load_engine,
-    load_tokenizer,
-)
-from msdd_fast.commands.inputs import ImageReader, add_strict, printable, require_finite
+from msdd_fast.commands.arguments import add_checkpoint, add_dtype, add_sampling, add_strict
 from msdd_fast.commands.output import add_json, check_json, finish, say
-from msdd_fast.commands.reconstruction import draw, reconstruct
-from msdd_fast.io.images import find_image_files, require_picture_path, save_image
-from msdd_fast.metrics.image import psnr
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,6 +22,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from msdd_fast.commands.common import device_of, load_engine, load_tokenizer
+    from msdd_fast.commands.inputs import ImageReader, printable, require_finite
+    from msdd_fast.commands.reconstruction import draw, reconstruct
+    from msdd_fast.io.images import find_image_files, require_picture_path, save_image
+    from msdd_fast.metrics.image import psnr
+
     check_json(args)
     require_picture_path(args.out)
     files = [f for photo in args.photos for f in find_image_files(photo)]

@@ -15,6 +15,7 @@ from torch import Tensor
 from msdd_fast.errors import InputError
 from msdd_fast.io.files import read_json
 from msdd_fast.io.json_files import write_json
+from msdd_fast.io.signals import raise_if_received
 from msdd_fast.tokenizer import Tokenizer
 
 ENCODE_RECORD, EVAL_RECORD = "encode.json", "eval.json"
@@ -54,6 +55,7 @@ def prepare_folder(
     if foreign:
         raise InputError(f"{folder} must hold nothing but {files} of this command, got {foreign[0]}")
     if overwrite:
+        raise_if_received()
         for name in there:
             (folder / name).unlink()
     elif there:
@@ -106,6 +108,7 @@ def claim(mine: dict[str, Any], file: Path, targets: list[Path], overwrite: bool
         else:
             reason = f"is there, and {file} does not say how it was decoded"
         raise InputError(f"{there[0]} {reason}; give --overwrite to decode again, or another --out")
+    raise_if_received()
     try:
         for path in there:
             path.unlink()

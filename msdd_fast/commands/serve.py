@@ -15,10 +15,12 @@ import signal
 import socket
 from collections.abc import Callable, Iterator
 
-from msdd_fast.commands.common import DTYPES, add_checkpoint, add_dtype, load_tokenizer, positive_int
+from msdd_fast.commands.arguments import add_checkpoint, add_dtype
+from msdd_fast.commands.common import DTYPES, load_tokenizer
 from msdd_fast.engine import FastDecoder, accelerate
 from msdd_fast.errors import InputError
 from msdd_fast.integrations.serve import Settings, create_app
+from msdd_fast.io.arguments import positive_int
 
 TOKEN = "MSDD_FAST_SERVE_TOKEN"
 LOOPBACK = ("127.0.0.1", "::1", "localhost")

@@ -22,7 +22,6 @@ from msdd_fast.io.latents import Latents
 from msdd_fast.tokenizer import Tokenizer
 
 RECORD = ENCODE_RECORD
-SHARD_SIZE = 8192
 
 
 class EncodeJob:

@@ -15,8 +15,9 @@ from msdd_fast.diffusion.config import Config
 from msdd_fast.diffusion.schedule import StageSchedule
 from msdd_fast.errors import CheckpointError, InputError
 from msdd_fast.families.work import Work
-from msdd_fast.io.files import as_path, read_torch_file
+from msdd_fast.io.files import as_path
 from msdd_fast.io.safetensors import check_weights, read_safetensors
+from msdd_fast.io.torch_files import read_torch_file
 from msdd_fast.layers.linear.base import MakeLinear
 from msdd_fast.layers.request import DecodeProgram
 from msdd_fast.ops import Ops

@@ -1,4 +1,4 @@
-"""The one way in which files are written, and how JSON and PyTorch files are read."""
+"""The one way in which files are written, and how JSON is read."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from safetensors import SafetensorError
 
 from msdd_fast.errors import InputError
 from msdd_fast.io.signals import raise_if_received
-from msdd_fast.io.torch_files import read_torch_file
 
 __all__ = [
     "STDOUT",
@@ -30,7 +29,6 @@ __all__ = [
     "parse_json",
     "read_json",
     "read_limited",
-    "read_torch_file",
     "require_writable",
     "temporary_sibling",
 ]

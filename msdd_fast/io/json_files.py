@@ -10,6 +10,7 @@ from typing import Any
 
 from msdd_fast.errors import InputError
 from msdd_fast.io.files import atomic_write
+from msdd_fast.io.signals import raise_if_received
 
 
 def write_json(path: str | os.PathLike[str], content: Any, indent: int | None = 2) -> None:
@@ -19,7 +20,8 @@ def write_json(path: str | os.PathLike[str], content: Any, indent: int | None = 
 
 
 def append_json_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
-    """Raises InputError if the file cannot be written."""
+    """Raises InputError if the file cannot be written. After Ctrl-C or SIGTERM nothing is, as in ``atomic_write``."""
+    raise_if_received()
     try:
         with open(path, "a") as f:
             f.writelines(json.dumps(line) + "\n" for line in lines)

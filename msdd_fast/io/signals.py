@@ -7,11 +7,15 @@ program that went on would write what it should not: without the extension, say,
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import FrameType
 
-_received: int | None = None
+_again: Callable[[], object] | None = None
+"""Raises the exception of the last signal once more; None if there was none."""
+
+Handler = Callable[[int, FrameType | None], object]
 
 
 class TerminatedError(BaseException):
@@ -22,31 +26,46 @@ class TerminatedError(BaseException):
 def remembered_signals() -> Iterator[None]:
     """Inside the block, Ctrl-C raises KeyboardInterrupt and SIGTERM TerminatedError; ``raise_if_received`` repeats it.
 
-    A handler of the caller's own for Ctrl-C stays. Outside the main thread, the block changes nothing.
+    Handlers that the caller has set stay in force: what they raise is repeated instead. An ignored Ctrl-C stays
+    ignored. Outside the main thread, and inside another block, this one changes nothing.
     """
-    global _received
-    _received, before = None, {}
+    global _again
+    before = {}
     try:
-        before[signal.SIGTERM] = signal.signal(signal.SIGTERM, _receive)
-        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            before[signal.SIGINT] = signal.signal(signal.SIGINT, _receive)
-    except ValueError:  # not in the main thread
+        for number, default in ((signal.SIGTERM, _terminate), (signal.SIGINT, None)):
+            handler = signal.getsignal(number)
+            raising = handler if callable(handler) else default
+            if raising is not None and not isinstance(raising, _Remembering):
+                before[number] = signal.signal(number, _Remembering(raising))
+    except ValueError:  # not in the main thread, which alone receives signals
         pass
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        _received = None
+        if before:
+            _again = None
 
 
 def raise_if_received() -> None:
     """Raise the exception of the last signal once more, if there was one."""
-    if _received is not None:
-        raise KeyboardInterrupt if _received == signal.SIGINT else TerminatedError
+    if _again is not None:
+        _again()
 
 
-def _receive(number: int, frame: FrameType | None) -> None:
-    global _received
-    _received = number
-    raise_if_received()
+class _Remembering:
+    """Calls ``handler``, and remembers it if it raises."""
+
+    def __init__(self, handler: Handler) -> None:
+        self.handler = handler
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        global _again
+        _again = partial(self.handler, number, None)
+        self.handler(number, frame)
+        _again = None
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise TerminatedError

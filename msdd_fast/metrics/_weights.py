@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from msdd_fast.errors import CheckpointError
-from msdd_fast.io.files import read_torch_file
 from msdd_fast.io.safetensors import read_safetensors
+from msdd_fast.io.torch_files import read_torch_file
 
 
 def read_weights(path: str | os.PathLike[str], what: str, source: str) -> Any:

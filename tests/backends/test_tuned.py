@@ -111,9 +111,9 @@ def test_a_missing_file_is_an_error(tuned):
 
 def test_tune(tuned, tmp_path, monkeypatch, capsys):
     """Also where the variable names a file that is not there yet: it is what the command writes."""
-    monkeypatch.setattr("msdd_fast.commands.tune.QUERIES", (4, 30))
-    monkeypatch.setattr("msdd_fast.commands.tune.ROWS", (2, 7))
-    monkeypatch.setattr("msdd_fast.commands.tune.SIZES", ((8, 24), (24, 8)))
+    monkeypatch.setattr("msdd_fast.commands.tuning.QUERIES", (4, 30))
+    monkeypatch.setattr("msdd_fast.commands.tuning.ROWS", (2, 7))
+    monkeypatch.setattr("msdd_fast.commands.tuning.SIZES", ((8, 24), (24, 8)))
     small = ["tune", "--device", "cpu", "--heads", "1", "--rounds", "2"]
     file = tmp_path / "fastest.json"
     assert cli.main([*small, "--out", str(file)]) == 0

@@ -16,6 +16,7 @@ from typing import NamedTuple, overload
 import numpy as np
 
 from msdd_fast.errors import InputError
+from msdd_fast.io.files import atomic_write
 from msdd_fast.io.images import find_image_files, is_searched, no_images, passed_over, report_passed_over, walk
 
 
@@ -141,30 +142,27 @@ def fetch(command: str, cache: str | Path | None) -> Path:
             "to a file and name that"
         ) from e
     target = Path(cache) / f"{hashlib.sha256(command.encode()).hexdigest()[:24]}.tar"
-    temporary = target.with_suffix(f".{os.getpid()}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with open(target.with_suffix(".lock"), "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if target.exists():
                 return target
-            with open(temporary, "wb") as f:
-                shell = ["bash", "-o", "pipefail", "-c"] if shutil.which("bash") else ["sh", "-c"]
-                done = subprocess.run([*shell, command], stdout=f, stderr=subprocess.PIPE, text=True, errors="replace")
-                f.flush()
-                os.fsync(f.fileno())
-            if done.returncode:
-                said = done.stderr.strip().splitlines()
-                raise InputError(
-                    f"data shard pipe:{command} is unreachable: exit status {done.returncode}"
-                    f"{': ' + said[-1] if said else ''}"
-                )
-            _check_whole(temporary, f"pipe:{command}")
-            os.replace(temporary, target)
+            with atomic_write(target) as temporary:
+                with open(temporary, "wb") as f:
+                    shell = ["bash", "-o", "pipefail", "-c"] if shutil.which("bash") else ["sh", "-c"]
+                    done = subprocess.run(
+                        [*shell, command], stdout=f, stderr=subprocess.PIPE, text=True, errors="replace"
+                    )
+                if done.returncode:
+                    said = done.stderr.strip().splitlines()
+                    raise InputError(
+                        f"data shard pipe:{command} is unreachable: exit status {done.returncode}"
+                        f"{': ' + said[-1] if said else ''}"
+                    )
+                _check_whole(temporary, f"pipe:{command}")
     except OSError as e:
         raise InputError(f"cannot keep the shard of pipe:{command} in {cache}: {e.strerror or e}") from e
-    finally:
-        temporary.unlink(missing_ok=True)
     return target
 
 

@@ -10,6 +10,8 @@ import threading
 import time
 from typing import Any
 
+from msdd_fast.io.signals import raise_if_received
+
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # Under torchrun one Ctrl-C arrives twice: from the terminal and from torchrun.
 SAME_CTRL_C = 1.0
@@ -28,6 +30,7 @@ class StopSignals:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
+        raise_if_received()  # one whose exception got lost must not become a run that goes on
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
         return self
@@ -46,6 +49,9 @@ class StopSignals:
             with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or none
                 os.write(sys.stderr.fileno(), b"\nsaving after this step; Ctrl-C again leaves at once\n")
         elif "WORLD_SIZE" not in os.environ or now - self._interrupted > SAME_CTRL_C:
+            before = self._before[number]
+            if callable(before):
+                before(number, frame)  # remembers it in a program: its exception may get lost on its way
             raise KeyboardInterrupt
 
 

@@ -28,6 +28,7 @@ from torch import Tensor
 from msdd_fast.errors import CheckpointError
 from msdd_fast.families import config_from_dict
 from msdd_fast.io.safetensors import read_safetensors
+from msdd_fast.io.signals import raise_if_received
 from msdd_fast.tokenizer import Tokenizer
 from msdd_fast.training.loop.distributed import (
     barrier,
@@ -139,6 +140,7 @@ class StateStore:
                 lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items()))
                 _write_file(temporary / SUMS_FILE, lines.encode())
                 _sync_folder(temporary)
+                raise_if_received()
                 if target.exists():  # a damaged state that was passed over when the run was resumed
                     shutil.rmtree(target)
                 os.replace(temporary, target)

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from msdd_fast.errors import CheckpointError
-from msdd_fast.io.files import read_torch_file
 from msdd_fast.io.safetensors import read_safetensors
+from msdd_fast.io.torch_files import read_torch_file
 from msdd_fast.metrics._weights import copy_weight
 
 log = logging.getLogger(__name__)

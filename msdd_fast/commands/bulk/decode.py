@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from msdd_fast.commands.arguments import SHARD_SIZE
 from msdd_fast.commands.bulk.options import LOCAL, RayOptions, absolute_checkpoint
 from msdd_fast.commands.bulk.run import MANIFEST, run_units, split_units
 from msdd_fast.commands.bulk.sources import list_latents
@@ -12,7 +13,7 @@ from msdd_fast.commands.bulk.workers import DecodeWorker, Unit
 from msdd_fast.commands.common import DTYPES, pick_device
 from msdd_fast.commands.output import finish, say
 from msdd_fast.commands.record import claim, decode_options
-from msdd_fast.commands.shards import RECORD, SHARD_SIZE
+from msdd_fast.commands.shards import RECORD
 from msdd_fast.diffusion.checks import check_guidance, check_latents, check_sampling
 from msdd_fast.diffusion.noise import resolve_seeds
 from msdd_fast.engine.compute import compute_dtype

@@ -8,6 +8,7 @@ from typing import Any
 
 from safetensors import safe_open
 
+from msdd_fast.commands.arguments import SHARD_SIZE
 from msdd_fast.commands.bulk.options import RayOptions, absolute_checkpoint
 from msdd_fast.commands.bulk.run import MANIFEST, adopt, run_units
 from msdd_fast.commands.bulk.sources import Ref, list_images
@@ -16,7 +17,7 @@ from msdd_fast.commands.common import DTYPES
 from msdd_fast.commands.inputs import ImageReader
 from msdd_fast.commands.output import finish, say
 from msdd_fast.commands.record import prepare_folder
-from msdd_fast.commands.shards import RECORD, SHARD_SIZE, names_in, shard_paths, shards_record
+from msdd_fast.commands.shards import RECORD, names_in, shard_paths, shards_record
 from msdd_fast.errors import InputError
 from msdd_fast.io.files import require_writable
 from msdd_fast.tokenizer import Tokenizer

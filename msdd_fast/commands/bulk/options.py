@@ -7,8 +7,8 @@ import importlib.util
 from pathlib import Path
 from typing import NamedTuple
 
-from msdd_fast.commands.common import positive_int
 from msdd_fast.errors import InputError
+from msdd_fast.io.arguments import positive_int
 
 LOCAL = "local"
 

@@ -6,8 +6,10 @@ import json
 import logging
 import os
 import re
+import signal
 import socket
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +113,8 @@ def _on_ray(
     _require_reachable(options.address)
     local = {"include_dashboard": False} if options.address == LOCAL else {}
     try:
-        ray.init(address=options.address, log_to_driver=False, logging_level=logging.ERROR, **local)
+        with _own_handler():
+            ray.init(address=options.address, log_to_driver=False, logging_level=logging.ERROR, **local)
     except (ConnectionError, RuntimeError, ValueError) as e:
         raise BackendUnavailableError(f"--ray {options.address}: {_reason(e)}") from e
     try:
@@ -137,6 +140,17 @@ def _on_ray(
         raise BackendUnavailableError(f"Ray gave up: {_reason(e)}") from e
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _own_handler() -> Iterator[None]:
+    """Ray's, which it leaves in place of ours, ends the process with another exit code and no word."""
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        with suppress(ValueError):  # not in the main thread, where Ray sets none
+            signal.signal(signal.SIGTERM, handler)
 
 
 def _require_reachable(address: str) -> None:

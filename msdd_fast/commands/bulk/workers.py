@@ -30,6 +30,7 @@ from msdd_fast.integrations.ray.stages import Decoder, Rows, pick_device
 from msdd_fast.io.files import atomic_write
 from msdd_fast.io.images import save_image
 from msdd_fast.io.latents import save_latents
+from msdd_fast.io.signals import raise_if_received, remembered_signals
 from msdd_fast.tokenizer import Tokenizer
 
 
@@ -48,7 +49,8 @@ class Worker(ABC):
     """Does units; subclasses say how. One lives in every Ray worker."""
 
     def __call__(self, rows: Rows) -> Rows:
-        results = [self._result(int(number), work) for number, work in zip(rows["unit"], rows["work"], strict=True)]
+        with remembered_signals():  # by Ray's handler; a worker that should end must not publish its unit
+            results = [self._result(int(n), work) for n, work in zip(rows["unit"], rows["work"], strict=True)]
         return {"unit": rows["unit"], "result": np.array([json.dumps(r) for r in results], dtype=object)}
 
     def _result(self, number: int, work: str) -> dict[str, Any]:
@@ -56,7 +58,9 @@ class Worker(ABC):
         head = {"unit": number, "first": unit.first, "count": unit.images, "output": unit.output}
         try:
             found = self.do(unit)
+            raise_if_received()
         except MsddFastError as e:
+            raise_if_received()  # rather than what came of it
             return {**head, "error": " ".join(str(e).split())}
         seconds = round(time.monotonic() - begin, 3)
         return {**head, **found, "worker": f"{socket.gethostname()}:{os.getpid()}", "seconds": seconds}

@@ -3,6 +3,10 @@
 test_on_ray.py does the same on Ray itself.
 """
 
+import contextlib
+import json
+import os
+import signal
 import socket
 import tarfile
 
@@ -14,7 +18,8 @@ from safetensors.torch import save_file
 
 from msdd_fast.commands.bulk import options as bulk_options
 from msdd_fast.commands.bulk import run as bulk_run
-from msdd_fast.errors import BackendUnavailableError
+from msdd_fast.commands.bulk.workers import Unit, Worker
+from msdd_fast.errors import BackendUnavailableError, InputError
 from msdd_fast.io.json_files import read_json_lines
 from msdd_fast.io.latents import Latents, load_latents, save_latents
 from tests.commands.bulk.conftest import COUNT, digests, killed
@@ -170,6 +175,31 @@ def test_wrong_arguments_are_one_line_and_write_nothing(run, fails, ray, z_file,
     save_file({"latents": torch.zeros(2, 8, 32)}, tmp_path / "other.safetensors")
     assert "z must have shape (B, 16, 32)" in fails("decode", tmp_path / "other.safetensors", "-o", out, "--ray")
     assert not out.exists() and not ray.runs
+
+
+@pytest.mark.parametrize("error", [None, InputError("what came of it")])
+def test_a_worker_that_should_end_publishes_nothing_more(error):
+    """Ray's handler of SIGTERM ends a worker by an exception, which C code may drop: not a result, not an error."""
+
+    class Losing(Worker):
+        def do(self, unit):
+            with contextlib.suppress(SystemExit):
+                os.kill(os.getpid(), signal.SIGTERM)
+            if error is not None:
+                raise error
+            return {}
+
+    def leave(number, frame):
+        raise SystemExit(1)
+
+    rows = {"unit": np.array([0]), "work": np.array([json.dumps(Unit(0, 1, "x", ["a"], []))], dtype=object)}
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        with pytest.raises(SystemExit):
+            Losing()(rows)
+        assert signal.getsignal(signal.SIGTERM) is leave
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_without_ray_it_says_what_to_install(fails, z_file, tmp_path, monkeypatch):

@@ -178,6 +178,22 @@ def test_eval_with_two_workers_of_which_one_is_killed(start, photos, tmp_path):
     assert not [p.name for p in (tmp_path / "two").iterdir() if p.name.startswith(".")]
 
 
+def test_a_terminated_run_says_so_and_goes_on_later(start, photos, tmp_path):
+    (tmp_path / "gate").mkdir()
+    (tmp_path / "gate" / "sitecustomize.py").write_text(SITECUSTOMIZE)
+    gate = {"PYTHONPATH": str(tmp_path / "gate"), "GATE": str(tmp_path / "gate"), "GATED": "000001.safetensors"}
+    words = ("encode", photos, "-o", tmp_path / "z", "--shard-size", 4, "--batch-size", 2)
+    process = start(*words, *ONE, **gate)
+    reached(tmp_path / "gate", process)
+    process.terminate()
+    out, err = finish(process, 143)
+    assert (out, err.splitlines()[-1]) == ("", "msdd-fast: terminated")
+    assert not (tmp_path / "z" / "000001.safetensors").exists()
+    finish(start(*words, *ONE))
+    assert len(digests(tmp_path / "z", ".safetensors")) == 3
+    assert not [p.name for p in (tmp_path / "z").iterdir() if p.name.startswith(".")]
+
+
 def test_the_error_of_a_worker_is_one_line(start, many, tiny, tmp_path):
     z = torch.zeros(8, *tiny.config.latent_shape)
     z[5] = float("inf")
