@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from msdd_fast.errors import InputError
+from msdd_fast.io.threads import limit_threads
 
 if TYPE_CHECKING:
     import torch
@@ -46,7 +47,10 @@ def renamed(words: Sequence[str], names: Mapping[str, str]) -> list[str]:
 
 
 def pick_device(name: str | None) -> torch.device:
-    """The device of that name (default: cuda if there is one, else cpu). Raises InputError if it does not work here."""
+    """The device of that name (default: cuda if there is one, else cpu); PyTorch's threads are limited to usable cores.
+
+    Raises InputError if the device does not work here.
+    """
     import torch
 
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -56,6 +60,7 @@ def pick_device(name: str | None) -> torch.device:
     except (RuntimeError, AssertionError, ImportError) as e:  # a device that is unknown, absent, or holds no data
         reason = (str(e).splitlines() or [type(e).__name__])[0]
         raise InputError(f"--device must name a torch device that works here, got {name!r}: {reason}") from e
+    limit_threads()
     return device
 
 

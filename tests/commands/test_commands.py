@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import msdd_fast
-from msdd_fast.commands import decode as decode_command
+from msdd_fast.commands import decoding
 from msdd_fast.commands import main as cli
 from msdd_fast.diffusion.config import SamplingConfig
 from msdd_fast.io.images import center_crop, load_image, save_image, to_tensor
@@ -292,7 +292,7 @@ def test_overwrite_that_is_interrupted_leaves_no_picture_of_the_older_options(
     def interrupted(image, path):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(decode_command, "save_image", interrupted)
+    monkeypatch.setattr(decoding, "save_image", interrupted)
     assert run("decode", z_file, "-o", out, "--overwrite", "--seed", 1)[0] == 130
     assert pictures(out) == []
 
@@ -310,7 +310,7 @@ def test_interrupted_decode(run, succeeds, z_file, tmp_path, monkeypatch, batch_
         written.append(path)
         save_image(image, path)
 
-    monkeypatch.setattr(decode_command, "save_image", interrupted)
+    monkeypatch.setattr(decoding, "save_image", interrupted)
     code, _, err = run("decode", z_file, "-o", out, *options)
     assert (code, err) == (130, "msdd-fast: interrupted\n")
     assert pictures(out) == ["v.png", "w.png", "x.png"]

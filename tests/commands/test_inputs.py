@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import msdd_fast
-from msdd_fast.commands import encode as encode_command
+from msdd_fast.commands import encoding
 from msdd_fast.commands import main as cli
 from msdd_fast.commands.inputs import printable, require_finite
 from msdd_fast.diffusion import checks
@@ -229,7 +229,7 @@ def test_an_interrupted_encode_resumes(run, photos, tmp_path, monkeypatch, survi
     options = ("--shard-size", 3, "--batch-size", 2)
     run("encode", photos, "-o", tmp_path / "whole", *options)
     whole, out = digests(tmp_path / "whole"), tmp_path / "z"
-    save, written = encode_command.save_latents, []
+    save, written = encoding.save_latents, []
 
     def interrupted(latents, path):
         if len(written) == survive:
@@ -237,7 +237,7 @@ def test_an_interrupted_encode_resumes(run, photos, tmp_path, monkeypatch, survi
         written.append(path)
         save(latents, path)
 
-    monkeypatch.setattr(encode_command, "save_latents", interrupted)
+    monkeypatch.setattr(encoding, "save_latents", interrupted)
     assert run("encode", photos, "-o", out, *options)[0] == 130
     monkeypatch.undo()
     assert len(digests(out)) == survive + 1
@@ -308,7 +308,7 @@ def test_latents_beyond_a_dtype_are_an_error(run, photos, tmp_path, monkeypatch)
 
 
 def test_one_file_has_a_limit(run, photos, tmp_path, monkeypatch):
-    monkeypatch.setattr(encode_command, "MAX_FILE_BYTES", 7 * 16 * 32 * 4 - 1)
+    monkeypatch.setattr(encoding, "MAX_FILE_BYTES", 7 * 16 * 32 * 4 - 1)
     code, _, err = run("encode", photos, "-o", tmp_path / "z.safetensors", "--batch-size", 2)
     assert code == 1 and "--out must be a folder for latents of more than" in err
     assert not (tmp_path / "z.safetensors").exists()
