@@ -21,12 +21,14 @@ class RayOptions(NamedTuple):
         workers: None for as many as the cluster has room for.
         cpus: cores of one worker, unless it has a GPU.
         device: None for GPUs if the cluster has some, else CPUs.
+        quiet: no progress.
     """
 
     address: str
     workers: int | None
     cpus: int
     device: str | None
+    quiet: bool = False
 
 
 def add_ray(parser: argparse.ArgumentParser) -> None:
@@ -60,7 +62,8 @@ def ray_options(args: argparse.Namespace) -> RayOptions | None:
         raise InputError(f"--ray takes an address, got the path {args.ray}: put --ray behind the other arguments")
     if not has_ray():
         raise InputError("--ray needs Ray Data: pip install 'msdd-fast[ray]'")
-    return RayOptions(args.ray, args.workers, args.cpus_per_worker or 0, args.device)
+    quiet = getattr(args, "quiet", False)
+    return RayOptions(args.ray, args.workers, args.cpus_per_worker or 0, args.device, quiet)
 
 
 def has_ray() -> bool:

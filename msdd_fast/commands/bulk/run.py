@@ -52,7 +52,8 @@ def run_units(
     if not todo:
         return
     total, missing = sum(u.images for u in units), sum(units[t["unit"]].images for t in todo)
-    with tqdm(total=total, initial=total - missing, unit="img", disable=None) as bar:
+    off = True if options.quiet else None  # None: tqdm looks whether stderr is a terminal
+    with tqdm(total=total, initial=total - missing, unit="img", disable=off) as bar:
         for line in _on_ray(worker, arguments, todo, options):
             if "error" in line:
                 raise InputError(line["error"])

@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from tqdm import tqdm
 
 from msdd_fast.commands.bulk import options as bulk_options
 from msdd_fast.commands.bulk import run as bulk_run
@@ -86,6 +87,20 @@ def test_a_killed_decode_goes_on(run, ray, z_file, tmp_path, survive):
     run(*args, "-o", out)
     assert ray.done[3:] == [1] and digests(out, ".tar") == digests(tmp_path / "whole", ".tar")
     assert len(read_json_lines(out / "manifest.jsonl")) == 3
+
+
+def test_progress_is_silent_with_quiet(run, ray, z_file, tmp_path, monkeypatch):
+    bars = []
+
+    class Bar(tqdm):
+        def __init__(self, *args, **options):
+            bars.append(options["disable"])
+            super().__init__(*args, **options)
+
+    monkeypatch.setattr(bulk_run, "tqdm", Bar)
+    run("decode", z_file, "-o", tmp_path / "loud", *DECODE, "--ray")
+    assert run("decode", z_file, "-o", tmp_path / "quiet", *DECODE, "--ray", "--quiet") == (0, "", "")
+    assert bars == [None, True]
 
 
 def test_encode_gives_the_shards_of_encode(run, ray, photos, tmp_path):
