@@ -4,6 +4,8 @@
 ``Ops`` is their type as one object, which an engine's network and program call.
 """
 
+from typing import Final
+
 from msdd_fast.ops._registry import get_op as get_op
 from msdd_fast.ops._registry import observe as observe
 from msdd_fast.ops.attention import attention
@@ -56,24 +58,24 @@ __all__ = [
 class Ops:
     """Every op as a method, for ``engine.bound_ops.bind``, which fixes the backend: a call passes no ``backend``."""
 
-    attention = staticmethod(attention)
-    cfg_combine = staticmethod(cfg_combine)
-    cfg_euler = staticmethod(cfg_euler)
-    context_attention = staticmethod(context_attention)
-    euler_step = staticmethod(euler_step)
-    final_step = staticmethod(final_step)
-    gate_residual_norm_modulate = staticmethod(gate_residual_norm_modulate)
-    group_norm_modulate_silu = staticmethod(group_norm_modulate_silu)
-    linear = staticmethod(linear)
-    norm_modulate = staticmethod(norm_modulate)
-    pixel_block = staticmethod(pixel_block)
-    pixel_modulate = staticmethod(pixel_modulate)
-    qk_norm_rope = staticmethod(qk_norm_rope)
-    quantize_rows = staticmethod(quantize_rows)
-    renoise_upsample = staticmethod(renoise_upsample)
-    sde_step = staticmethod(sde_step)
-    sigma_gate = staticmethod(sigma_gate)
-    stage_transition = staticmethod(stage_transition)
-    start_noise = staticmethod(start_noise)
-    swiglu = staticmethod(swiglu)
-    window_attention = staticmethod(window_attention)
+    attention: Final = staticmethod(attention)
+    cfg_combine: Final = staticmethod(cfg_combine)
+    cfg_euler: Final = staticmethod(cfg_euler)
+    context_attention: Final = staticmethod(context_attention)
+    euler_step: Final = staticmethod(euler_step)
+    final_step: Final = staticmethod(final_step)
+    gate_residual_norm_modulate: Final = staticmethod(gate_residual_norm_modulate)
+    group_norm_modulate_silu: Final = staticmethod(group_norm_modulate_silu)
+    linear: Final = staticmethod(linear)
+    norm_modulate: Final = staticmethod(norm_modulate)
+    pixel_block: Final = staticmethod(pixel_block)
+    pixel_modulate: Final = staticmethod(pixel_modulate)
+    qk_norm_rope: Final = staticmethod(qk_norm_rope)
+    quantize_rows: Final = staticmethod(quantize_rows)
+    renoise_upsample: Final = staticmethod(renoise_upsample)
+    sde_step: Final = staticmethod(sde_step)
+    sigma_gate: Final = staticmethod(sigma_gate)
+    stage_transition: Final = staticmethod(stage_transition)
+    start_noise: Final = staticmethod(start_noise)
+    swiglu: Final = staticmethod(swiglu)
+    window_attention: Final = staticmethod(window_attention)
