@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
 import weakref
@@ -32,7 +31,7 @@ from msdd_fast.engine.bound_ops import bind
 from msdd_fast.engine.compute import compute_dtype
 from msdd_fast.engine.graph_cache import GraphCache, use_graphs
 from msdd_fast.engine.isolation import building, without_autocast
-from msdd_fast.engine.memory import available, fit, resident
+from msdd_fast.engine.memory import Budget, Plan, is_out_of_memory
 from msdd_fast.engine.prefetch import prefetch
 from msdd_fast.engine.report import Accuracy, Report, describe
 from msdd_fast.engine.tier import (
@@ -48,7 +47,18 @@ from msdd_fast.engine.tier import (
 from msdd_fast.errors import InputError
 from msdd_fast.families import family_of
 from msdd_fast.families.base import Conditioned, Conditions, Family, conditions_of, example_conditions
-from msdd_fast.layers.request import Chunked, DecodeProgram, Inputs, Request, StageImages, convert, stream
+from msdd_fast.layers.request import (
+    WHOLE,
+    AnySize,
+    DecodeProgram,
+    Inputs,
+    Request,
+    StageImages,
+    Way,
+    convert,
+    stream,
+    ways_of,
+)
 from msdd_fast.tokenizer import Tokenizer, as_tokenizer
 
 OUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
@@ -57,6 +67,7 @@ GPU_BATCH_SIZES = (1, 8, 64)
 # A CPU is busy from a few images on; larger batches only leave its caches.
 CPU_BATCH_SIZES = (8,)
 NO_CONDITIONS = Conditions()
+MAX_PLANNED = 256  # sizes whose plans are kept
 
 
 def accelerate(
@@ -92,9 +103,11 @@ def accelerate(
             GPU, (8,) on a CPU.
         graphs: "auto" (CUDA graphs on a GPU, recorded programs on a CPU where every op of the decode is native; if
             recording fails, without, and ``report`` says why), True (a failure is an error) or False.
-        max_memory: bytes for weights, tables and activations; batch sizes that do not fit are left out. SSDD's latents
-            of other heights and widths run in batches that fit, or are refused. While a fast engine is checked, the
-            weights of the exact one exist, too, which is not counted.
+        max_memory: bytes for the weights, tables, activations and images of a decode, as ``memory_for`` predicts them.
+            What does not fit runs with fewer images at once; images of any size (SSDD, PiD) then in parts, the same up
+            to rounding, and at last in overlapping tiles, which changes them (docs/memory.md). If memory runs out all
+            the same, the next smaller way is taken. While a fast engine is checked, the weights of the exact one exist,
+            too, which is not counted.
         max_psnr_loss: of tier "fast": refuse if it is expected to cost more than this many dB of a reconstruction of
             25 dB (engine/tier.py has the formula). Measured against the exact tier; ``report`` has the figures.
         calibration: latents (B, num_latent_tokens, latent_dim) to measure that on. Default: four photographs of
@@ -212,22 +225,23 @@ class FastDecoder:
             tables = self.family.tables(decoder, schedule, self.steps, self.device)
             self.program = self.family.program(decoder, schedule, tables, self.dtype, self.device, ops, tier.make)
         self.memory = {"weights": self.program.network.w.memory(), "tables": self.family.tables_memory(tables)}
-        self._fixed = sum(self.memory.values())
-        guided = self.cfg_scale != 1.0
-        activations = self.family.activation_bytes(self.dtype.itemsize, guided, tier is not EXACT)
-        if self.max_memory is not None and isinstance(self.program, Chunked):
-            room = self.max_memory - self._fixed
-            activations = self.program.fit(guided, available(room, self.device))
-        self._per_image = resident(activations, self.device)
-        self.batch_sizes, self.notes = fit(sizes, self.max_memory, self._fixed, self._per_image)
+        fixed = sum(self.memory.values())
+        self._budget = Budget(self.program, self.config, fixed, self.max_memory, most=max(sizes))
+        self._planned: dict[tuple[Request, int], list[Plan]] = {}
+        self._failed: set[tuple[Request, Way, int]] = set()
+        self.notes = []
+        self.batch_sizes = self._fitting(sizes)
+        self._budget.most = max(self.batch_sizes)
         if self.batch_invariant:
             self.notes.append("images run one at a time (batch_invariant=True)")
         if self.device.type == "cpu":
             self.notes += thread_problems()
-        most = max(self.batch_sizes)
-        self.memory[f"activations of batch {most} (bound)"] = self._per_image * most
-        stages = self.config.schedule.num_stages
+        most, stages = max(self.batch_sizes), self.config.schedule.num_stages
         self._cache = GraphCache(self.program, self.device, options.graphs, self.batch_sizes, self._example, stages)
+        self._planned.clear()
+        self._budget.granule = self._cache.granule
+        activations = self.plan(self._example_request(most)).bytes - fixed
+        self.memory[f"activations of batch {most} (predicted)"] = activations
 
     def __repr__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
@@ -274,6 +288,7 @@ class FastDecoder:
         out: Tensor | None = None,
         copy: bool = True,
         steps: int | None = None,
+        tile: int | None = None,
         **conditions: Any,
     ) -> Tensor:
         """Images of latents.
@@ -289,6 +304,8 @@ class FastDecoder:
             out: contiguous (B, 3, H, W) of ``out_dtype`` on the engine's device, which receives the images.
             copy: False allows to return a graph's own memory, which the next call overwrites.
             steps: None, or those that the engine was made for: what depends on them was computed then.
+            tile: decode larger images in overlapping tiles of this many pixels a side, which changes them a little
+                (docs/memory.md); None leaves that to ``max_memory``. SSDD and PiD only.
             conditions: what else the family's decodes depend on, as in ``Tokenizer.decode``.
 
         Returns (B, 3, H, W). Raises InputError for anything else, and if ``validate`` is set for NaN or Inf in z or in
@@ -299,13 +316,14 @@ class FastDecoder:
             others = self.conditions(z, cfg_scale, **conditions)
             inputs = self.inputs(z, seed, cfg_scale, others)
             request = self.request(z, cfg_scale, out_dtype, conditions=others)
+            side = self._check_tile(tile)
             if noise is not None:
                 check_noise(noise, len(z), self._noise_shapes(request, others))
             if not self.validate:
-                return self._decode(inputs, request, noise, out, copy)
+                return self._decode(inputs, request, noise, out, copy, side)
             _check_out(out, (len(z), *request.image_shape(self.config)), out_dtype, self.device)
             wide = request._replace(out_dtype=torch.float32) if out_dtype == torch.uint8 else request
-            images = self._decode(inputs, wide, noise, None, copy or out_dtype == torch.uint8)
+            images = self._decode(inputs, wide, noise, None, copy or out_dtype == torch.uint8, side)
             _check_images(images)
             images = convert(images, out_dtype)
             return images if out is None else out.copy_(images)
@@ -314,18 +332,45 @@ class FastDecoder:
 
     @torch.no_grad()
     def _decode(
-        self, inputs: Inputs, request: Request, noise: Sequence[Tensor] | None, out: Tensor | None, copy: bool
+        self,
+        inputs: Inputs,
+        request: Request,
+        noise: Sequence[Tensor] | None,
+        out: Tensor | None,
+        copy: bool,
+        tile: int,
     ) -> Tensor:
-        """Images in chunks that the engine takes at once."""
-        batch = len(inputs.z)
-        shape = (batch, *request.image_shape(self.config))
-        _check_out(out, shape, request.out_dtype, self.device)
+        """Images in the first way for which there is memory."""
+        _check_out(out, (len(inputs.z), *request.image_shape(self.config)), request.out_dtype, self.device)
         if noise is not None:
             noise = [n.detach().to(self.device) for n in noise]
-        most = self._most_at_once(request)
-        whole = most >= max(self.batch_sizes)
-        graphed = self.graphs and noise is None and whole
-        chunks = self._cache.chunks(batch, graphed) if whole else split_evenly(batch, most)
+        plans = self._plans(request, tile)
+        for plan in plans[:-1]:
+            try:
+                return self._decode_as(plan, inputs, request, noise, out, copy)
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            # Here the error is gone, and with it the frames that hold what was computed.
+            self._give_up(plan, request, tile, reason)
+        return self._decode_as(plans[-1], inputs, request, noise, out, copy)
+
+    def _decode_as(
+        self,
+        plan: Plan,
+        inputs: Inputs,
+        request: Request,
+        noise: Sequence[Tensor] | None,
+        out: Tensor | None,
+        copy: bool,
+    ) -> Tensor:
+        """Images in chunks that run at once."""
+        batch, request = len(inputs.z), request._replace(way=plan.way)
+        shape = (batch, *request.image_shape(self.config))
+        usual = plan.way == WHOLE and plan.images >= max(self.batch_sizes)
+        graphed = self.graphs and noise is None and usual
+        chunks = self._cache.chunks(batch, graphed) if usual else split_evenly(batch, plan.images)
         if len(chunks) == 1 and out is None and not (copy and graphed):
             return self._decode_chunk(inputs, request.with_batch(chunks[0].size), noise, None, graphed)
         if out is None:
@@ -363,19 +408,23 @@ class FastDecoder:
     ) -> Iterator[StageImages]:
         """The same decode stage by stage: yields each stage's clean estimate as soon as it is done.
 
-        Arguments as of ``decode``. The whole batch runs at once: InputError if ``max_memory`` does not allow it. One
-        graph per stage, on a GPU for the batch sizes of the engine; other sizes, and a second stream at the same time,
-        run without graphs.
+        Arguments as of ``decode``. The whole batch runs at once: InputError if ``max_memory`` does not allow it in any
+        way. One graph per stage, on a GPU for the batch sizes of the engine; other sizes, and a second stream at the
+        same time, run without graphs.
         """
         self._check_steps(steps)
         with without_autocast(self.device):
             others = self.conditions(z, cfg_scale, **conditions)
             inputs = self.inputs(z, seed, cfg_scale, others)
         request = self.request(z, cfg_scale, out_dtype, streaming=True, conditions=others)
-        most = self._most_at_once(request)
-        if self.max_memory is not None and len(z) > most:
-            limit = f"to stream in max_memory={self.max_memory}"
-            raise InputError(f"z must hold at most {most} images {limit}, got {len(z)}")
+        plans = self._plans(request)
+        if self.max_memory is not None:
+            most = max(plan.images for plan in plans)
+            if len(z) > most:
+                limit = f"to stream in max_memory={self.max_memory}"
+                raise InputError(f"z must hold at most {most} images {limit}, got {len(z)}")
+            plans = [plan for plan in plans if plan.images >= len(z)]
+        request = request._replace(way=plans[0].way)
         if not len(z):
             return iter(self._no_images(request))
         return self._stream_each(inputs, request) if self.batch_invariant else self._stream(inputs, request)
@@ -390,7 +439,7 @@ class FastDecoder:
     def _stream(self, inputs: Inputs, request: Request) -> Iterator[StageImages]:
         graphs = None
         usual = len(inputs.z) in self.batch_sizes or not self._cache.splits
-        if self.graphs and usual and not self.batch_invariant:
+        if self.graphs and usual and not self.batch_invariant and request.way == WHOLE:
             with building(self.device):
                 graphs = self._cache.get_stages(request)
         claimed = graphs is not None and graphs.claim()
@@ -441,6 +490,35 @@ class FastDecoder:
         """
         with without_autocast(self.device):
             return describe(self, z)
+
+    def memory_for(self, height: int, width: int, batch: int = 1) -> int:
+        """Bytes that a decode of ``batch`` images of this size is predicted to hold at once.
+
+        These are weights, tables, activations and float32 images, in the way that ``max_memory`` allows; without it,
+        whole images, as many at once as the largest batch has. Counted are the tensors of a decode with fused ops, which
+        on a CPU need the extension: not what libraries take inside, what the allocator keeps, or the graphs of other
+        sizes. Conditions are those of the family's example.
+
+        Raises InputError for a size that the model does not decode, and if no way fits into ``max_memory``.
+        """
+        sides = (as_int("height", height, 1), as_int("width", width, 1))
+        batch, shape = as_int("batch", batch, 1), self._latents_of(sides)
+        z = torch.zeros((), dtype=self.dtype).expand(batch, *shape)
+        request = self.request(z, conditions=self.conditions(z, **example_conditions(self.family)))
+        return self.plan(request).bytes
+
+    def plan(self, request: Request) -> Plan:
+        """How a request is decoded: in which way, how many images at once, in how many bytes."""
+        return self._plans(request, wants_bytes=True)[0]
+
+    def release(self) -> None:
+        """Free the memory of all graphs and recorded programs. Later decodes record again.
+
+        Ways that were given up because memory ran out are tried again, too.
+        """
+        self._failed.clear()
+        self._planned.clear()
+        self._cache.release()
 
     def graph_memory(self) -> dict[str, int]:
         """Bytes that the graphs of ``decode`` hold; empty before the first capture."""
@@ -515,25 +593,78 @@ class FastDecoder:
                 f"accelerate(tokenizer, steps={steps})"
             )
 
-    def _most_at_once(self, request: Request) -> int:
-        """The most images of the request's size that ``max_memory`` allows; without it, the largest batch.
+    def _plans(self, request: Request, tile: int = 0, wants_bytes: bool = False) -> list[Plan]:
+        """What ``max_memory`` allows, from the fastest; without it, the request whole, or in tiles of that side.
 
-        Raises InputError with the figure if not one does.
+        Raises InputError with the figures if nothing fits.
         """
+        if self.max_memory is None and not wants_bytes:
+            return [Plan(Way(tile=tile) if self._is_larger(request, tile) else WHOLE, max(self.batch_sizes), 0)]
+        found = self._planned.get((request, tile))
+        if found is None:
+            ways = ways_of(self.program, request)
+            if self._is_larger(request, tile):
+                ways = [Way(tile=tile), *(way for way in ways if 0 < way.tile < tile)]
+            if len(self._planned) >= MAX_PLANNED:
+                self._planned.clear()
+            found = self._planned[request, tile] = self._budget.plans(request, ways)
+        kind = request.with_batch(1)
+        return [plan for plan in found[:-1] if (kind, plan.way, plan.images) not in self._failed] + found[-1:]
+
+    def _is_larger(self, request: Request, tile: int) -> bool:
+        return bool(tile) and max(request.image_shape(self.config)[1:]) > tile
+
+    def _give_up(self, plan: Plan, request: Request, tile: int, reason: str) -> None:
+        """Note that memory ran out, and make room."""
+        self._failed.add((request.with_batch(1), plan.way, plan.images))
+        height, width = request.image_shape(self.config)[1:]
+        following = self._plans(request, tile)[0]
+        self.notes.append(
+            f"{height} x {width} px, {plan.way}, {plan.images} at once, ran out of memory ({reason}): from now on "
+            f"{following.way}, {following.images} at once"
+        )
+        self._cache.release()
+
+    def _fitting(self, sizes: tuple[int, ...]) -> tuple[int, ...]:
+        """The batch sizes that fit whole at ``config.image_size``, or 1 if that fits in another way."""
         if self.max_memory is None:
-            return max(self.batch_sizes)
-        if request.size is None:
-            share = math.prod(request.shape[1:]) / math.prod(self.family.example)
-        else:
-            share = math.prod(request.size) / self.config.image_size**2
-        each = math.ceil(self._per_image * share)
-        most = min((self.max_memory - self._fixed) // each, max(self.batch_sizes))
-        if most < 1:
-            raise InputError(
-                f"z of shape {request.shape} needs max_memory={self._fixed + each} bytes (weights and tables "
-                f"{self._fixed}, one image {each}), but the engine has {self.max_memory}"
-            )
-        return most
+            return sizes
+        most = max(p.images for p in self._plans(self._example_request(max(sizes))) if p.way == WHOLE)
+        fitting = tuple(s for s in sizes if s <= most)
+        dropped = [s for s in sizes if s > most]
+        if dropped:
+            self.notes.append(f"batch sizes {', '.join(map(str, dropped))} do not fit in max_memory={self.max_memory}")
+        return fitting or (1,)
+
+    def _example_request(self, batch: int) -> Request:
+        """For images of ``config.image_size``."""
+        z = torch.zeros((), dtype=self.dtype).expand(batch, *self.family.example)
+        return self.request(z, conditions=self.conditions(z, **example_conditions(self.family)))
+
+    def _latents_of(self, sides: tuple[int, int]) -> tuple[int, ...]:
+        """Shape of the latents of an image of these sides. Raises InputError if there are none."""
+        shape = self.config.latent_shape
+        if None not in shape:
+            side = self.config.image_size
+            if sides != (side, side):
+                raise InputError(f"height and width must be {side}, as of all images of this model, got {sides}")
+            return self.family.example
+        unit = self.config.stage_shapes((1, self.family.example[0], 1, 1))[-1][1:]
+        for name, side, pixels in zip(("height", "width"), sides, unit, strict=True):
+            if side % pixels:
+                raise InputError(f"{name} must be a multiple of {pixels}, got {side}")
+        return self.family.example[0], sides[0] // unit[0], sides[1] // unit[1]
+
+    def _check_tile(self, tile: int | None) -> int:
+        if tile is None:
+            return 0
+        side = as_int("tile", tile, 1)
+        if not isinstance(self.program, AnySize):
+            raise InputError(f"tile must be None for {self.family.name.upper()}, whose images have one size: {side}")
+        least = self.program.min_tile
+        if side < least or side % least:
+            raise InputError(f"tile must be a multiple of {least}, got {side}")
+        return side
 
     def _no_images(self, request: Request) -> Iterator[StageImages]:
         """What ``stream`` yields for no latents: no images of every stage."""

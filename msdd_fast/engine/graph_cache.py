@@ -15,9 +15,11 @@ import torch
 from msdd_fast.backends.choice import is_automatic
 from msdd_fast.engine import graphs
 from msdd_fast.engine.batching import Chunk, assumed_cost, split_by_cost, split_evenly
+from msdd_fast.engine.memory import is_out_of_memory
 from msdd_fast.engine.programs import ProgramRecorder, can_record
 from msdd_fast.errors import BackendUnavailableError, InputError
 from msdd_fast.layers.request import DecodeProgram, Inputs, NotRecordable, Request, stream
+from msdd_fast.native.program import CHUNK
 
 MAX_GRAPHS = 32  # of each kind: a few batch sizes of some dtypes, and the sizes of images where there are several
 G = TypeVar("G", graphs.Graph, graphs.StageGraphs)
@@ -90,6 +92,16 @@ class GraphCache:
         """The same for a streaming request, one graph per stage."""
         return self._get(request, self._stage_graphs, self._capture_stages)
 
+    @property
+    def granule(self) -> int:
+        """Bytes in whose multiples graphs keep memory; 0 without graphs."""
+        return (CHUNK if self._exact else 1) if self.enabled else 0
+
+    def release(self) -> None:
+        """Drop all graphs, and the memory that they share."""
+        with self._capturing, self._replaying:
+            self._drop_all()
+
     def memory(self) -> dict[str, int]:
         """Bytes that the graphs of whole decodes hold; empty before the first capture."""
         return {} if self._recorder is None else {"graphs": self._recorder.memory()}
@@ -105,9 +117,9 @@ class GraphCache:
             try:
                 with torch.no_grad():
                     known[request] = self._with_room(lambda: capture(request))
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError as error:
+            except (MemoryError, RuntimeError) as error:
+                if is_out_of_memory(error):
+                    raise
                 reason = f"the capture of batch {request.shape[0]} failed: {error}"
                 if self._required:
                     raise BackendUnavailableError(f"graphs=True, but {reason}") from error
@@ -123,15 +135,19 @@ class GraphCache:
         """``capture()``; where memory is short, once more without the graphs that there are."""
         try:
             return capture()
-        except torch.OutOfMemoryError:
-            if not self._graphs and not self._stage_graphs:
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error) or (not self._graphs and not self._stage_graphs):
                 raise
+        self._drop_all()
+        return capture()
+
+    def _drop_all(self) -> None:
         self._wait()
         self._graphs.clear()
         self._stage_graphs.clear()
+        self._recorder = None
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
-        return capture()
 
     def _wait(self) -> None:
         """A graph must not be dropped while the device replays it."""

@@ -1,45 +1,92 @@
-"""How much memory an engine needs, and which batch sizes fit."""
+"""How a batch is decoded in the memory that there is: in which way, and how many images at once."""
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
+from msdd_fast.diffusion.config import Config
 from msdd_fast.errors import InputError
+from msdd_fast.layers.request import WHOLE, DecodeProgram, Request, Way
 
-CPU_SLACK = 1.5
+MEBIBYTE = 2**20
 
 
-def resident(activations: int, device: torch.device) -> int:
-    """Bytes that ``activations`` bytes take of the memory of ``device``.
+class Plan(NamedTuple):
+    """A way to decode a request.
 
-    On a CPU the heap of the C library keeps freed blocks that no later tensor fits: 160 to 197 MiB were resident where
-    120 MiB were allocated at once.
+    Attributes:
+        way: how much of an image is worked on at a time.
+        images: the most that run at once.
+        bytes: predicted peak of all tensors: weights, tables, activations, images.
     """
-    return math.ceil(activations * CPU_SLACK) if device.type == "cpu" else activations
+
+    way: Way
+    images: int
+    bytes: int
+
+    def __str__(self) -> str:
+        return f"{self.way}, {self.bytes / MEBIBYTE:.1f} MiB predicted"
 
 
-def available(room: int, device: torch.device) -> int:
-    """Bytes of activations that take ``room`` bytes of the memory of ``device``: the inverse of ``resident``."""
-    return math.floor(room / CPU_SLACK) if device.type == "cpu" else room
+class Budget:
+    """Predicts what decodes take and chooses among the ways to do them.
 
+    Args:
+        fixed: bytes of weights and tables.
+        limit: bytes of everything; None for no limit.
+        most: images that run at once if there is room.
 
-def fit(sizes: Sequence[int], max_memory: int | None, fixed: int, per_image: int) -> tuple[tuple[int, ...], list[str]]:
-    """The batch sizes that fit in ``max_memory`` bytes, and what to say of the others.
-
-    Raises InputError if none does.
+    Attributes:
+        granule: of the memory that a graph keeps, bytes; 0 without graphs.
     """
-    if max_memory is None:
-        return tuple(sizes), []
-    fitting = tuple(s for s in sizes if fixed + s * per_image <= max_memory)
-    if not fitting:
-        needed = fixed + min(sizes) * per_image
+
+    def __init__(self, program: DecodeProgram, config: Config, fixed: int, limit: int | None, most: int) -> None:
+        self.program, self.config, self.fixed, self.limit, self.most = program, config, fixed, limit, most
+        self.granule = 0
+
+    def predict(self, request: Request, at_once: int) -> int:
+        """Peak bytes of a decode in the request's way, ``at_once`` images at a time."""
+        batch, size = request.shape[0], request.out_dtype.itemsize * math.prod(request.image_shape(self.config))
+        activations = self.program.activations(request.with_batch(at_once))
+        is_graph = self.granule and request.way == WHOLE
+        if is_graph:
+            activations = -(-activations // self.granule) * self.granule
+        # What a graph, or a part of the batch, leaves is copied.
+        return self.fixed + activations + (size * batch if is_graph or at_once < batch else 0)
+
+    def plans(self, request: Request, ways: Sequence[Way]) -> list[Plan]:
+        """Those that fit, from the fastest to the smallest: in each way as many images at once as fit, then one.
+
+        Raises InputError with the figures if none does.
+        """
+        if self.limit is None:
+            return [self._plan(request, ways[0], self.most)]
+        found: list[Plan] = []
+        for way in ways:
+            wanted = request._replace(way=way)
+            fitting = bisect_right(range(1, self.most + 1), self.limit, key=lambda n: self.predict(wanted, n))
+            found += [self._plan(request, way, n) for n in dict.fromkeys((fitting, min(fitting, 1))) if n]
+        if found:
+            return found
+        least = min((self._plan(request, way, 1) for way in ways), key=lambda plan: plan.bytes)
         raise InputError(
-            f"max_memory must be at least {needed} bytes (weights and tables {fixed}, batch {min(sizes)} "
-            f"{min(sizes) * per_image}), got {max_memory}"
+            f"max_memory must be at least {least.bytes} bytes for z of shape {tuple(request.shape)} (weights and "
+            f"tables {self.fixed}, the rest {least.way}), got {self.limit}"
         )
-    dropped = [s for s in sizes if s not in fitting]
-    notes = [f"batch sizes {', '.join(map(str, dropped))} do not fit in max_memory={max_memory}"] if dropped else []
-    return fitting, notes
+
+    def _plan(self, request: Request, way: Way, images: int) -> Plan:
+        now = min(images, max(1, request.shape[0]))
+        return Plan(way, images, self.predict(request._replace(way=way), now))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that there is no memory for a tensor, on a GPU or a CPU."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    says = str(error)
+    return isinstance(error, RuntimeError) and ("can't allocate memory" in says or "not enough memory" in says)

@@ -10,6 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from msdd_fast.diffusion.config import Config
+from msdd_fast.engine.memory import Plan
 from msdd_fast.families.base import Conditions, Family, example_conditions
 from msdd_fast.layers.request import DecodeProgram, Inputs, Request
 from msdd_fast.metrics.image import psnr
@@ -54,6 +56,7 @@ class Report:
     batch_sizes: tuple[int, ...]
     products: tuple[str, ...]
     memory: dict[str, int]
+    way: str
     constant: tuple[str, ...]
     accuracy: tuple[Accuracy, ...]
     notes: tuple[str, ...]
@@ -70,6 +73,7 @@ class Report:
             ("batch sizes", ", ".join(map(str, self.batch_sizes))),
             *(("products", line) for line in self.products),
             *(("memory", f"{size / 2**20:.1f} MiB {name}") for name, size in self.memory.items()),
+            ("way", self.way),
             *(("constant", line) for line in self.constant),
             *((f"vs {a.against}", str(a)) for a in self.accuracy),
             *(("note", line) for line in self.notes),
@@ -87,6 +91,7 @@ def format_choices(choices: tuple[OpChoice, ...]) -> str:
 class Engine(Protocol):
     """What reports and tiers need of an engine (``engine.decoder.FastDecoder``)."""
 
+    config: Config
     family: Family
     tokenizer: weakref.ref[Tokenizer]
     program: DecodeProgram
@@ -115,6 +120,8 @@ class Engine(Protocol):
     def inputs(self, z: Tensor, seed: int = 0, *, conditions: Conditions = ...) -> Inputs: ...
 
     def request(self, z: Tensor, *, conditions: Conditions = ...) -> Request: ...
+
+    def plan(self, request: Request) -> Plan: ...
 
     def decode(self, z: Tensor, **conditions: Any) -> Tensor: ...
 
@@ -153,7 +160,9 @@ def describe(engine: Engine, z: Tensor | None) -> Report:
     choices = ChoiceRecorder()
     with observe(choices):
         others = engine.conditions(z[:1], **example_conditions(engine.family))
-        engine.program.decode(engine.inputs(z[:1], conditions=others), engine.request(z[:1], conditions=others))
+        request = engine.request(z[:1], conditions=others)
+        plan = engine.plan(request)
+        engine.program.decode(engine.inputs(z[:1], conditions=others), request._replace(way=plan.way))
     tokenizer = engine.tokenizer()
     return Report(
         model=engine.family.model,
@@ -167,6 +176,7 @@ def describe(engine: Engine, z: Tensor | None) -> Report:
         batch_sizes=engine.batch_sizes,
         products=products(engine.program.network.w),
         memory={**engine.memory, **engine.graph_memory()},
+        way=f"{plan} for an image of {' x '.join(map(str, request.image_shape(engine.config)[1:]))} px",
         constant=engine.family.constant,
         accuracy=(
             *((_accuracy(engine, tokenizer, z),) if tokenizer is not None else ()),

@@ -195,10 +195,6 @@ class Family(Protocol):
         """FLOP and bytes of encoding ``batch`` images. Raises InputError if the family does not count them."""
         ...
 
-    def activation_bytes(self, itemsize: int, guided: bool, quantized: bool) -> int:
-        """Upper bound for one image of ``config.image_size``."""
-        ...
-
 
 def conditions_of(family: Family, z: Tensor, steps: int, cfg_scale: float, given: Mapping[str, Any]) -> Conditions:
     """What a decode of ``z`` depends on besides, from the keyword arguments ``given``.

@@ -23,6 +23,7 @@ from msdd_fast.diffusion.noise import resolve_seeds
 from msdd_fast.engine import FastDecoder
 from msdd_fast.errors import InputError
 from msdd_fast.families import family_of
+from msdd_fast.layers.request import AnySize
 from msdd_fast.tokenizer import Tokenizer, as_tokenizer
 
 try:
@@ -128,7 +129,7 @@ class TokenizerVAE(ModelMixin, ConfigMixin):
         use_post_quant_conv: bool = False,
     ) -> None:
         super().__init__()
-        self.use_slicing = False
+        self.use_slicing, self.tile = False, 0
 
     def adopt(
         self, model: Tokenizer | FastDecoder, bn: nn.BatchNorm2d | None, seed: int, options: Mapping[str, Any]
@@ -215,11 +216,12 @@ class TokenizerVAE(ModelMixin, ConfigMixin):
         if not z.is_floating_point():
             raise InputError(f"z must be floating point, got {z.dtype}")
         z, seeds = z.to(self.device, self.dtype), self._seeds(len(z), generator)
+        options = {**self.options, "tile": self.tile} if self.tile else self.options
         if self.use_slicing and len(z) > 1:
             one_by_one = zip(z.split(1), seeds.split(1), strict=True)
-            images = torch.cat([self._model.decode(part, one, **self.options) for part, one in one_by_one])
+            images = torch.cat([self._model.decode(part, one, **options) for part, one in one_by_one])
         else:
-            images = self._model.decode(z, seeds, **self.options)
+            images = self._model.decode(z, seeds, **options)
         return DecoderOutput(sample=images) if return_dict else (images,)
 
     def forward(
@@ -241,15 +243,29 @@ class TokenizerVAE(ModelMixin, ConfigMixin):
     def disable_slicing(self) -> None:
         self.use_slicing = False
 
-    def enable_tiling(self) -> NoReturn:
-        """Refused: the noise of a tile would not be that of its place in the image."""
-        raise InputError(
-            "enable_tiling is not there for diffusion decoders: bound the memory with as_vae(accelerate(tokenizer, "
-            "max_memory=BYTES)), or decode image by image with enable_slicing"
-        )
+    @property
+    def use_tiling(self) -> bool:
+        return self.tile > 0
+
+    def enable_tiling(self, use_tiling: bool = True) -> None:
+        """From now on decode images larger than about ``config.sample_size`` in overlapping tiles of that side.
+
+        This is ``FastDecoder.decode`` with ``tile``: less memory, other images (docs/memory.md). Raises InputError for a
+        Tokenizer, which decodes whole images, and for a family that has no tiles.
+        """
+        if not use_tiling:
+            self.tile = 0
+            return
+        if self.engine is None:
+            raise InputError("enable_tiling needs an engine: as_vae(accelerate(tokenizer))")
+        if not isinstance(self.engine.program, AnySize):
+            raise InputError(f"enable_tiling: {self.engine.config.family} decodes whole images only")
+        least = self.engine.program.min_tile
+        self.tile = max(1, self.engine.config.image_size // least) * least
 
     def disable_tiling(self) -> None:
-        """There is none to disable."""
+        """Decode images whole again."""
+        self.enable_tiling(False)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refused: diffusers could not load it again."""

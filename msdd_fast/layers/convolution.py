@@ -21,6 +21,10 @@ class Convolution:
             x, padding = F.pad(x, (padding,) * 4, mode="replicate"), 0
         return channels_last(F.conv2d(x, self.weight, self.bias, self.stride, padding))
 
+    def strip(self, x: Tensor) -> Tensor:
+        """Of some rows of a map, given with the k // 2 rows above and below them: zeros beyond the map."""
+        return channels_last(F.conv2d(x, self.weight, self.bias, self.stride, (0, self.weight.shape[3] // 2)))
+
     def memory(self) -> int:
         """Bytes of the weights."""
         return sum(t.nbytes for t in (self.weight, self.bias) if t is not None)
@@ -57,9 +61,9 @@ class Shortcut:
     def __init__(self, weight: Tensor) -> None:
         self.weight_t = weight.flatten(1).t()  # (in, out)
 
-    def __call__(self, x: Tensor, out: Tensor) -> Tensor:
-        """Rows (R, out) += rows (R, in) W^T."""
-        return torch.addmm(out, x, self.weight_t, out=out)
+    def __call__(self, x: Tensor, out: Tensor, inputs: slice = slice(None)) -> Tensor:
+        """Rows (R, out) += rows (R, in) W^T; x may be some of the ``inputs``."""
+        return torch.addmm(out, x, self.weight_t[inputs], out=out)
 
     def memory(self) -> int:
         """Bytes of the weights."""

@@ -47,6 +47,26 @@ class Inputs(NamedTuple):
         return Inputs(self.z[images], self.seeds[images], self.scale, tuple(c[images] for c in self.conditions))
 
 
+class Way(NamedTuple):
+    """How much of an image a program works on at a time.
+
+    Attributes:
+        parts: parts of an image that pixels or tokens are worked on in; more than one changes nothing beyond rounding.
+        tile: side in pixels of overlapping tiles whose velocities are blended, which changes images; 0 for no tiles.
+    """
+
+    parts: int = 1
+    tile: int = 0
+
+    def __str__(self) -> str:
+        if self.tile:
+            return f"tiled, {self.tile} px"
+        return f"chunked, {self.parts} parts" if self.parts > 1 else "whole"
+
+
+WHOLE = Way()
+
+
 class Request(NamedTuple):
     """What is asked of a program, apart from the values of its inputs; the key of a graph.
 
@@ -57,6 +77,7 @@ class Request(NamedTuple):
         streaming: whether every stage's images are wanted.
         size: height and width of the images, if they do not follow from ``shape`` alone.
         conditions: shape of one image's, and dtype, of each of the inputs' conditions.
+        way: how much of an image is worked on at a time.
     """
 
     shape: tuple[int, ...]
@@ -65,6 +86,7 @@ class Request(NamedTuple):
     streaming: bool = False
     size: tuple[int, int] | None = None
     conditions: tuple[tuple[tuple[int, ...], torch.dtype], ...] = ()
+    way: Way = WHOLE
 
     def image_shape(self, config: Config) -> tuple[int, int, int]:
         """Shape of an image."""
@@ -95,6 +117,10 @@ class DecodeProgram(Protocol):
         """Images and state of a stage from what ``stages`` yielded for it; that is not changed."""
         ...
 
+    def activations(self, request: Request) -> int:
+        """Most bytes that ``decode`` holds at once, its images included, without weights, tables and inputs."""
+        ...
+
 
 @runtime_checkable
 class NotRecordable(Protocol):
@@ -114,15 +140,22 @@ def stream(program: DecodeProgram, inputs: Inputs, request: Request) -> Iterator
 
 
 @runtime_checkable
-class Chunked(Protocol):
-    """A program that can work on smaller parts of an image at a time, where memory is short."""
+class AnySize(Protocol):
+    """What a program has besides if images may have any size: it can work on parts of one where memory is short."""
 
-    def fit(self, guided: bool, room: int) -> int:
-        """Choose parts so that the activations of one image of ``config.image_size`` take ``room`` bytes if they can.
-
-        Returns the bound on what they take.
-        """
+    @property
+    def min_tile(self) -> int:
+        """Least side of a tile, in pixels."""
         ...
+
+    def ways(self, request: Request) -> list[Way]:
+        """From ``WHOLE``, the fastest, to the one that takes least memory."""
+        ...
+
+
+def ways_of(program: DecodeProgram, request: Request) -> list[Way]:
+    """All ways in which a program can decode what is requested, from the fastest to the smallest."""
+    return program.ways(request) if isinstance(program, AnySize) else [WHOLE]
 
 
 def convert(images: Tensor, dtype: torch.dtype) -> Tensor:

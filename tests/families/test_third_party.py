@@ -111,6 +111,10 @@ class MosaicProgram:
     def images(self, stage: int, end: Tensor, inputs: Inputs, request: Request) -> StageImages:
         return StageImages(stage, convert(end, request.out_dtype), end)
 
+    def activations(self, request: Request) -> int:
+        batch, _, height, width = request.shape
+        return 4 * 3 * 4 * batch * height * width * self.network.cell**2
+
 
 def load_mosaic(source: Any, cell: int = 4) -> Released:
     name, state = read_released(source)
@@ -182,9 +186,6 @@ class MosaicFamily:
 
     def tables_memory(self, tables: Any) -> int:
         return sum(dt.nbytes for _, dt in tables)
-
-    def activation_bytes(self, itemsize: int, guided: bool, quantized: bool) -> int:
-        return 4 * 3 * self.config.image_size**2 * 4
 
 
 @pytest.fixture

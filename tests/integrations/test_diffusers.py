@@ -366,9 +366,7 @@ def test_bad_calls(tok, tmp_path):
         vae.encode(torch.full((1, 3, 64, 64), 200.0))
     with pytest.raises(InputError, match="tokenizer must be a Tokenizer"):
         as_vae(3)
-    with pytest.raises(
-        InputError, match="enable_tiling is not there for diffusion decoders: bound the memory with as_v"
-    ):
+    with pytest.raises(InputError, match=r"enable_tiling needs an engine: as_vae\(accelerate\(tokenizer\)\)"):
         vae.enable_tiling()
     vae.disable_tiling()
     with pytest.raises(InputError, match="a pipeline cannot be saved with a tokenizer as its VAE"):
@@ -383,3 +381,29 @@ def test_without_diffusers():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "msdd_fast.integrations.diffusers needs diffusers: pip install 'msdd-fast[diffusers]'\n"
+
+
+def test_tiling_is_the_engines(tok):
+    engine = accelerate(tok, dtype=torch.float32)
+    vae = as_vae(engine)
+    z = torch.randn(2, 4, 8, 24, generator=generator())
+    whole, tiled = engine.decode(z, 0), engine.decode(z, 0, tile=128)
+    assert not torch.equal(whole, tiled)
+    vae.enable_tiling()
+    assert vae.use_tiling and vae.tile == 128  # tiny-ssdd has images of 64 px; 128 is the least
+    assert torch.equal(vae.decode(z).sample, tiled)
+    assert torch.equal(vae.decode(z[..., :16]).sample, engine.decode(z[..., :16], 0))  # no larger than a tile
+    vae.enable_slicing()
+    assert (vae.decode(z).sample - tiled).abs().max() < 3e-5
+    vae.disable_slicing()
+    vae.disable_tiling()
+    assert torch.equal(vae.decode(z).sample, whole)
+
+
+def test_no_tiling_where_there_are_no_tiles(monkeypatch):
+    monkeypatch.setattr("msdd_fast.families._FAMILIES", families())
+    register(MosaicFamily)
+    vae = as_vae(accelerate(Tokenizer.from_config(MosaicConfig()), dtype=torch.float32))
+    with pytest.raises(InputError, match="enable_tiling: mosaic decodes whole images only"):
+        vae.enable_tiling()
+    vae.disable_tiling()

@@ -16,7 +16,7 @@ from msdd_fast.families.base import ReleasedFormat
 from msdd_fast.families.msdd.config import TokenizerConfig
 from msdd_fast.families.msdd.decoder import Decoder
 from msdd_fast.families.msdd.encoder import Encoder
-from msdd_fast.families.msdd.engine.memory import activation_bytes, tables_memory
+from msdd_fast.families.msdd.engine.memory import tables_memory
 from msdd_fast.families.msdd.engine.network import Network
 from msdd_fast.families.msdd.engine.program import Program
 from msdd_fast.families.msdd.engine.tables import StageTables, stage_tables
@@ -105,6 +105,3 @@ class MSDDFamily:
 
     def encode_work(self, batch: int = 1, itemsize: int = 2) -> list[Work]:
         return encode_work(self.config, batch, itemsize)
-
-    def activation_bytes(self, itemsize: int, guided: bool, quantized: bool) -> int:
-        return activation_bytes(self.config, itemsize, guided, quantized)

@@ -20,7 +20,6 @@ from msdd_fast.families.pid import sampler
 from msdd_fast.families.pid.caption import load_features
 from msdd_fast.families.pid.config import PiDConfig
 from msdd_fast.families.pid.decoder import NoEncoder, PiDDecoder, no_encoder
-from msdd_fast.families.pid.engine.memory import activation_bytes
 from msdd_fast.families.pid.engine.network import PiDNetwork
 from msdd_fast.families.pid.engine.program import PiDProgram
 from msdd_fast.families.pid.engine.tables import PiDStep, pid_steps
@@ -227,9 +226,6 @@ class PiDFamily:
 
     def encode_work(self, batch: int = 1, itemsize: int = 2) -> list[Work]:
         raise InputError(self.no_encoder)
-
-    def activation_bytes(self, itemsize: int, guided: bool, quantized: bool) -> int:
-        return activation_bytes(self.config, itemsize, guided)
 
 
 def _sigma(sigma: float | Sequence[float] | Tensor, batch: int, device: torch.device) -> Tensor:

@@ -16,7 +16,6 @@ from msdd_fast.families.base import ReleasedFormat
 from msdd_fast.families.ssdd.config import SSDDConfig
 from msdd_fast.families.ssdd.decoder import UViTDecoder
 from msdd_fast.families.ssdd.encoder import KLEncoder
-from msdd_fast.families.ssdd.engine.memory import ssdd_activation_bytes
 from msdd_fast.families.ssdd.engine.network import SSDDNetwork
 from msdd_fast.families.ssdd.engine.program import SSDDProgram
 from msdd_fast.families.ssdd.engine.tables import SSDDStep, ssdd_steps
@@ -91,7 +90,8 @@ class SSDDFamily:
         make: MakeLinear,
     ) -> SSDDProgram:
         weights, dec = pack_ssdd(decoder, dtype, device), self.config.decoder
-        return SSDDProgram(SSDDNetwork(weights, dec.groups, dec.heads, self.config.factor, ops), tables)
+        network = SSDDNetwork(weights, dec.groups, dec.heads, self.config.factor, ops)
+        return SSDDProgram(network, tables, self.config)
 
     def quantizable(self, decoder: UViTDecoder) -> list[tuple[str, Tensor]]:
         return []
@@ -106,6 +106,3 @@ class SSDDFamily:
 
     def encode_work(self, batch: int = 1, itemsize: int = 2) -> list[Work]:
         raise InputError("the work of an SSDD encode is not counted: its encoder is a plain convolutional network")
-
-    def activation_bytes(self, itemsize: int, guided: bool, quantized: bool) -> int:
-        return ssdd_activation_bytes(self.config, itemsize)

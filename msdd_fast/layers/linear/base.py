@@ -17,6 +17,8 @@ class Linear(Protocol):
     """y = x W^T + b of rows, or the SwiGLU of its halves. ``out`` may be a slice of columns or rows of a buffer."""
 
     out_features: int
+    row_bytes: int
+    """What a call holds for each row besides what comes in and goes out."""
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor: ...
 
@@ -42,14 +44,16 @@ class LinearBase(ABC):
     Attributes:
         features: rows of the weight.
         out_features: columns of the result.
+        row_bytes: what a call holds for each row besides what comes in and goes out.
         description: who multiplies, and why.
     """
 
     description: str
 
-    def __init__(self, features: int, swiglu: Swiglu | None) -> None:
-        self.features, self.swiglu = features, swiglu
-        self.out_features = features if swiglu is None else features // 2
+    def __init__(self, weight: Tensor, swiglu: Swiglu | None) -> None:
+        self.features, self.swiglu = len(weight), swiglu
+        self.out_features = self.features if swiglu is None else self.features // 2
+        self.row_bytes = 0 if swiglu is None else self.features * weight.itemsize
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         if self.swiglu is None:

@@ -29,11 +29,13 @@ class DenseLinear(LinearBase):
         self, weight: Tensor, bias: Tensor | None, swiglu: Swiglu | None = None, *, taken: set[str] | None = None
     ) -> None:
         """``taken``: the products to choose from, of "torch" and "cpu" (default: ``products(weight)``)."""
-        super().__init__(len(weight), swiglu)
+        super().__init__(weight, swiglu)
         self.bias, self.device = bias, weight.device
         taken, reason = products(weight) if taken is None else (taken, "as asked")
         self._within = is_within(swiglu)
         self.native = NativeLinear(weight, bias, self._within) if "cpu" in taken else None
+        if self._within and taken == {"cpu"}:
+            self.row_bytes = 0
         self.packed = "torch" in taken and can_pack(weight)
         self.weight: Tensor | None = None
         if self.packed:

@@ -32,7 +32,8 @@ class Fp8Linear(LinearBase):
         *,
         quantize: Callable[[Tensor], tuple[Tensor, Tensor]],
     ) -> None:
-        super().__init__(len(weight), swiglu)
+        super().__init__(weight, swiglu)
+        self.row_bytes += weight.shape[1]  # in 8 bits
         self.description = "float8 products of PyTorch: the fast tier"
         q, scale = quantize_rows_eager(weight)
         self.weight_t, self.scale = q.t(), scale.reshape(1, -1)

@@ -24,10 +24,12 @@ class NativeInt8Linear(LinearBase):
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, swiglu: Swiglu | None = None) -> None:
-        super().__init__(len(weight), swiglu)
+        super().__init__(weight, swiglu)
         self.description = "int8 products of the extension: the fast tier"
         features, within = len(weight), is_within(swiglu)
         self._within, packed = within, native.pack_linear_int8(weight, within)
+        if within:
+            self.row_bytes = 0
         self._run = Plans(
             lambda x, out: native.linear_int8.prepare(x, packed, bias, features, within, out), packed, bias
         )
@@ -54,8 +56,10 @@ class OneDnnInt8Linear(LinearBase):
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, swiglu: Swiglu | None = None) -> None:
-        super().__init__(len(weight), swiglu)
+        super().__init__(weight, swiglu)
         self.description = "int8 products of oneDNN: the fast tier"
+        # The row in float32 and in 8 bits, and the result in float32.
+        self.row_bytes += 5 * weight.shape[1] + 4 * len(weight)
         weight = weight.float()
         self.scale = weight.abs().amax(dim=1).clamp_min(TINY) / 127
         q = (weight / self.scale[:, None]).round().to(torch.int8)

@@ -54,6 +54,7 @@ class NativeLinear:
 
     def __init__(self, weight: Tensor, bias: Tensor | None, swiglu: bool = False) -> None:
         packed, features = native.pack_linear(weight.contiguous(), swiglu), len(weight)
+        self.row_bytes = 0
         self.out_features = features // 2 if swiglu else features
         self._run = Plans(lambda x, out: native.linear.prepare(x, packed, bias, features, swiglu, out), packed, bias)
 

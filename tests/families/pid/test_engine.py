@@ -12,6 +12,7 @@ from msdd_fast.backends import extension_status
 from msdd_fast.errors import BackendUnavailableError, InputError
 from msdd_fast.families.pid.engine.memory import activation_bytes, bytes_per_row, chunk_rows
 from msdd_fast.families.pid.presets import PID_PRESETS
+from msdd_fast.layers.request import Request, Way
 from msdd_fast.ops._patches import to_uint8
 from tests.conftest import HAS_GPU
 from tests.families.pid.models import TINY, captions, latents, random_tokenizer
@@ -167,32 +168,6 @@ def test_time_and_dead_weights_are_gone(tok, monkeypatch):
     assert engine.memory["tables"] == 4 * 4 * (2 * 6 * TINY.decoder.depth + 1) * d
 
 
-def test_max_memory_makes_smaller_chunks(tok):
-    whole = accelerate(tok, dtype=torch.float32, batch_sizes=1)
-    bound = whole._fixed + whole._per_image
-    row = bytes_per_row(TINY, 4)
-    assert whole.program.network.chunk >= 16
-    tight = accelerate(tok, dtype=torch.float32, batch_sizes=1, max_memory=bound)
-    assert tight.program.network.chunk == whole.program.network.chunk
-    with pytest.raises(InputError, match="max_memory must be at least"):
-        accelerate(tok, dtype=torch.float32, batch_sizes=1, max_memory=whole._fixed + 1000)
-    large = replace(TINY, image_size=1024)
-    model = Tokenizer.from_stored(large, tok.state_dict(), "")
-    need = activation_bytes(large, 4, False)
-    room = activation_bytes(large, 4, False, chunk=200 * row)
-    assert room < need
-    small = accelerate(model, dtype=torch.float32, batch_sizes=1, max_memory=small_fixed(model) + int(1.5 * room) + 8)
-    assert 190 <= small.program.network.chunk <= 200 < chunk_rows(large, 4)
-    z, text = latents(1, 4, 4, 4), captions(1)
-    assert (
-        small.decode(z, text=text) - accelerate(model, dtype=torch.float32).decode(z, text=text)
-    ).abs().max() < FLOAT32
-
-
-def small_fixed(model):
-    return accelerate(model, dtype=torch.float32)._fixed
-
-
 def test_graphs_are_kept_by_what_is_given(tok, monkeypatch):
     """With a fake recorder: a graph's key has the size of images and captions, and its buffers take new conditions."""
     engine = accelerate(tok, dtype=torch.float32, steps=1, batch_sizes=(2,))
@@ -231,8 +206,13 @@ def test_the_demo_family_takes_no_text():
 def test_released_sizes_are_planned():
     """4K in bfloat16: bounded by features and tokens, not by modulations of 3.2 GB per block."""
     config = replace(PID_PRESETS["pid-v15-flux"], image_size=4096)
-    assert activation_bytes(config, 2, False) < 7e9
-    assert activation_bytes(replace(config, image_size=2048), 2, False) < 2.5e9
+    large, usual = (
+        Request((1, 16, side // 32, side // 32), False, torch.float32, size=(side, side)) for side in (4096, 2048)
+    )
+    chunk = chunk_rows(config, 2)
+    assert activation_bytes(config, large, 2, chunk, 0) < 7e9
+    assert activation_bytes(config, usual, 2, chunk, 0) < 2.5e9
+    assert activation_bytes(config, large._replace(way=Way(parts=16)), 2, chunk, 0) < 2.5e9
 
 
 class Peak(TorchDispatchMode):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from msdd_fast.families.msdd.config import TokenizerConfig, swiglu_hidden_size
+from msdd_fast.families.msdd.config import TokenizerConfig
+from msdd_fast.families.msdd.engine.network import Network
 from msdd_fast.families.msdd.engine.tables import StageTables
+from msdd_fast.layers.request import Request
 
 
 def tables_memory(tables: Sequence[StageTables]) -> int:
@@ -19,23 +21,23 @@ def tables_memory(tables: Sequence[StageTables]) -> int:
     return total
 
 
-def activation_bytes(config: TokenizerConfig, itemsize: int, guided: bool, quantized: bool = False) -> int:
-    """Upper bound on the bytes of one image's activations at the last scale.
+def activation_bytes(network: Network, config: TokenizerConfig, request: Request) -> int:
+    """Most bytes that a decode holds at once, its images included: at the last scale, whose blocks take most.
 
-    Alive at once at most: the residual stream twice, qkv (3D) with its normalised q and k (2D), attention (2D), or the
-    MLP's input, [w1 | w3] (2I) and its product (I); besides, the state, the velocity and the image. ``quantized``
-    linears also have the widest input (I) and output (2I or 3D) in float32.
+    Alive in a block besides the rows that came in and those of now: its norm, attention, MLP and result of the block
+    before, with either q, k and v, the first two normalised, and what attends; or the MLP's hidden layer.
     """
-    dec = config.decoder
-    inner = swiglu_hidden_size(dec.hidden_size, dec.mlp_multiple_of)
-    per_token = 2 * dec.hidden_size + max(7 * dec.hidden_size, dec.hidden_size + 3 * inner)
-    tokens, context = config.grid_size**2, config.num_latent_tokens
-    if dec.conditioning == "joint":
-        per_image = (tokens + context) * per_token
-    else:
-        per_image = tokens * per_token + context * dec.depth * 5 * dec.hidden_size
-    if quantized:
-        per_token = (inner + max(2 * inner, 3 * dec.hidden_size)) * 4 // itemsize
-        per_image += (tokens + context) * per_token
-    images = 3 * 3 * config.image_size**2
-    return (per_image * (2 if guided else 1) + images) * itemsize + 3 * config.image_size**2 * 4
+    dec, w = config.decoder, network.w
+    itemsize, batch = w.dtype.itemsize, request.shape[0] * (2 if request.guided else 1)
+    width, length, tokens = dec.hidden_size * itemsize, config.num_latent_tokens, config.grid_size**2
+    image = w.blocks[-1].streams[-1]
+    assert image.gate_up is not None
+    inner = image.gate_up.out_features * itemsize
+    joint = dec.conditioning == "joint"
+    rows = (tokens + length if joint else tokens) * batch
+    attention = (11 if joint else 12) * width + inner + image.qkv.row_bytes
+    hidden = 5 * width + 2 * inner + image.gate_up.row_bytes
+    context = length * batch * width * (1 if joint else 3 * dec.depth)
+    embedded = tokens * request.shape[0] * width if joint or request.guided else 0
+    pixels = 3 * config.image_size**2 * request.shape[0] * itemsize
+    return context + embedded + rows * max(attention, hidden) + pixels * 7 // 4

@@ -13,6 +13,7 @@ from msdd_fast import profiling
 from msdd_fast.diffusion.patch_rows import patchify, unpatchify_rows
 from msdd_fast.diffusion.schedule import StageSchedule
 from msdd_fast.families.msdd.config import TokenizerConfig
+from msdd_fast.families.msdd.engine.memory import activation_bytes
 from msdd_fast.families.msdd.engine.network import Network
 from msdd_fast.families.msdd.engine.tables import StageTables
 from msdd_fast.layers.request import Inputs, Request, StageImages, convert
@@ -66,6 +67,9 @@ class Program:
             yield end
             if s + 1 < len(self.tables):
                 x = self._transition(s + 1, end, inputs, noise)
+
+    def activations(self, request: Request) -> int:
+        return activation_bytes(self.network, self.config, request)
 
     def final(self, end: StageEnd, inputs: Inputs, out_dtype: torch.dtype) -> Tensor:
         """Images (B, 3, R, R) in ``out_dtype`` after the last stage's last step."""

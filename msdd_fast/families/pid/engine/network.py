@@ -44,6 +44,7 @@ class Context(NamedTuple):
         pixel_injection: the one before the pixel blocks.
         image_rope, pixel_rope: cos and sin of the patches, float32 (N, head_dim / 2), for both kinds of heads.
         column, row: positions of pixels, (W, C / 2) and (H, C / 2).
+        tokens, sigma: what injections are computed of, (N*B, G) and (B,), where they are not kept (``parts``).
     """
 
     grid: tuple[int, int]
@@ -53,6 +54,8 @@ class Context(NamedTuple):
     pixel_rope: tuple[Tensor, Tensor]
     column: Tensor
     row: Tensor
+    tokens: Tensor | None = None
+    sigma: Tensor | None = None
 
 
 class Text(NamedTuple):
@@ -88,13 +91,18 @@ class PiDNetwork:
         dec, device = self.config.decoder, z.device
         grid = (size[0] // self.patch, size[1] // self.patch)
         tokens = self._latent_tokens(z, grid)
-        gates = [self._injection(g, tokens, sigma) for g in self.w.gates]
-        pixel = None if self.w.pixel_gate is None else self._injection(self.w.pixel_gate, tokens, sigma)
         ropes = [image_rope(dec, grid, d, device) for d in (self.head_dim, self.pixel_head_dim)]
         (cos, sin), (pixel_cos, pixel_sin) = ropes
         assert sin is not None and pixel_sin is not None
         height, width = (pixel_positions(n, self.channels // 2, device).to(self.w.dtype) for n in size)
-        return Context(grid, gates, pixel, (cos, sin), (pixel_cos, pixel_sin), width, height)
+        context = Context(grid, [], None, (cos, sin), (pixel_cos, pixel_sin), width, height)
+        return self._with_injections(context, tokens, sigma)
+
+    def _with_injections(self, context: Context, tokens: Tensor, sigma: Tensor) -> Context:
+        pixel = None if self.w.pixel_gate is None else self._injection(self.w.pixel_gate, tokens, sigma)
+        return context._replace(
+            injections=[self._injection(g, tokens, sigma) for g in self.w.gates], pixel_injection=pixel
+        )
 
     def embed_text(self, text: Tensor, context: Context) -> Text:
         """Of caption features (B, T, text_width)."""
@@ -135,11 +143,8 @@ class PiDNetwork:
 
     def _tokens(self, x: Tensor, context: Context, text: Text, step: PiDStep) -> Tensor:
         """Image tokens (N*B, D) that condition the pixel blocks."""
-        ops, (high, wide), p = self.ops, context.grid, self.patch
-        batch = len(x)
-        patches = x.view(batch, 3, high, p, wide, p).permute(2, 4, 0, 1, 3, 5).reshape(high * wide * batch, -1)
-        s, y, interval = self.w.patch(patches), text.tokens, self.config.features.interval
-        blocks = self.w.joint
+        ops, batch, blocks = self.ops, len(x), self.w.joint
+        s, y, interval = self._embed_patches(x, context), text.tokens, self.config.features.interval
         g = ops.norm_modulate(y, step.text[0].shift1, step.text[0].scale1, None, NORM_EPS, blocks[0].text.norm1)
         for i, block in enumerate(profiling.ranges(blocks, lambda i: f"layer {i}")):
             vectors = step.image[i]
@@ -156,6 +161,12 @@ class PiDNetwork:
             assert self.w.pixel_gate is not None
             s, _ = self._gate(s, self.w.pixel_gate, context.pixel_injection)
         return s
+
+    def _embed_patches(self, x: Tensor, context: Context) -> Tensor:
+        """Patches of states as tokens (N*B, D)."""
+        (high, wide), p = context.grid, self.patch
+        patches = x.view(len(x), 3, high, p, wide, p).permute(2, 4, 0, 1, 3, 5).reshape(high * wide * len(x), -1)
+        return self.w.patch(patches)
 
     def _gate(
         self,
@@ -246,8 +257,9 @@ class PiDNetwork:
         a = s.new_empty(count, w.compress.out_features)
         m = w.first
         for part in self._parts(count):
-            h = ops.pixel_modulate(p[part], s[part], m.weight, m.bias, m.norm, m.packed)
-            w.compress(h.flatten(1), out=a[part])
+            modulated = ops.pixel_modulate(p[part], s[part], m.weight, m.bias, m.norm, m.packed).flatten(1)
+            w.compress(modulated, out=a[part])
+            del modulated
         qkv = w.qkv(a).view(-1, batch, 3, a.shape[1] // self.pixel_head_dim, self.pixel_head_dim).transpose(0, 1)
         qk = ops.qk_norm_rope(qkv, w.qk_norm, None, *context.pixel_rope)
         a = ops.attention(qk[:, :, 0], qk[:, :, 1], qkv[:, :, 2]).transpose(0, 1).reshape(count, -1)
@@ -256,6 +268,7 @@ class PiDNetwork:
         for part in self._parts(count):
             y = w.expand(a[part]).view_as(p[part])
             p[part] = ops.pixel_block(p[part], y, s[part], m.weight, m.bias, m.norm, *w.mlp, m.packed)
+            del y
 
     def _parts(self, count: int) -> Iterator[slice]:
         """``count`` rows in as few chunks of at most ``chunk`` as possible, as even as possible."""

@@ -1,19 +1,116 @@
-"""How much memory SSDD's activations take."""
+"""How much memory an SSDD decode takes: what is alive at once, by formula, at every place where it may be most.
+
+Counted are the tensors of the engine's decode with fused ops, not what a convolution takes inside.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import pairwise
+
 from msdd_fast.families.ssdd.config import SSDDConfig
+from msdd_fast.families.ssdd.decoder import DOWN_BLOCKS, UP_BLOCKS
+from msdd_fast.families.ssdd.engine.strips import MIN_ROWS
+from msdd_fast.layers.request import WHOLE, Way
+from msdd_fast.layers.tiles import largest_tile
 
 
-def ssdd_activation_bytes(config: SSDDConfig, itemsize: int) -> int:
-    """Upper bound on the bytes of one image's activations of an SSDD decoder, without what convolutions take inside.
+def activation_bytes(config: SSDDConfig, cells: tuple[int, int], batch: int, itemsize: int, way: Way) -> int:
+    """Most bytes that a decode of ``batch`` latents of ``cells`` (h, w) holds at once, its images included."""
+    pixel = 3 * batch * config.factor**2
+    state = 4 * pixel * cells[0] * cells[1]
+    if not way.tile:
+        decode = _Decode(config, cells, batch, itemsize, way.parts)
+        velocity = itemsize * pixel * cells[0] * cells[1]
+        return max(state + decode.context() + max(decode.velocity(), velocity + state), 2 * state)
+    rows, columns = largest_tile(cells, way.tile // config.factor)
+    decode = _Decode(config, (rows, columns), batch, itemsize, WHOLE.parts)
+    part = pixel * rows * columns  # of the state, which is copied, then of the velocity, times its weights
+    tile = decode.context() + max(4 * part + decode.velocity(), (itemsize + 4 + 4) * part)
+    return 2 * state + max(tile, state)
 
-    Alive at once at most: all skips and the latents' part of the first convolution; in the last level's first residual
-    block its input, that normalised, and two results; besides, the modulations, state, velocity and image.
-    """
-    widths, pixels = config.decoder.widths, config.image_size**2
-    skips = sum((2 * w + (widths[max(0, i - 1)])) * pixels // 4**i for i, w in enumerate(widths))
-    last = 2 * (widths[1] + widths[0]) + 2 * widths[0]
-    ins = [sum(widths) * 4, sum(w + max(w, below) for w, below in zip(widths, (*widths[1:], 0), strict=True)) * 3]
-    cells = (2 * sum(ins) + 2 * widths[3] * config.decoder.mid_layers) * pixels // 64
-    return (skips + (widths[0] + last) * pixels + cells) * itemsize + 4 * 3 * pixels * 4
+
+class _Decode:
+    def __init__(self, config: SSDDConfig, cells: tuple[int, int], batch: int, itemsize: int, parts: int) -> None:
+        self.config, self.parts, self.itemsize = config, parts, itemsize
+        self.height, self.width, self.batch = cells[0] * config.factor, cells[1] * config.factor, batch
+        self.widths = config.decoder.widths
+
+    def map(self, level: int, channels: int) -> int:
+        """Bytes of a map at a level of resolution."""
+        return (self.height * self.width >> 2 * level) * channels * self.batch * self.itemsize
+
+    def context(self) -> int:
+        """What depends on the latents alone."""
+        cells = self.batch * self.itemsize * self.height * self.width // self.config.factor**2
+        kept = self.widths[0] if self.parts == 1 else self.config.latent_channels
+        inputs = sum(cin for _, cin, _ in (*self._down(), *self._up()))
+        return self.map(0, kept) + 2 * inputs * cells + self.map(3, 2 * self.widths[3] * self.config.decoder.mid_layers)
+
+    def velocity(self) -> int:
+        """What an evaluation adds to that, its result included."""
+        return max(self._places())
+
+    def _places(self) -> Iterator[int]:
+        widths, last = self.widths, len(self.widths) - 1
+        skips = [self.map(0, widths[0])]
+        yield self._first()
+        for i, (level, cin, cout) in enumerate(self._down()):
+            yield sum(skips) + self._block(level, (cin,), cout)
+            skips.append(self.map(level, cout))
+            if i % DOWN_BLOCKS == DOWN_BLOCKS - 1 and level < last:
+                skips.append(self.map(level + 1, cout))
+        # The rows, their norm, two of their results, values and gates of this layer and of the one before.
+        yield sum(skips) + self.map(last, 20 * widths[last])
+        h = self.map(last, widths[last])
+        for i, (level, cin, cout) in enumerate(self._up()):
+            skip = skips.pop()
+            joined = (cin - skip // self.map(level, 1), skip // self.map(level, 1))
+            if self.parts == 1:
+                yield sum(skips) + skip + h + self.map(level, cin)
+                yield sum(skips) + h + self.map(level, cin) + self._block(level, (cin,), cout)
+            else:
+                yield sum(skips) + skip + h + self._block(level, joined, cout)
+            h = self.map(level, cout)
+            if i % UP_BLOCKS == UP_BLOCKS - 1 and level > 0:
+                yield sum(skips) + h + self.map(level - 1, cout)
+                h = self.map(level - 1, cout)
+        yield h + self._last()
+
+    def _first(self) -> int:
+        return self.map(0, self.widths[0])
+
+    def _block(self, level: int, inputs: tuple[int, ...], cout: int) -> int:
+        """A residual block beside its inputs."""
+        if self.parts == 1:
+            return max(self.map(level, sum(inputs)) + self.map(level, cout), self.map(level, 3 * cout))
+        return self.map(level, cout) + max(self._strip(level, inputs, cout), self._strip(level, (cout,), cout))
+
+    def _last(self) -> int:
+        if self.parts == 1:
+            return self.map(0, self.widths[0] + 3)
+        return self.map(0, 3) + self._strip(0, (self.widths[0],), 3)
+
+    def _strip(self, level: int, inputs: tuple[int, ...], cout: int) -> int:
+        """A strip's norm in float32, the same joined and with the rows beside it, and the result."""
+        height = self.height >> level
+        count = max(1, min(self.parts, height // MIN_ROWS))
+        row = self.batch * (self.width >> level)
+        rows = -(-height // count)
+        norm = (rows + 2) * row * (self.itemsize * sum(inputs) + 4 * sum(inputs))
+        return max(norm, (rows + 2) * row * self.itemsize * sum(inputs) + rows * row * self.itemsize * cout)
+
+    def _down(self) -> Iterator[tuple[int, int, int]]:
+        """(level, channels in, channels out) of the residual blocks on the way down."""
+        for level, (above, width) in enumerate(pairwise((self.widths[0], *self.widths))):
+            for j in range(DOWN_BLOCKS):
+                yield level, above if j == 0 else width, width
+
+    def _up(self) -> Iterator[tuple[int, int, int]]:
+        """The same on the way up; the inputs have a skip in them."""
+        widths, last = self.widths, len(self.widths) - 1
+        for level in range(last, -1, -1):
+            below = widths[min(level + 1, last)]
+            skips = [widths[level]] * (UP_BLOCKS - 1) + [widths[max(level - 1, 0)]]
+            for j in range(UP_BLOCKS):
+                yield level, (below if j == 0 else widths[level]) + skips[j], widths[level]

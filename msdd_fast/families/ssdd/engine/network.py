@@ -25,7 +25,7 @@ class SSDDContext(NamedTuple):
     """What depends on z alone.
 
     Attributes:
-        latents_in: (B, C_0, H, W), the latents' part of the first convolution.
+        latents_in: (B, C_0, H, W), the latents' part of the first convolution; in strips the latents, (B, zc, H, W).
         modulations: (scale, shift), each (B, Cin, h, w), of every residual block's first norm.
         adaln: (shift, scale), each (B * H/8 * W/8, C), of every transformer block.
     """
@@ -49,7 +49,7 @@ class SSDDNetwork:
         """Of latents (B, zc, h, w)."""
         z = channels_last(z.to(self.w.dtype))
         height, width = (s * self.factor for s in z.shape[2:])
-        latents_in = self.w.latents_in(channels_last(F.interpolate(z, (height, width), mode="nearest")))
+        latents_in = self._latents_in(channels_last(F.interpolate(z, (height, width), mode="nearest")))
         first, second = self.w.context
         c = second(F.silu(first(z)))
         modulations = as_map(self.w.modulations(rows(c)), c).split(self._widths, dim=1)
@@ -67,8 +67,7 @@ class SSDDNetwork:
     def velocity(self, x: Tensor, context: SSDDContext, step: SSDDStep) -> Tensor:
         """Velocity (B, 3, H, W), channels-last, in the engine's dtype, of states (B, 3, H, W)."""
         norms = zip(context.modulations, step.norms, strict=True)
-        h = self.w.image_in(channels_last(x.to(self.w.dtype)))
-        h += context.latents_in
+        h = self._first(x, context)
         skips = [h]
         for level in profiling.ranges(self.w.down, lambda i: f"down {i}"):
             for block in level.blocks:
@@ -80,11 +79,36 @@ class SSDDNetwork:
         h = self._middle(h, context)
         for level in profiling.ranges(self.w.up, lambda i: f"up {i}"):
             for block in level.blocks:
-                h = self._residual(block, torch.cat([h, skips.pop()], dim=1), *next(norms))
+                h = self._joined(block, h, skips, *next(norms))
             if level.resample is not None:
                 h = level.resample(h)
+        return self._last(h)
+
+    # What ``strips.SSDDStrips`` does otherwise.
+
+    def _latents_in(self, z: Tensor) -> Tensor:
+        """What is kept of latents at full size."""
+        return self.w.latents_in(z)
+
+    def _first(self, x: Tensor, context: SSDDContext) -> Tensor:
+        h = self.w.image_in(channels_last(x.to(self.w.dtype)))
+        h += context.latents_in
+        return h
+
+    def _last(self, h: Tensor) -> Tensor:
         h = self.ops.group_norm_modulate_silu(h, self.groups, NORM_EPS, *self.w.norm_out)
         return self.w.out(h)
+
+    def _joined(
+        self,
+        w: ResWeights,
+        h: Tensor,
+        skips: list[Tensor],
+        modulation: tuple[Tensor, Tensor],
+        norm: tuple[Tensor, Tensor],
+    ) -> Tensor:
+        """A residual block of h and the last of the skips, which is taken away."""
+        return self._residual(w, torch.cat([h, skips.pop()], dim=1), modulation, norm)
 
     def _residual(
         self, w: ResWeights, x: Tensor, modulation: tuple[Tensor, Tensor], norm: tuple[Tensor, Tensor]
