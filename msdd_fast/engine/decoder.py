@@ -495,9 +495,9 @@ class FastDecoder:
         """Bytes that a decode of ``batch`` images of this size is predicted to hold at once.
 
         These are weights, tables, activations and float32 images, in the way that ``max_memory`` allows; without it,
-        whole images, as many at once as the largest batch has. Counted are the tensors of a decode with fused ops, which
-        on a CPU need the extension: not what libraries take inside, what the allocator keeps, or the graphs of other
-        sizes. Conditions are those of the family's example.
+        whole images, as many at once as the largest batch has. Counted are the tensors of a decode with fused ops,
+        which on a CPU need the extension: not what libraries take inside, what the allocator keeps, or the graphs of
+        other sizes. Conditions are those of the family's example.
 
         Raises InputError for a size that the model does not decode, and if no way fits into ``max_memory``.
         """
@@ -626,15 +626,16 @@ class FastDecoder:
         self._cache.release()
 
     def _fitting(self, sizes: tuple[int, ...]) -> tuple[int, ...]:
-        """The batch sizes that fit whole at ``config.image_size``, or 1 if that fits in another way."""
+        """The batch sizes that fit whole at ``config.image_size``, else the most images that do; 1 if they fit in another way only."""
         if self.max_memory is None:
             return sizes
-        most = max(p.images for p in self._plans(self._example_request(max(sizes))) if p.way == WHOLE)
+        plans = self._plans(self._example_request(max(sizes)))
+        most = max((plan.images for plan in plans if plan.way == WHOLE), default=0)
         fitting = tuple(s for s in sizes if s <= most)
         dropped = [s for s in sizes if s > most]
         if dropped:
             self.notes.append(f"batch sizes {', '.join(map(str, dropped))} do not fit in max_memory={self.max_memory}")
-        return fitting or (1,)
+        return fitting or (max(1, most),)
 
     def _example_request(self, batch: int) -> Request:
         """For images of ``config.image_size``."""

@@ -250,8 +250,8 @@ class TokenizerVAE(ModelMixin, ConfigMixin):
     def enable_tiling(self, use_tiling: bool = True) -> None:
         """From now on decode images larger than about ``config.sample_size`` in overlapping tiles of that side.
 
-        This is ``FastDecoder.decode`` with ``tile``: less memory, other images (docs/memory.md). Raises InputError for a
-        Tokenizer, which decodes whole images, and for a family that has no tiles.
+        This is ``FastDecoder.decode`` with ``tile``: less memory, other images (docs/memory.md). Raises InputError for
+        a Tokenizer, which decodes whole images, and for a family that has no tiles.
         """
         if not use_tiling:
             self.tile = 0

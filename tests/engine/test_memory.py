@@ -5,6 +5,7 @@ on every machine and at every time.
 """
 
 import gc
+import itertools
 import weakref
 
 import pytest
@@ -17,6 +18,7 @@ from msdd_fast.engine.memory import is_out_of_memory
 from msdd_fast.errors import InputError
 from msdd_fast.layers.request import WHOLE, Way
 from msdd_fast.layers.tiles import spans, tiles
+from tests.conftest import HAS_GPU
 from tests.families.pid.models import captions
 from tests.families.pid.models import latents as random_latents
 from tests.families.pid.models import random_tokenizer as random_pid
@@ -24,6 +26,7 @@ from tests.families.ssdd.test_ssdd import random_tokenizer as random_ssdd
 
 # Ops fused as in the engine: without the extension the eager ones write more.
 fused = pytest.mark.skipif(not extension_status()[0], reason=extension_status()[1])
+pytestmark = pytest.mark.usefixtures("one_thread")
 FLOAT32 = 3e-5  # as in the tests of both families' engines
 
 
@@ -51,7 +54,7 @@ class Model:
         self.engine = self.make(**options)
 
     def make(self, **options):
-        return accelerate(self.tokenizer, **{"dtype": torch.float32, "steps": 2, **options})
+        return accelerate(self.tokenizer, **{"dtype": torch.float32, "steps": 1, **options})
 
     def latents(self, batch, height, width):
         """Of images of this size."""
@@ -68,7 +71,7 @@ class Model:
         """Every kind of way, and the bytes predicted for it."""
         kinds = {}
         for way in self.engine.program.ways(self.request(z)):
-            kinds[str(way).split(",")[0]] = way  # the smallest of a kind
+            kinds.setdefault(str(way).split(",")[0], way)  # the largest of a kind
         batch = len(z)
         return {kind: self.engine._budget._plan(self.request(z), way, batch) for kind, way in kinds.items()}
 
@@ -77,6 +80,12 @@ class Model:
         inputs = self.engine.inputs(z, 3, conditions=conditions)
         with torch.no_grad():
             return self.engine._decode_as(plan, inputs, self.request(z), None, None, True)
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """Decodes of MSDD can be recorded wherever there is the extension."""
+    monkeypatch.setenv("MSDD_FAST_NATIVE_LINEAR", "1")
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +111,7 @@ both = pytest.mark.parametrize("model", ["ssdd", "pid"], indirect=True)
 
 @fused
 @both
-@pytest.mark.parametrize("size", [(1, 128, 160), (1, 256, 192), (2, 160, 128)])
+@pytest.mark.parametrize("size", [(1, 160, 64), (1, 96, 160), (2, 64, 160)])
 def test_the_prediction_of_every_way(model, size):
     z = model.latents(*size)
     found = model.ways(z)
@@ -112,21 +121,32 @@ def test_the_prediction_of_every_way(model, size):
         assert abs(plan.bytes / measured - 1) < 0.15, plan
     batch, height, width = size
     assert model.engine.memory_for(height, width, batch) == found["whole"].bytes
-    activations = [plan.bytes - model.engine._budget.fixed for plan in found.values()]
-    assert activations == sorted(activations, reverse=True)
+    assert found["chunked"].bytes < found["whole"].bytes
 
 
 @fused
-@pytest.mark.parametrize("graphs", [False, "auto"])
 @pytest.mark.parametrize("cfg_scale", [1.0, 2.0])
-def test_the_prediction_of_msdd(cross, graphs, cfg_scale):
-    side = cross.config.image_size
-    for batch in (1, 3, 8):
-        engine = accelerate(cross, dtype=torch.float32, graphs=graphs, cfg_scale=cfg_scale)
-        z = torch.zeros(batch, *engine.family.example)
-        engine.decode(z)  # records
-        measured = engine._budget.fixed + peak(lambda engine=engine, z=z: engine.decode(z)) + sum(engine.graph_memory().values())
-        assert abs(engine.memory_for(side, side, batch) / measured - 1) < 0.15
+@pytest.mark.parametrize("batch", [1, 3, 8])
+def test_the_prediction_of_msdd(cross, batch, cfg_scale):
+    engine, side = accelerate(cross, dtype=torch.float32, graphs=False, cfg_scale=cfg_scale), cross.config.image_size
+    z = torch.zeros(batch, *engine.family.example)
+    measured = engine._budget.fixed + peak(lambda: engine.decode(z))
+    assert abs(engine.memory_for(side, side, batch) / measured - 1) < 0.15
+
+
+@fused
+@pytest.mark.parametrize("batch", [1, 2, 4])
+def test_the_prediction_of_recorded_programs(batch, recorded):
+    """Their arena grows by 4 MiB at least, so it says nothing of tiny models."""
+    tokenizer = Tokenizer.from_pretrained("msdd-nano")
+    side = tokenizer.config.image_size
+    engine = accelerate(tokenizer, dtype=torch.float32)
+    z = torch.zeros(batch, *engine.family.example)
+    engine.decode(z)  # records
+    assert engine.graphs, engine.graphs_reason
+    arena = sum(engine.graph_memory().values())
+    measured = engine._budget.fixed + arena + peak(lambda: engine.decode(z))
+    assert abs(engine.memory_for(side, side, batch) / measured - 1) < 0.15
 
 
 def test_batches_that_do_not_run_at_once(ssdd):
@@ -143,10 +163,10 @@ def test_batches_that_do_not_run_at_once(ssdd):
 @both
 def test_chunked_is_whole_up_to_rounding(model):
     """Heights and numbers of patches that parts do not divide."""
-    z = model.latents(2, 160, 96)
+    z = model.latents(2, 96, 64)
     whole = model.decode_as(model.engine._budget._plan(model.request(z), WHOLE, 2), z)
     assert torch.equal(whole, model.decode(z))
-    for parts in (2, 4, 7, 64):
+    for parts in (4, 5):
         plan = model.engine._budget._plan(model.request(z), Way(parts=parts), 2)
         assert (model.decode_as(plan, z) - whole).abs().max() < FLOAT32
 
@@ -154,7 +174,7 @@ def test_chunked_is_whole_up_to_rounding(model):
 @both
 def test_chunked_in_bfloat16_errs_no_more_than_whole(model, monkeypatch):
     monkeypatch.setenv("MSDD_FAST_CPU_BF16", "1")
-    z = model.latents(1, 160, 96)
+    z = model.latents(1, 96, 64)
     exact, low = model.decode(z), model.make(dtype=torch.bfloat16)
     request = low.request(z, conditions=low.conditions(z, **model.given))
     inputs = low.inputs(z, 3, conditions=low.conditions(z, **model.given))
@@ -167,7 +187,7 @@ def test_chunked_in_bfloat16_errs_no_more_than_whole(model, monkeypatch):
 @both
 def test_tiles_of_a_network_that_sees_only_its_pixel(model, monkeypatch):
     """Blending adds nothing of its own: the same image, and every pixel is covered."""
-    z = model.latents(2, 320, 192)
+    z = model.latents(1, 192, 64)
     network, velocity = type(model.engine.program.network), None
     if model.family == "ssdd":
         monkeypatch.setattr(network, "velocity", lambda self, x, context, step: 0.5 * x + 1)
@@ -187,13 +207,13 @@ def test_tiles_of_a_network_that_sees_only_its_pixel(model, monkeypatch):
 
 @both
 def test_tiles(model):
-    z = model.latents(1, 192, 128)
+    z = model.latents(1, 192, 64)
     whole = model.decode(z)
     assert torch.equal(model.decode(z, tile=256), whole)  # no larger than a tile
     tiled = model.decode(z, tile=128)
     error = (tiled - whole).square().mean().sqrt() / whole.square().mean().sqrt()
     assert 1e-3 < error < 0.5
-    noise = [random_latents(1, 3, 192, 128, seed=i) for i in range(1 if model.family == "ssdd" else 2)]
+    noise = [random_latents(1, 3, 192, 64, seed=i) for i in range(1)]
     given = model.engine.decode(z, noise=noise, tile=128, **model.given)
     assert given.shape == whole.shape and not torch.equal(given, tiled)
     as_bytes = model.decode(z, tile=128, out_dtype=torch.uint8)
@@ -210,7 +230,7 @@ def test_weights_add_up_to_one(length, side):
         total[tile.high, tile.wide] += weight
     torch.testing.assert_close(total, torch.ones_like(total))
     found = spans(length, side)
-    overlaps = [a.stop - b.start for a, b in zip(found, found[1:], strict=False)]
+    overlaps = [a.stop - b.start for a, b in itertools.pairwise(found)]
     assert all(n >= side // 4 for n in overlaps)
 
 
@@ -223,8 +243,7 @@ def test_max_memory_chooses_by_the_prediction(model):
     request = model.request(z)
     plans = [model.engine._budget._plan(request, way, 1) for way in model.engine.program.ways(request)]
     engine, seen = model.make(batch_sizes=1), []
-    decode = engine.program.decode
-    engine.program.decode = lambda inputs, request, *rest: seen.append(request.way) or decode(inputs, request, *rest)
+    engine.program.decode = lambda inputs, request, *_: seen.append(request.way) or torch.zeros(1, 3, 256, 192)
     for limit in sorted({plan.bytes for plan in plans}, reverse=True):
         engine.max_memory = engine._budget.limit = limit
         engine.release()
@@ -235,28 +254,34 @@ def test_max_memory_chooses_by_the_prediction(model):
     least = min(plan.bytes for plan in plans)
     engine.max_memory = engine._budget.limit = least - 1
     engine.release()
-    with pytest.raises(InputError, match=rf"max_memory must be at least {least} bytes for z of shape .* tiled, 128 px"):
+    with pytest.raises(InputError, match=rf"max_memory must be at least {least} bytes for z of shape .* \(weights and"):
         model.decode(z, engine)
 
 
 @fused
 @both
 def test_max_memory_holds(model):
-    z = model.latents(1, 256, 192)
-    found = model.ways(z)
-    for kind, plan in found.items():
-        engine = model.make(batch_sizes=1, max_memory=int(1.02 * plan.bytes))
+    z = model.latents(1, 160, 64)
+    for plan in model.ways(z).values():
+        engine = model.make(batch_sizes=1, max_memory=plan.bytes)
         measured = engine._budget.fixed + peak(lambda engine=engine: model.decode(z, engine))
         assert measured < 1.15 * engine.max_memory
-        if model.family == "ssdd":
-            assert f"way  {kind}" in str(engine.report(z)) and "MiB predicted for an image of 256 x 192 px" in str(
-                engine.report(z)
-            )
+
+
+def test_the_report_says_which_way(ssdd):
+    z = ssdd.latents(1, 64, 64)
+    assert "way  whole, " in str(ssdd.engine.report(z)) and "MiB predicted for an image of 64 x 64 px" in str(
+        ssdd.engine.report(z)
+    )
+    chunked = ssdd.ways(z)["chunked"]
+    report = ssdd.make(batch_sizes=1, max_memory=chunked.bytes).report(z)
+    assert report.way.startswith(f"chunked, {chunked.way.parts} parts, ")
+    assert report.accuracy[0].max_abs < FLOAT32
 
 
 def test_fewer_at_once_before_parts(ssdd):
-    z = ssdd.latents(4, 128, 128)
-    limit = ssdd.make(batch_sizes=2).memory_for(128, 128, 4)
+    z = ssdd.latents(4, 64, 64)
+    limit = ssdd.make(batch_sizes=2).memory_for(64, 64, 4)
     engine, seen = ssdd.make(batch_sizes=4, max_memory=limit), []
     decode = engine.program.decode
     engine.program.decode = lambda inputs, request, *rest: (
@@ -267,12 +292,12 @@ def test_fewer_at_once_before_parts(ssdd):
 
 
 def test_streams_take_the_whole_batch_in_some_way(ssdd):
-    z = ssdd.latents(2, 128, 192)
+    z = ssdd.latents(2, 64, 96)
     chunked = ssdd.ways(z)["chunked"]
     engine = ssdd.make(max_memory=chunked.bytes)
     (stage,) = engine.stream(z, 3)
     assert (stage.state - ssdd.decode(z)).abs().max() < FLOAT32
-    assert [p for p in engine._plans(ssdd.request(z)) if p.images >= 2][0].way.parts > 1
+    assert next(p for p in engine._plans(ssdd.request(z)) if p.images >= 2).way.parts > 1
 
 
 @pytest.mark.parametrize(
@@ -328,14 +353,13 @@ def short_of(engine, *ways, error):
 
 
 @both
-@pytest.mark.parametrize("error", NO_MEMORY.values(), ids=NO_MEMORY)
-def test_the_next_smaller_way_is_taken(model, error):
-    engine, z = model.make(max_memory=2**32), model.latents(2, 128, 96)
-    tried = short_of(engine, "whole", error=error)
+def test_the_next_smaller_way_is_taken(model):
+    engine, z = model.make(max_memory=2**32), model.latents(2, 64, 32)
+    tried = short_of(engine, "whole", error=NO_MEMORY["cpu" if model.family == "ssdd" else "gpu"])
     expected = model.decode(z)
     assert (model.decode(z, engine) - expected).abs().max() < FLOAT32
     assert [t[0] for t in tried] == [WHOLE, WHOLE, Way(parts=4)] and [t[1] for t in tried] == [2, 1, 2]
-    assert any("128 x 96 px, whole, 8 at once, ran out of memory" in note for note in engine.notes)
+    assert any("64 x 32 px, whole, 8 at once, ran out of memory" in note for note in engine.notes)
     assert any("from now on chunked, 4 parts" in note for note in engine.notes)
     del tried[:]
     model.decode(z, engine)
@@ -347,7 +371,7 @@ def test_the_next_smaller_way_is_taken(model, error):
 
 
 def test_tiles_are_the_last_resort(ssdd):
-    engine, z = ssdd.make(max_memory=2**32, batch_sizes=1), ssdd.latents(1, 192, 128)
+    engine, z = ssdd.make(max_memory=2**32, batch_sizes=1), ssdd.latents(1, 192, 64)
     short_of(engine, "whole", "chunked", error=NO_MEMORY["gpu"])
     assert torch.equal(engine.decode(z, 3), ssdd.decode(z, tile=128))
     short_of(engine, "tiled", error=NO_MEMORY["gpu"])
@@ -356,7 +380,7 @@ def test_tiles_are_the_last_resort(ssdd):
 
 
 def test_other_errors_come_through(ssdd):
-    engine, z = ssdd.make(max_memory=2**32), ssdd.latents(1, 128, 96)
+    engine, z = ssdd.make(max_memory=2**32), ssdd.latents(1, 64, 32)
     tried = short_of(engine, "whole", error=RuntimeError("something else"))
     with pytest.raises(RuntimeError, match="something else"):
         engine.decode(z)
@@ -364,7 +388,7 @@ def test_other_errors_come_through(ssdd):
 
 
 def test_without_max_memory_nothing_is_tried_again(ssdd):
-    engine, z = ssdd.make(), ssdd.latents(1, 128, 96)
+    engine, z = ssdd.make(), ssdd.latents(1, 64, 32)
     tried = short_of(engine, "whole", error=NO_MEMORY["gpu"])
     with pytest.raises(torch.OutOfMemoryError):
         engine.decode(z)
@@ -384,10 +408,8 @@ def test_what_says_that_memory_ran_out():
 
 
 @fused
-def test_release_frees_programs_and_their_arena(cross):
+def test_release_frees_programs_and_their_arena(cross, recorded):
     engine = accelerate(cross, dtype=torch.float32)
-    if not engine.graphs:
-        pytest.skip(engine.graphs_reason)
     z = torch.randn(2, *engine.family.example, generator=torch.Generator().manual_seed(0))
     expected = engine.decode(z, 1)
     list(engine.stream(z, 1))
@@ -400,21 +422,17 @@ def test_release_frees_programs_and_their_arena(cross):
 
 
 @fused
-def test_sizes_that_were_not_used_for_long_are_dropped(cross, monkeypatch):
+def test_sizes_that_were_not_used_for_long_are_dropped(cross, monkeypatch, recorded):
     monkeypatch.setattr(graph_cache, "MAX_GRAPHS", 2)
     engine = accelerate(cross, dtype=torch.float32)
-    if not engine.graphs:
-        pytest.skip(engine.graphs_reason)
     for batch in (1, 2, 1, 3):
         engine.decode(torch.zeros(batch, *engine.family.example))
     assert {request.shape[0] for request in engine._cache._graphs} == {1, 3}
 
 
 @fused
-def test_a_recording_without_memory_does_not_switch_graphs_off(cross, monkeypatch):
+def test_a_recording_without_memory_does_not_switch_graphs_off(cross, monkeypatch, recorded):
     engine = accelerate(cross, dtype=torch.float32)
-    if not engine.graphs:
-        pytest.skip(engine.graphs_reason)
     z = torch.zeros(1, *engine.family.example)
     with monkeypatch.context() as short:
         short.setattr(engine._cache, "_capture", lambda request: (_ for _ in ()).throw(MemoryError()))
@@ -426,6 +444,7 @@ def test_a_recording_without_memory_does_not_switch_graphs_off(cross, monkeypatc
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA device")
 def test_release_gives_memory_back_to_the_gpu():
     tokenizer = Tokenizer.from_config("tiny").cuda()
     engine = accelerate(tokenizer, batch_sizes=8)
