@@ -626,7 +626,7 @@ class FastDecoder:
         self._cache.release()
 
     def _fitting(self, sizes: tuple[int, ...]) -> tuple[int, ...]:
-        """The batch sizes that fit whole at ``config.image_size``, else the most images that do; 1 if they fit in another way only."""
+        """The batch sizes that fit whole at ``config.image_size``; if none does, the most images that do, or 1."""
         if self.max_memory is None:
             return sizes
         plans = self._plans(self._example_request(max(sizes)))

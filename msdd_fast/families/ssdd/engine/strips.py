@@ -112,9 +112,9 @@ class SSDDStrips(SSDDNetwork):
         means, variances = [], []
         for x in maps:
             found = [(end - begin, *_moments(x[:, :, begin:end])) for begin, end in self._strips(x)]
-            mean = sum(n * m for n, m, _ in found) / x.shape[2]
+            mean = torch.stack([n * m for n, m, _ in found]).sum(0) / x.shape[2]
             means.append(mean)
-            variances.append(sum(n * (v + (m - mean) ** 2) for n, m, v in found) / x.shape[2])
+            variances.append(torch.stack([n * (v + (m - mean) ** 2) for n, m, v in found]).sum(0) / x.shape[2])
         mean, variance = (torch.cat(t, dim=1).unflatten(1, (self.groups, -1)) for t in (means, variances))
         of_group = mean.mean(2, keepdim=True)
         variance = (variance + (mean - of_group) ** 2).mean(2, keepdim=True)
