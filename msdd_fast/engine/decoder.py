@@ -240,8 +240,9 @@ class FastDecoder:
         self._cache = GraphCache(self.program, self.device, options.graphs, self.batch_sizes, self._example, stages)
         self._planned.clear()
         self._budget.granule = self._cache.granule
-        activations = self.plan(self._example_request(most)).bytes - fixed
-        self.memory[f"activations of batch {most} (predicted)"] = activations
+        example = self._example_request(most)
+        example = example._replace(way=self.plan(example).way)
+        self.memory[f"activations of batch {most} (predicted)"] = self.program.activations(example)
 
     def __repr__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
@@ -503,9 +504,7 @@ class FastDecoder:
         """
         sides = (as_int("height", height, 1), as_int("width", width, 1))
         batch, shape = as_int("batch", batch, 1), self._latents_of(sides)
-        z = torch.zeros((), dtype=self.dtype).expand(batch, *shape)
-        request = self.request(z, conditions=self.conditions(z, **example_conditions(self.family)))
-        return self.plan(request).bytes
+        return self.plan(self._request_of(batch, shape)).bytes
 
     def plan(self, request: Request) -> Plan:
         """How a request is decoded: in which way, how many images at once, in how many bytes."""
@@ -639,8 +638,13 @@ class FastDecoder:
 
     def _example_request(self, batch: int) -> Request:
         """For images of ``config.image_size``."""
-        z = torch.zeros((), dtype=self.dtype).expand(batch, *self.family.example)
-        return self.request(z, conditions=self.conditions(z, **example_conditions(self.family)))
+        return self._request_of(batch, self.family.example)
+
+    def _request_of(self, batch: int, shape: tuple[int, ...]) -> Request:
+        """For latents of a shape, with the family's example of other conditions."""
+        z = torch.zeros((), dtype=self.dtype).expand(batch, *shape)
+        others = self.conditions(z, self.config.sampling.cfg_scale, **example_conditions(self.family))
+        return self.request(z, conditions=others)
 
     def _latents_of(self, sides: tuple[int, int]) -> tuple[int, ...]:
         """Shape of the latents of an image of these sides. Raises InputError if there are none."""

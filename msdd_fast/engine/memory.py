@@ -49,11 +49,11 @@ class Budget:
         self.program, self.config, self.fixed, self.limit, self.most = program, config, fixed, limit, most
         self.granule = 0
 
-    def predict(self, request: Request, at_once: int) -> int:
-        """Peak bytes of a decode in the request's way, ``at_once`` images at a time."""
+    def predict(self, request: Request, at_once: int, recorded: bool = True) -> int:
+        """Peak bytes of a decode in the request's way, ``at_once`` images at a time; ``recorded`` if it can be."""
         batch, size = request.shape[0], request.out_dtype.itemsize * math.prod(request.image_shape(self.config))
         activations = self.program.activations(request.with_batch(at_once))
-        is_graph = self.granule and request.way == WHOLE
+        is_graph = recorded and self.granule and request.way == WHOLE
         if is_graph:
             activations = -(-activations // self.granule) * self.granule
         # What a graph, or a part of the batch, leaves is copied.
@@ -69,7 +69,8 @@ class Budget:
         found: list[Plan] = []
         for way in ways:
             wanted = request._replace(way=way)
-            fitting = bisect_right(range(1, self.most + 1), self.limit, key=lambda n: self.predict(wanted, n))
+            sizes = range(1, self.most + 1)
+            fitting = bisect_right(sizes, self.limit, key=lambda n: self.predict(wanted, n, recorded=False))
             found += [self._plan(request, way, n) for n in dict.fromkeys((fitting, min(fitting, 1))) if n]
         if found:
             return found
