@@ -384,7 +384,7 @@ def test_other_errors_come_through(ssdd):
     tried = short_of(engine, "whole", error=RuntimeError("something else"))
     with pytest.raises(RuntimeError, match="something else"):
         engine.decode(z)
-    assert len(tried) == 1 and engine.notes == ssdd.engine.notes
+    assert len(tried) == 1 and not any("ran out of memory" in note for note in engine.notes)
 
 
 def test_without_max_memory_nothing_is_tried_again(ssdd):
