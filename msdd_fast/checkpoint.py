@@ -117,13 +117,11 @@ class _Index(NamedTuple):
 
     Attributes:
         files: the names of the tensors in each file; None for all that it has.
-        base: the bundled checkpoint that has the other tensors, if any.
         sha256: of files of the directory; empty in checkpoints of version 0.1.
         config: while a save is writing a config.json that differs from the older one, the new one's content.
     """
 
     files: dict[str, list[str] | None]
-    base: str | None
     sha256: dict[str, str]
     config: Any
 
@@ -168,17 +166,14 @@ def _read_index(directory: Path) -> _Index:
         files: dict[str, list[str] | None] = {}
         for file in sorted(set(weight_map.values())):
             files[file] = [name for name, place in weight_map.items() if place == file]
-        index = _Index(files, metadata.get("base"), dict(metadata.get("sha256", {})), metadata.get("config"))
+        index = _Index(files, dict(metadata.get("sha256", {})), metadata.get("config"))
     except FileNotFoundError:
-        return _Index({WEIGHTS_FILE: None}, None, {}, None)
+        return _Index({WEIGHTS_FILE: None}, {}, None)
     except (OSError, ValueError, LookupError, AttributeError, TypeError) as e:
         raise CheckpointError(f"{path} is not a safetensors index: {e}") from e
     for file in index.files:
         if not isinstance(file, str) or Path(file).name != file or "\0" in file:
             raise CheckpointError(f"{path}: shard names must be plain file names, got {file!r}")
-    if index.base is not None and (index.base not in bundled_names() or ASSETS / index.base == directory):
-        names = ", ".join(bundled_names())
-        raise CheckpointError(f"{path}: base must be another bundled checkpoint ({names}), got {index.base!r}")
     return index
 
 
@@ -209,11 +204,10 @@ def _config(data: Any, path: Path) -> Config:
 def _read_weights(directory: Path, index: _Index, expected: int) -> dict[str, Tensor]:
     """All tensors of a checkpoint directory, as stored; ``expected`` is the number of parameters of its config.
 
-    An index whose metadata name a bundled checkpoint as "base" holds only what differs from it: two decoders of one
-    encoder need the encoder once. Headers and sizes are compared before any tensor is read.
+    Headers and sizes are compared before any tensor is read.
     """
-    tensors = {} if index.base is None else read_directory(ASSETS / index.base).tensors
-    count = sum(t.numel() for t in tensors.values())
+    tensors: dict[str, Tensor] = {}
+    count = 0
     for file, names in index.files.items():
         shapes = read_shapes(directory / file)
         count += sum(torch.Size(shape).numel() for shape in shapes.values())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,6 +28,10 @@ if not HAS_GPU:
 # instructions would run other code, with other tolerances, than one without.
 os.environ.setdefault("MSDD_FAST_CPU_BF16", "0")
 os.environ.setdefault("MSDD_FAST_NATIVE_LINEAR", "0")
+
+# A shell without job control starts background processes with Ctrl-C ignored, which the tests' own would inherit.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # An extension built in another way, such as with sanitizers (tests/csrc/test_sanitizers.py).
 if "MSDD_FAST_TEST_EXTENSION" in os.environ:

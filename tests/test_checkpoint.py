@@ -514,27 +514,6 @@ def test_index_must_stay_inside(saved, sharded, name):
         load(sharded)
 
 
-@pytest.mark.parametrize("base", ["msdd-huge", "../msdd-nano", 3])
-def test_base_must_be_bundled(sharded, base):
-    index = sharded / "model.safetensors.index.json"
-    edit_json(index, lambda data: data["metadata"].update(base=base))
-    with pytest.raises(CheckpointError, match=r"base must be another bundled checkpoint .*msdd-nano.*, got"):
-        load(sharded)
-
-
-def test_base_lends_what_is_missing(tmp_path):
-    """A directory of one tensor and a base is the base with that tensor replaced."""
-    nano = load("msdd-nano")
-    name = "decoder.final_layer.linear.bias"
-    save_file({name: torch.ones_like(nano.state_dict()[name])}, tmp_path / "model-00001-of-00001.safetensors")
-    index = {"metadata": {"base": "msdd-nano"}, "weight_map": {name: "model-00001-of-00001.safetensors"}}
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    (tmp_path / "config.json").write_text(nano.config.to_json())
-    got, expected = load(tmp_path).state_dict(), nano.state_dict()
-    assert (got.pop(name) == 1).all() and expected.pop(name) is not None
-    assert all(torch.equal(got[n], expected[n]) for n in expected)
-
-
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": ["x"]}}'])
 def test_bad_index(sharded, text):
     (sharded / "model.safetensors.index.json").write_text(text)

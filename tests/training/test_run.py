@@ -35,7 +35,7 @@ def test_options_come_from_the_command_line_or_the_configuration(tmp_path):
     assert parse_option(["--config=stage1-joint-4scale"], "preset") == "msdd-d12-joint"
     assert parse_option(["--config", str(file)], "teacher") is None
     assert parse_option(["--config", str(tmp_path / "none.json")], "preset") is None
-    assert parse_option(["--config", str(ASSETS / "msdd-nano/distill.json")], "teacher") is not None
+    assert parse_option(["--config", str(ASSETS / "msdd-nano/train.json")], "preset") == "msdd-nano"
 
 
 class Recipe:

@@ -271,7 +271,7 @@ class Stage2Recipe:
 class MSDDDistillConfig(RunConfig):
     """Distillation of an MSDD tokenizer's decoder into one step per scale (docs/spec.md#stage2-loss)."""
 
-    teacher: str = "msdd-nano-teacher"
+    teacher: str = "msdd-nano"
     """Trained tokenizer: a bundled name, a directory or a hub id. The student keeps its encoder."""
     student: str | None = None
     """Checkpoint that the student starts from, if not the teacher: the same encoder, any decoder."""
