@@ -45,10 +45,14 @@ COLUMNS = ("batch", "img/s", "TFLOP/s", "of a large GEMM", "GiB")
 GIB = 2**30
 
 
-def stage1_flops(config: Config, objective: Stage1Config, checkpointing: bool = False) -> float:
-    """FLOP per image of a step: encoder, and the decoder at ``stages_per_image`` of its scales on average."""
+def stage1_flops(
+    config: Config, objective: Stage1Config, checkpointing: bool = False, one_step_share: float = 0.0
+) -> float:
+    """FLOP per image of a step: encoder, and the decoder at ``stages_per_image`` of its scales on average, for one-step
+    decodes at all of them.
+    """
     scales = _scales(config)
-    decoder = sum(scales) / len(scales) * objective.stages_per_image
+    decoder = sum(scales) * ((1 - one_step_share) * objective.stages_per_image / len(scales) + one_step_share)
     return (4 if checkpointing else 3) * (total(family_of(config).encode_work()).flops + decoder)
 
 
@@ -163,7 +167,8 @@ def estimate(
     if not rows:
         raise InputError("measured must hold at least one batch that fitted, got none")
     if isinstance(config, MSDDTrainConfig):
-        flops, plain = stage1_flops(model, config.objective, loop.activation_checkpointing), False
+        share = config.one_step.share
+        flops, plain = stage1_flops(model, config.objective, loop.activation_checkpointing, share), False
     else:
         flops, plain = stage2_flops(model, config.objective, loop.activation_checkpointing), True
     speed = max(row["flops_per_s"] for row in rows)
@@ -175,8 +180,8 @@ def estimate(
     trained = sum(p.numel() for p in tokenizer.decoder.parameters()) if plain else parameters
     # float32: weights and their average; gradients and two moments of what is trained; the teacher.
     fixed = 4 * (2 * parameters + 3 * trained + (parameters if plain else 0)) / GIB
-    share = max(1, loop.batch_size // gpus)
-    micro = share if loop.micro_batch is None else min(loop.micro_batch, share)
+    images_each = max(1, loop.batch_size // gpus)
+    micro = images_each if loop.micro_batch is None else min(loop.micro_batch, images_each)
     lines = [
         f"ESTIMATE for {gpus} x {measured['device']}, from {measured['preset']} measured on one",
         f"work: {images / 1e6:.1f} M images of {flops / 1e12:.2f} TFLOP, without perceptual network and discriminator",

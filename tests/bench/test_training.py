@@ -13,7 +13,8 @@ from msdd_fast.backends import use_backend
 from msdd_fast.bench.training import main, stage1_flops, stage2_flops
 from msdd_fast.families.msdd.presets import PRESETS
 from msdd_fast.training.loop.draws import Draws
-from msdd_fast.training.recipes.msdd_stage1 import Stage1Config, stage1_loss
+from msdd_fast.training.recipes.msdd_one_step import OneStepConfig
+from msdd_fast.training.recipes.msdd_stage1 import Stage1Config, Stage1Recipe, stage1_loss
 from msdd_fast.training.recipes.msdd_stage2 import Stage2Config, Stage2Recipe, make_student
 
 JOINT = replace(PRESETS["tiny"], decoder=replace(PRESETS["tiny"].decoder, conditioning="joint"))
@@ -32,6 +33,11 @@ def test_flops_of_a_step(config):
     tokenizer, objective = Tokenizer(config), Stage1Config(stages_per_image=2)
     flops = counted(lambda: stage1_loss(tokenizer, images, objective, draws))
     assert flops == pytest.approx(4 * stage1_flops(config, objective), rel=0.05)
+    decodes = Stage1Recipe(objective, None, OneStepConfig(share=1.0))
+    flops = counted(lambda: decodes.loss(tokenizer, images, draws))
+    assert flops == pytest.approx(4 * stage1_flops(config, objective, one_step_share=1.0), rel=0.05)
+    half = stage1_flops(config, objective) + stage1_flops(config, objective, one_step_share=1.0)
+    assert stage1_flops(config, objective, one_step_share=0.5) == pytest.approx(half / 2)
     matching = Stage2Config("teacher-matching", teacher_steps=2, teacher_cfg_scale=1.5, perceptual_weight=0)
     recipe, student = Stage2Recipe(matching, tokenizer), make_student(tokenizer)
     flops = counted(lambda: recipe.loss(student, images, draws))
