@@ -159,7 +159,7 @@ def test_int8_nano_is_within_the_limit():
     assert "fast: int8 weights" in str(report) and f"expected loss of PSNR {exact.expected_loss:.3f} dB" in str(report)
     assert engine.memory["weights"] < accelerate(tok, dtype=torch.float32).memory["weights"] / 3
     z = latents(tok, 3)
-    assert psnr(engine.decode(z, 1), tok.decode(z, 1)).min() > 43
+    assert psnr(engine.decode(z, 1), tok.decode(z, 1)).min() > 40
 
 
 @pytest.mark.skipif(not NATIVE_INT8, reason="no instructions for int8, or no extension, on this machine")

@@ -61,14 +61,18 @@ class Service:
         self.max_body = largest_body(engine, settings.max_images, settings.max_pixels)
         self._workers = ThreadPoolExecutor(WORKERS, "msdd-fast-wire")
         self._reading = 0
+        self._begun = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
 
     async def start(self) -> None:
         """Returns when the engine is warm."""
         await asyncio.wrap_future(self.batcher.start())
 
     async def close(self) -> None:
-        """Decode what waits; the server calls this after the last response."""
+        """Decode what waits, and let every request that was accepted have its response."""
         await asyncio.get_running_loop().run_in_executor(None, self.batcher.close)
+        await self._idle.wait()
         self._workers.shutdown()
 
     def health(self) -> dict[str, Any]:
@@ -91,6 +95,8 @@ class Service:
     ) -> Response:
         """The response to latents of a request that may ask."""
         begin = time.monotonic()
+        self._begun += 1
+        self._idle.clear()
         try:
             response = await self._decode(request, query, shape, dtype, begin + self.settings.timeout)
         except QueueFullError as e:
@@ -108,6 +114,10 @@ class Service:
         except Exception as e:
             _log.exception("a decode failed")
             response = error(500, f"decoding failed: {e}" if isinstance(e, MsddFastError) else "decoding failed")
+        finally:
+            self._begun -= 1
+            if not self._begun:
+                self._idle.set()
         return self.answered(response, begin)
 
     async def _decode(

@@ -14,7 +14,7 @@ from safetensors.torch import save
 
 from msdd_fast import accelerate
 from msdd_fast.errors import InputError
-from msdd_fast.integrations.serve import Settings, create_app
+from msdd_fast.integrations.serve import Settings, create_app, wire
 from msdd_fast.layers.request import convert
 from tests.perturbed import perturbed
 
@@ -442,6 +442,32 @@ def test_shutting_down_answers_what_was_accepted(engine, z, held):
     late, health, answers = asyncio.run(test())
     assert [a[0] for a in answers] == [200] * 6
     assert "shutting down" in detail(late, 503) and late[1]["retry-after"] == "1" and health[0] == 503
+
+
+def test_shutting_down_waits_for_answers_that_are_being_written(engine, z, monkeypatch):
+    """In another thread, after the engine has ended."""
+    may_end, encode = threading.Event(), wire.Output.encode
+
+    def slowly(output, images):
+        assert may_end.wait(60)
+        return encode(output, images)
+
+    monkeypatch.setattr(wire.Output, "encode", slowly)
+
+    async def test():
+        app = create_app(engine, Settings(max_wait=0))
+        client, service = Client(app), app.state.service
+        await client.__aenter__()
+        tasks = [asyncio.create_task(client("POST", "/decode", **raw(z[:1]))) for _ in range(6)]
+        await until(lambda: service._begun == 6 and not service._reading and not service.batcher.waiting)
+        closing = asyncio.create_task(client.__aexit__(None, None, None))
+        await until(lambda: not service.batcher._thread.is_alive())
+        may_end.set()
+        answers = [await t for t in tasks]
+        await closing
+        return answers
+
+    assert [a[0] for a in asyncio.run(test())] == [200] * 6
 
 
 # --- The rest of it. ---
