@@ -7,7 +7,7 @@ released files. Maps are (B, C, H, W), tokens (B, N, C), q, k, v (B, N, heads, h
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 import torch
@@ -25,6 +25,23 @@ MID_NORM_EPS = 1e-6
 # The time that the network sees is 1000 times the noise level.
 TIME_SCALE = 1000.0
 DOWN_BLOCKS, UP_BLOCKS = 2, 3
+
+
+def down_blocks(widths: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """(level, channels in, channels out) of the residual blocks on the way down."""
+    for level, (above, width) in enumerate(pairwise((widths[0], *widths))):
+        for j in range(DOWN_BLOCKS):
+            yield level, above if j == 0 else width, width
+
+
+def up_blocks(widths: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """The same on the way up; the inputs have a skip in them."""
+    last = len(widths) - 1
+    for level in range(last, -1, -1):
+        below = widths[min(level + 1, last)]
+        skips = [widths[level]] * (UP_BLOCKS - 1) + [widths[max(level - 1, 0)]]
+        for j in range(UP_BLOCKS):
+            yield level, (below if j == 0 else widths[level]) + skips[j], widths[level]
 
 
 class TimeEmbedding(nn.Module):

@@ -7,10 +7,9 @@ height of the image, 0 for what the engine does once per image.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import pairwise
 
 from msdd_fast.families.ssdd.config import SSDDConfig
-from msdd_fast.families.ssdd.decoder import DOWN_BLOCKS, UP_BLOCKS
+from msdd_fast.families.ssdd.decoder import DOWN_BLOCKS, UP_BLOCKS, down_blocks, up_blocks
 from msdd_fast.families.work import Work
 
 
@@ -50,26 +49,11 @@ class _Counter:
         self.height, self.width = sides
         self.widths = config.decoder.widths
         self.cells = self.height * self.width // config.factor**2
-        blocks = list(self.down_blocks()) + list(self.up_blocks())
+        blocks = list(down_blocks(self.widths)) + list(up_blocks(self.widths))
         self.inputs, self.outputs = [b[1] for b in blocks], [b[2] for b in blocks]
 
     def pixels(self, level: int) -> int:
         return self.height * self.width // 4**level
-
-    def down_blocks(self) -> Iterator[tuple[int, int, int]]:
-        """(level, channels in, channels out) of the residual blocks on the way down."""
-        for level, (above, width) in enumerate(pairwise((self.widths[0], *self.widths))):
-            for j in range(DOWN_BLOCKS):
-                yield level, above if j == 0 else width, width
-
-    def up_blocks(self) -> Iterator[tuple[int, int, int]]:
-        """The same on the way up; the inputs have a skip in them."""
-        widths, last = self.widths, len(self.widths) - 1
-        for level in range(last, -1, -1):
-            below = widths[min(level + 1, last)]
-            skips = [widths[level]] * (UP_BLOCKS - 1) + [widths[max(level - 1, 0)]]
-            for j in range(UP_BLOCKS):
-                yield level, (below if j == 0 else widths[level]) + skips[j], widths[level]
 
     def pointwise(self, op: str, layer: int, scale: int, elements: int) -> Work:
         """An op without products that moves so many elements per image."""
@@ -104,12 +88,12 @@ class _Counter:
         yield self.conv("image_in", -1, scale, 9, 3, widths[0], full, full)
         if self.hoisted:
             yield self.pointwise("image_in.add", -1, scale, 3 * widths[0] * full)
-        for i, (level, cin, cout) in enumerate(self.down_blocks()):
+        for i, (level, cin, cout) in enumerate(down_blocks(self.widths)):
             yield from self.residual(i, scale, level, cin, cout)
             if i % DOWN_BLOCKS == DOWN_BLOCKS - 1 and level < last:
                 yield self.conv("downsample", i, scale, 9, cout, cout, self.pixels(level), self.pixels(level + 1))
         yield from self.middle(scale)
-        for j, (level, cin, cout) in enumerate(self.up_blocks()):
+        for j, (level, cin, cout) in enumerate(up_blocks(self.widths)):
             i = j + DOWN_BLOCKS * len(widths)
             yield self.pointwise("cat", i, scale, 2 * cin * self.pixels(level))
             yield from self.residual(i, scale, level, cin, cout)

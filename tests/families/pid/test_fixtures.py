@@ -94,7 +94,7 @@ def test_taps(case, tok):
 @pytest.mark.parametrize("steps", [1, 2, 4])
 def test_decodes(case, tok, steps):
     if f"decode.steps{steps}" not in case.tensors:
-        pytest.skip("not in this file")
+        pytest.skip("the fixture has no decode of this many steps")
     images = tok.decode(case["z"], steps=steps, noise=case.noises[:steps], **case.given)
     assert_near(images, case[f"decode.steps{steps}"])
 

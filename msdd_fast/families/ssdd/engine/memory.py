@@ -6,10 +6,9 @@ Counted are the tensors of the engine's decode with fused ops, not what a convol
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import pairwise
 
 from msdd_fast.families.ssdd.config import SSDDConfig
-from msdd_fast.families.ssdd.decoder import DOWN_BLOCKS, UP_BLOCKS
+from msdd_fast.families.ssdd.decoder import DOWN_BLOCKS, UP_BLOCKS, down_blocks, up_blocks
 from msdd_fast.families.ssdd.engine.strips import MIN_ROWS
 from msdd_fast.layers.request import WHOLE, Way
 from msdd_fast.layers.tiles import largest_tile
@@ -44,7 +43,7 @@ class _Decode:
         """What depends on the latents alone."""
         cells = self.batch * self.itemsize * self.height * self.width // self.config.factor**2
         kept = self.widths[0] if self.parts == 1 else self.config.latent_channels
-        inputs = sum(cin for _, cin, _ in (*self._down(), *self._up()))
+        inputs = sum(cin for _, cin, _ in (*down_blocks(self.widths), *up_blocks(self.widths)))
         return self.map(0, kept) + 2 * inputs * cells + self.map(3, 2 * self.widths[3] * self.config.decoder.mid_layers)
 
     def velocity(self) -> int:
@@ -55,7 +54,7 @@ class _Decode:
         widths, last = self.widths, len(self.widths) - 1
         skips = [self.map(0, widths[0])]
         yield self._first()
-        for i, (level, cin, cout) in enumerate(self._down()):
+        for i, (level, cin, cout) in enumerate(down_blocks(self.widths)):
             yield sum(skips) + self._block(level, (cin,), cout)
             skips.append(self.map(level, cout))
             if i % DOWN_BLOCKS == DOWN_BLOCKS - 1 and level < last:
@@ -63,7 +62,7 @@ class _Decode:
         # The rows, their norm, two of their results, values and gates of this layer and of the one before.
         yield sum(skips) + self.map(last, 20 * widths[last])
         h = self.map(last, widths[last])
-        for i, (level, cin, cout) in enumerate(self._up()):
+        for i, (level, cin, cout) in enumerate(up_blocks(self.widths)):
             skip = skips.pop()
             joined = (cin - skip // self.map(level, 1), skip // self.map(level, 1))
             if self.parts == 1:
@@ -99,18 +98,3 @@ class _Decode:
         rows = -(-height // count)
         norm = (rows + 2) * row * (self.itemsize * sum(inputs) + 4 * sum(inputs))
         return max(norm, (rows + 2) * row * self.itemsize * sum(inputs) + rows * row * self.itemsize * cout)
-
-    def _down(self) -> Iterator[tuple[int, int, int]]:
-        """(level, channels in, channels out) of the residual blocks on the way down."""
-        for level, (above, width) in enumerate(pairwise((self.widths[0], *self.widths))):
-            for j in range(DOWN_BLOCKS):
-                yield level, above if j == 0 else width, width
-
-    def _up(self) -> Iterator[tuple[int, int, int]]:
-        """The same on the way up; the inputs have a skip in them."""
-        widths, last = self.widths, len(self.widths) - 1
-        for level in range(last, -1, -1):
-            below = widths[min(level + 1, last)]
-            skips = [widths[level]] * (UP_BLOCKS - 1) + [widths[max(level - 1, 0)]]
-            for j in range(UP_BLOCKS):
-                yield level, (below if j == 0 else widths[level]) + skips[j], widths[level]
