@@ -31,7 +31,7 @@ from msdd_fast.engine.bound_ops import bind
 from msdd_fast.engine.compute import compute_dtype
 from msdd_fast.engine.graph_cache import GraphCache, use_graphs
 from msdd_fast.engine.isolation import building, without_autocast
-from msdd_fast.engine.memory import Budget, Plan, is_out_of_memory
+from msdd_fast.engine.memory import CPU_SLACK, Budget, Plan, is_out_of_memory
 from msdd_fast.engine.prefetch import prefetch
 from msdd_fast.engine.report import Accuracy, Report, describe
 from msdd_fast.engine.tier import (
@@ -103,11 +103,11 @@ def accelerate(
             GPU, (8,) on a CPU.
         graphs: "auto" (CUDA graphs on a GPU, recorded programs on a CPU where every op of the decode is native; if
             recording fails, without, and ``report`` says why), True (a failure is an error) or False.
-        max_memory: bytes for the weights, tables, activations and images of a decode, as ``memory_for`` predicts them.
-            What does not fit runs with fewer images at once; images of any size (SSDD, PiD) then in parts, the same up
-            to rounding, and at last in overlapping tiles, which changes them (docs/memory.md). If memory runs out all
-            the same, the next smaller way is taken. While a fast engine is checked, the weights of the exact one exist,
-            too, which is not counted.
+        max_memory: bytes for the weights, tables, activations and images of a decode, as ``memory_for`` predicts them,
+            on a CPU with room for what the C library's heap keeps. What does not fit runs with fewer images at once;
+            images of any size (SSDD, PiD) then in parts, the same up to rounding, and at last in overlapping tiles,
+            which changes them (docs/memory.md). If memory runs out all the same, the next smaller way is taken. While
+            a fast engine is checked, the weights of the exact one exist, too, which is not counted.
         max_psnr_loss: of tier "fast": refuse if it is expected to cost more than this many dB of a reconstruction of
             25 dB (engine/tier.py has the formula). Measured against the exact tier; ``report`` has the figures.
         calibration: latents (B, num_latent_tokens, latent_dim) to measure that on. Default: four photographs of
@@ -226,7 +226,8 @@ class FastDecoder:
             self.program = self.family.program(decoder, schedule, tables, self.dtype, self.device, ops, tier.make)
         self.memory = {"weights": self.program.network.w.memory(), "tables": self.family.tables_memory(tables)}
         fixed = sum(self.memory.values())
-        self._budget = Budget(self.program, self.config, fixed, self.max_memory, most=max(sizes))
+        slack = CPU_SLACK if self.device.type == "cpu" else 1.0
+        self._budget = Budget(self.program, self.config, fixed, self.max_memory, max(sizes), slack)
         self._planned: dict[tuple[Request, int], list[Plan]] = {}
         self._failed: set[tuple[Request, Way, int]] = set()
         self.notes = []
@@ -242,7 +243,7 @@ class FastDecoder:
         self._budget.granule = self._cache.granule
         example = self._example_request(most)
         example = example._replace(way=self.plan(example).way)
-        self.memory[f"activations of batch {most} (predicted)"] = self.program.activations(example)
+        self.memory[f"activations of batch {most} (bound)"] = self._budget.held(self.program.activations(example))
 
     def __repr__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
@@ -598,7 +599,7 @@ class FastDecoder:
         Raises InputError with the figures if nothing fits.
         """
         if self.max_memory is None and not wants_bytes:
-            return [Plan(Way(tile=tile) if self._is_larger(request, tile) else WHOLE, max(self.batch_sizes), 0)]
+            return [Plan(Way(tile=tile) if self._is_larger(request, tile) else WHOLE, max(self.batch_sizes), 0, 0)]
         found = self._planned.get((request, tile))
         if found is None:
             ways = ways_of(self.program, request)

@@ -14,6 +14,9 @@ from msdd_fast.errors import InputError
 from msdd_fast.layers.request import WHOLE, DecodeProgram, Request, Way
 
 MEBIBYTE = 2**20
+CPU_SLACK = 1.8
+"""Most bytes by which a process grows for each byte of a decode's tensors on a CPU: the C library's heap keeps freed
+blocks that no later tensor fits. It was 185 to 206 MiB for 120 (ssdd-xs-f8c4 at 256 px)."""
 
 
 class Plan(NamedTuple):
@@ -23,11 +26,13 @@ class Plan(NamedTuple):
         way: how much of an image is worked on at a time.
         images: the most that run at once.
         bytes: predicted peak of all tensors: weights, tables, activations, images.
+        needed: what that takes of ``max_memory``: on a CPU the heap's share of it, too.
     """
 
     way: Way
     images: int
     bytes: int
+    needed: int
 
     def __str__(self) -> str:
         return f"{self.way}, {self.bytes / MEBIBYTE:.1f} MiB predicted"
@@ -40,13 +45,17 @@ class Budget:
         fixed: bytes of weights and tables.
         limit: bytes of everything; None for no limit.
         most: images that run at once if there is room.
+        slack: bytes of the device's memory for each byte of activations.
 
     Attributes:
         granule: of the memory that a graph keeps, bytes; 0 without graphs.
     """
 
-    def __init__(self, program: DecodeProgram, config: Config, fixed: int, limit: int | None, most: int) -> None:
+    def __init__(
+        self, program: DecodeProgram, config: Config, fixed: int, limit: int | None, most: int, slack: float
+    ) -> None:
         self.program, self.config, self.fixed, self.limit, self.most = program, config, fixed, limit, most
+        self.slack = slack
         self.granule = 0
 
     def predict(self, request: Request, at_once: int, recorded: bool = True) -> int:
@@ -59,6 +68,14 @@ class Budget:
         # What a graph, or a part of the batch, leaves is copied.
         return self.fixed + activations + (size * batch if is_graph or at_once < batch else 0)
 
+    def needed(self, request: Request, at_once: int) -> int:
+        """What a decode takes of the limit."""
+        return self.fixed + self.held(self.predict(request, at_once, recorded=False) - self.fixed)
+
+    def held(self, activations: int) -> int:
+        """Bytes of the device's memory that activations take."""
+        return math.ceil(activations * self.slack)
+
     def plans(self, request: Request, ways: Sequence[Way]) -> list[Plan]:
         """Those that fit, from the fastest to the smallest: in each way as many images at once as fit, then one.
 
@@ -70,19 +87,20 @@ class Budget:
         for way in ways:
             wanted = request._replace(way=way)
             sizes = range(1, self.most + 1)
-            fitting = bisect_right(sizes, self.limit, key=lambda n: self.predict(wanted, n, recorded=False))
+            fitting = bisect_right(sizes, self.limit, key=lambda n: self.needed(wanted, n))
             found += [self._plan(request, way, n) for n in dict.fromkeys((fitting, min(fitting, 1))) if n]
         if found:
             return found
-        least = min((self._plan(request, way, 1) for way in ways), key=lambda plan: plan.bytes)
+        least = min((self._plan(request, way, 1) for way in ways), key=lambda plan: plan.needed)
         raise InputError(
-            f"max_memory must be at least {least.bytes} bytes for z of shape {tuple(request.shape)} (weights and "
+            f"max_memory must be at least {least.needed} bytes for z of shape {tuple(request.shape)} (weights and "
             f"tables {self.fixed}, the rest {least.way}), got {self.limit}"
         )
 
     def _plan(self, request: Request, way: Way, images: int) -> Plan:
         now = min(images, max(1, request.shape[0]))
-        return Plan(way, images, self.predict(request._replace(way=way), now))
+        wanted = request._replace(way=way)
+        return Plan(way, images, self.predict(wanted, now), self.needed(wanted, now))
 
 
 def is_out_of_memory(error: BaseException) -> bool:
