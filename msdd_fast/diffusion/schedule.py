@@ -21,6 +21,8 @@ from msdd_fast.errors import InputError
 NUM_TIMESTEPS = 1000
 # gamma of the paper's renoising; alpha and beta keep it whatever block_correlation is (docs/spec.md#schedule).
 GAMMA = 1.0 / 3.0
+# Level below which ``Stage.velocity_gain`` stops growing.
+LOWEST_LEVEL = 0.02
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,16 @@ class Stage:
     def timestep_last(self) -> float:
         """Last entry of the authors' table of 1000 timesteps."""
         return self.timestep_max + (1 - 1 / NUM_TIMESTEPS) * (self.timestep_min - self.timestep_max)
+
+    def velocity_gain(self, t: Tensor) -> Tensor:
+        """Velocity over x_t minus the stage's image, at within-stage times t (docs/spec.md#image-prediction)."""
+        span = self.start_t - self.end_t
+        return span / (self.end_t + span * t).clamp_min(LOWEST_LEVEL)
+
+    def within_stage_time(self, model_time: Tensor) -> Tensor:
+        """The within-stage time t of a model time."""
+        span = self.timestep_max - self.timestep_min
+        return (model_time.double() * NUM_TIMESTEPS - self.timestep_min).div(span).to(model_time.dtype)
 
 
 # One stage from noise to image, whose model time is the time itself (docs/spec.md#ssdd-schedule).

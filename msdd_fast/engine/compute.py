@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -29,6 +30,7 @@ def compute_dtype(dtype: torch.dtype, device: torch.device) -> tuple[torch.dtype
     return torch.float32, f"this CPU has no fast {str(dtype).removeprefix('torch.')} matrix product"
 
 
+@cache
 def _has_bf16_instructions() -> bool:
     try:
         flags = Path("/proc/cpuinfo").read_text()

@@ -1,8 +1,8 @@
 """Muon: momentum SGD whose matrix updates are orthogonalised (Jordan et al., 2024).
 
 ``torch.optim.Muon`` orthogonalises in bfloat16, which is several times slower than float32 on CPUs without bf16
-instructions; here the dtype follows the device. Fused projections (q, k and v stacked in rows) are orthogonalised one
-square part at a time.
+instructions; here the dtype is what is fast (``engine.compute``). Fused projections (q, k and v stacked in rows) are
+orthogonalised one square part at a time.
 """
 
 from __future__ import annotations
@@ -12,13 +12,15 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
+from msdd_fast.engine.compute import compute_dtype
+
 # Quintic Newton-Schulz coefficients with the steepest slope at zero; singular values end near 1.
 _A, _B, _C = 3.4445, -4.7750, 2.0315
 
 
 def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
     """Nearest semi-orthogonal matrices, roughly (singular values about 0.7 to 1.2): (..., m, n), same shape."""
-    x = matrices.bfloat16() if matrices.is_cuda else matrices.float()
+    x = matrices.to(compute_dtype(torch.bfloat16, matrices.device)[0])
     tall = x.shape[-2] > x.shape[-1]
     if tall:
         x = x.mT

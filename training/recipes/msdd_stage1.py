@@ -23,6 +23,7 @@ from msdd_fast.training.loop.draws import Draws, Purpose
 from msdd_fast.training.loop.numbers import Range, check_numbers
 from msdd_fast.training.loop.objective import Loss
 from msdd_fast.training.losses.perceptual import require_perceptual
+from msdd_fast.training.partial_start import take_what_fits
 from msdd_fast.training.preview import stage_columns
 from msdd_fast.training.recipes.msdd_one_step import OneStepConfig, one_step_loss
 from msdd_fast.training.recipes.msdd_unroll import image_pyramid, msdd_parts
@@ -195,6 +196,8 @@ class MSDDTrainConfig(RunConfig):
     """Model: a preset name."""
     start: str | None = None
     """Checkpoint to start from, instead of the preset with random weights: a bundled name, a directory or a hub id."""
+    partial_start: bool = False
+    """Keep the preset's model, and take from ``start`` the weights that fit it; the others are random."""
     image_size: int | None = None
     """Pixels per side, if not the model's."""
     num_stages: int | None = None
@@ -217,7 +220,9 @@ class MSDDTrainConfig(RunConfig):
 
     def build(self) -> Components:
         start = None if self.start is None else Tokenizer.from_pretrained(self.start)
-        config = self.model(None if start is None else start.config)
+        if self.partial_start and start is None:
+            raise ConfigError("partial_start needs start, a checkpoint")
+        config = self.model(None if start is None or self.partial_start else start.config)
         if self.objective.stages_per_image > config.schedule.num_stages:
             raise ConfigError(
                 f"stages_per_image must be at most the model's {config.schedule.num_stages} stages, got "
@@ -228,6 +233,10 @@ class MSDDTrainConfig(RunConfig):
         torch.manual_seed(self.loop.seed)
         if start is None:
             tokenizer, title = Tokenizer(config), self.preset
+        elif self.partial_start:
+            tokenizer = Tokenizer(config)
+            missing = take_what_fits(tokenizer, start.state_dict())
+            title = f"{self.preset} from {self.start} but for {', '.join(missing) or 'nothing'}"
         else:
             try:
                 tokenizer, title = (

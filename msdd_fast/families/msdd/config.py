@@ -26,6 +26,7 @@ ImageRope = Literal["rotary", "cosine"]
 ImagePositions = Literal["scaled", "centered"]
 ContextPositions = Literal["grid", "row"]
 VelocityInit = Literal["passthrough", "zero"]
+Prediction = Literal["velocity", "image"]
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,11 @@ class DecoderConfig:
     gate_init: float = 1.0
     """Residual gates at initialisation (bias of the adaLN linear); 0 is adaLN-Zero."""
     velocity_init: VelocityInit = "passthrough"
-    """The velocity at initialisation: roughly x_t itself, whose noise a good velocity must carry, or zero."""
+    """The network's output at initialisation: roughly x_t itself, whose noise a good velocity must carry, or zero."""
+    prediction: Prediction = "velocity"
+    """What the network's output is. "image" is the noise-free one, from which the velocity follows. A velocity carries
+    the noise of every pixel, for which a patch must not have more values than ``hidden_size``
+    (docs/spec.md#image-prediction)."""
 
 
 @dataclass(frozen=True)
@@ -161,6 +166,12 @@ class TokenizerConfig(JsonConfig):
     def stage_resolution(self, stage: int) -> int:
         """Pixels per side of a stage; the last stage is ``image_size``."""
         return self.image_size // 2 ** (self.schedule.num_stages - 1 - stage)
+
+    def stage_of(self, resolution: int) -> int:
+        """The stage with so many pixels per side. Raises ConfigError if there is none."""
+        stages = {self.stage_resolution(s): s for s in range(self.schedule.num_stages)}
+        require(resolution in stages, f"resolution must be one of {sorted(stages)}, got {resolution}")
+        return stages[resolution]
 
     def stage_shapes(self, latents: Sequence[int]) -> list[tuple[int, int, int]]:
         """Shape (3, H, W) of the state in every stage, for latents of a shape (B, ...)."""

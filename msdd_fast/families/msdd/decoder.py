@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from msdd_fast.diffusion.rope import RopeTable, image_grid_positions, rope_table
+from msdd_fast.diffusion.schedule import StageSchedule
 from msdd_fast.errors import InputError
 from msdd_fast.families.msdd.config import TokenizerConfig
 from msdd_fast.families.msdd.embeddings import PatchEmbed, TimestepEmbedder, unpatchify
@@ -25,7 +26,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.schedule = config, StageSchedule(config.schedule)
         dec = config.decoder
         width, args = dec.hidden_size, (dec.hidden_size, dec.head_dim, dec.mlp_multiple_of)
         self.patch_embed = PatchEmbed(config.patch_size, width)
@@ -75,7 +76,8 @@ class Decoder(nn.Module):
         """Velocity at ``x_t``.
 
         Args:
-            x_t: (B, 3, H, H), H a multiple of the patch size and at most ``image_size``.
+            x_t: (B, 3, H, H), H a multiple of the patch size and at most ``image_size``; with prediction "image" the
+                resolution of a stage.
             t: (B,), model time T/1000 in (0, 1].
             z: (B, num_latent_tokens, latent_dim), or None for the null context (CFG's unconditional branch).
             null_mask: bool (B,), True where the null context replaces z (training dropout); None = nowhere.
@@ -102,7 +104,11 @@ class Decoder(nn.Module):
             for block in self.blocks:
                 assert isinstance(block, CrossBlock)
                 image = block(image, c, image_rope, block.context(context, context_rope))
-        return unpatchify(self.final_layer(image, c), self.config.patch_size).to(x_t.dtype)
+        out = unpatchify(self.final_layer(image, c), self.config.patch_size).to(x_t.dtype)
+        if self.config.decoder.prediction == "velocity":
+            return out
+        stage = self.schedule[self.config.stage_of(x_t.shape[-1])]
+        return stage.velocity_gain(stage.within_stage_time(t))[:, None, None, None].to(x_t.dtype) * (x_t - out)
 
     def rope_tables(self, grid: int, device: torch.device) -> tuple[RopeTable, RopeTable]:
         """Tables of the latent tokens and of a ``grid`` x ``grid`` image.

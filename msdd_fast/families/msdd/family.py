@@ -88,7 +88,7 @@ class MSDDFamily:
         make: MakeLinear,
     ) -> Program:
         weights = pack(decoder, dtype, device, make, ops.swiglu)
-        return Program(Network(weights, self.config.decoder.head_dim, ops), tables, schedule, self.config)
+        return Program(Network(weights, self.config.decoder, ops), tables, schedule, self.config)
 
     def quantizable(self, decoder: Decoder) -> list[tuple[str, Tensor]]:
         """The blocks' linears, but those that only see the time."""

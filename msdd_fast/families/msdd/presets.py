@@ -31,6 +31,13 @@ PRESETS: dict[str, TokenizerConfig] = {
         # 16 patches a side: with 10000 two thirds of the frequencies would hardly turn.
         rope=RopeConfig(base=100.0),
     ),
+    # Its size at 256 px: the same patch grids, of twice the patch size. A patch has three times the values of a token.
+    "msdd-nano-256": TokenizerConfig(
+        patch_size=16,
+        encoder=EncoderConfig(depth=2, hidden_size=256, mlp_multiple_of=64),
+        decoder=DecoderConfig(depth=4, hidden_size=256, mlp_multiple_of=64, prediction="image", velocity_init="zero"),
+        rope=RopeConfig(base=100.0),
+    ),
     # For tests.
     "tiny": TokenizerConfig(
         image_size=64,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from msdd_fast import profiling
 from msdd_fast.diffusion.rope import RopeTable
+from msdd_fast.families.msdd.config import DecoderConfig
 from msdd_fast.families.msdd.engine.tables import BlockModulation, Modulation
 from msdd_fast.families.msdd.engine.weights import BlockWeights, Weights
 from msdd_fast.families.msdd.mmdit import NORM_EPS
@@ -30,8 +31,10 @@ class Context(NamedTuple):
 class Network:
     """Embeds the context and evaluates the velocity. ``ops`` are those of ``bound_ops.bind``."""
 
-    def __init__(self, weights: Weights, head_dim: int, ops: Ops) -> None:
-        self.w, self.head_dim, self.ops = weights, head_dim, ops
+    def __init__(self, weights: Weights, config: DecoderConfig, ops: Ops) -> None:
+        self.w, self.head_dim, self.ops = weights, config.head_dim, ops
+        device = weights.context_null.device
+        self.minus_one = None if config.prediction == "velocity" else torch.tensor(-1.0, device=device)
 
     def context(self, z: Tensor, guided: bool) -> Context:
         """Context of latents z (B, L, C); ``guided`` appends the null context of B more images."""
@@ -52,12 +55,21 @@ class Network:
         return Context(None, keys_values)
 
     def velocity(self, patches: Tensor, context: Context, m: Modulation, rope: RopeTable) -> Tensor:
-        """Velocity (N, B', F) of patch rows (N, B, F); B' = 2B with a guided context: conditional images first."""
+        """Velocity over its ``gain`` (N, B', F) of patch rows (N, B, F).
+
+        B' = 2B with a guided context: conditional images first.
+        """
+        out = self._output(patches, context, m, rope)
+        if self.minus_one is None:
+            return out
+        return self.ops.euler_step(_for_each_branch(patches, out.shape[1]), out, self.minus_one)
+
+    def _output(self, patches: Tensor, context: Context, m: Modulation, rope: RopeTable) -> Tensor:
+        """The network's output for ``velocity``."""
         embedded = self.w.patch_embed(patches.flatten(0, 1)).view(*patches.shape[:2], -1)
         if context.tokens is None:
             batch = context.keys_values[0][0].shape[0]
-            x = embedded if batch == patches.shape[1] else embedded.repeat(1, batch // patches.shape[1], 1)
-            return self._blocks(x, 0, context, m, rope)
+            return self._blocks(_for_each_branch(embedded, batch), 0, context, m, rope)
         length, batch, width = context.tokens.shape
         x = embedded.new_empty(length + len(patches), batch, width)
         x[:length] = context.tokens
@@ -113,6 +125,11 @@ class Network:
         if context_kv is not None:
             out = self.ops.context_attention(q, *context_kv, out)
         return out.transpose(0, 1).reshape(-1, width // 3)
+
+
+def _for_each_branch(rows: Tensor, batch: int) -> Tensor:
+    """Rows (N, B, F) once for each branch of the guidance: (N, batch, F)."""
+    return rows if batch == rows.shape[1] else rows.repeat(1, batch // rows.shape[1], 1)
 
 
 def _first_norm(mod: BlockModulation) -> tuple[Tensor, Tensor]:

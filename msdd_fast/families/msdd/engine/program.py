@@ -100,7 +100,7 @@ class Program:
         v = end.v if end.v_uncond is None else self.ops.cfg_combine(end.v, end.v_uncond, inputs.scale)
         x_t, velocity = (unpatchify_rows(r, self.config.patch_size).float() for r in (end.x, v))
         t = self.schedule.time_grid(s, len(self.tables[s].steps))[1][-2]
-        images = clean_estimate(x_t, velocity, float(t), self.schedule[s])
+        images = clean_estimate(x_t, step.gain * velocity, float(t), self.schedule[s])
         return StageImages(s, convert(images, out_dtype), x_t + step.dt * velocity)
 
     def _euler(self, end: StageEnd, dt: Tensor, scale: Tensor) -> Tensor:

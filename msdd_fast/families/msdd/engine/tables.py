@@ -41,10 +41,14 @@ class Modulation(NamedTuple):
 
 
 class Step(NamedTuple):
-    """One Euler step: the network's vectors at its time, and dt < 0 as a float32 () tensor on the device."""
+    """One Euler step: the network's vectors at its time, and dt < 0 as a float32 () tensor on the device.
+
+    ``dt`` belongs to what ``Network.velocity`` returns, which is the velocity divided by ``gain``.
+    """
 
     modulation: Modulation
     dt: Tensor
+    gain: float
 
 
 class StageTables(NamedTuple):
@@ -110,11 +114,13 @@ def stage_tables(decoder: Decoder, schedule: StageSchedule, steps: int, device: 
         times, t = schedule.time_grid(stage.index, steps)
         grid = config.stage_resolution(stage.index) // config.patch_size
         context, image = decoder.rope_tables(grid, device)
+        velocity = config.decoder.prediction == "velocity"
+        gains = torch.ones(steps) if velocity else stage.velocity_gain(stage.within_stage_time(times))
         tables.append(
             StageTables(
                 [
-                    Step(modulation_at(decoder, times[i], device), _scalar(t[i + 1] - t[i], device))
-                    for i in range(steps)
+                    Step(modulation_at(decoder, time, device), _scalar(dt * gain, device), float(gain))
+                    for time, dt, gain in zip(times, t.diff(), gains, strict=True)
                 ],
                 joint_rope(context, image) if joint else image,
                 _scalar(stage.alpha, device),
