@@ -11,9 +11,9 @@ SHARD_SIZE = 8192
 """Images in a shard, unless --shard-size says otherwise."""
 
 
-def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+def add_checkpoint(parser: argparse.ArgumentParser, default: str = DEFAULT_CHECKPOINT) -> None:
     parser.add_argument(
-        "--checkpoint", default=DEFAULT_CHECKPOINT, help="bundled name, directory or hub id (default: %(default)s)"
+        "--checkpoint", default=default, help="bundled name, directory or hub id (default: %(default)s)"
     )
     parser.add_argument("--device", default=None, help="torch device (default: cuda if there is one, else cpu)")
 

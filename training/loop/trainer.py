@@ -44,6 +44,7 @@ from msdd_fast.training.loop.log import Clock, RunLog, progress_bar, progress_va
 from msdd_fast.training.loop.memory import prepare_blocks
 from msdd_fast.training.loop.objective import Critic, Loss, Objective, Recipe, distribute
 from msdd_fast.training.loop.optimizers import build_adamw, build_optimizers, set_learning_rate
+from msdd_fast.training.loop.precision import autocast, plain_attention
 from msdd_fast.training.loop.signals import StopSignals
 from msdd_fast.training.loop.state import StateStore, is_count, is_number
 from msdd_fast.training.loop.validation import Validation
@@ -186,7 +187,7 @@ class Trainer:
 
         Returns metrics of the whole batch, equal in all processes.
         """
-        with use_backend(PLAIN):
+        with use_backend(PLAIN), plain_attention(self.loop):
             return self._train_step(batches)
 
     def _train_step(self, batches: Sequence[Batch]) -> dict[str, float]:
@@ -197,7 +198,7 @@ class Trainer:
         for i, batch in enumerate(batches):
             draws = Draws(self.loop.seed, self.step, batch.samples)
             with _synchronised(self.objective, i == len(batches) - 1):
-                with self._autocast():
+                with autocast(self.loop):
                     loss = self.objective(batch.images.to(self.loop.device, non_blocking=True), draws)
                 (loss.value / len(batches)).backward()
             collected.append({"loss": loss.value.detach(), **loss.metrics})
@@ -236,7 +237,7 @@ class Trainer:
     def _critic_step(self, critic: Critic, for_critic: Sequence[Any]) -> dict[str, float]:
         lr = set_learning_rate([self.critic_optimizer], self.step, self.loop.steps, critic.optim)
         _zero_grad([self.critic_optimizer])
-        with self._autocast():
+        with autocast(self.loop):
             loss = self.critic_objective(for_critic)
         loss.value.backward()
         norm = nn.utils.clip_grad_norm_(critic.module.parameters(), critic.optim.grad_clip or math.inf)
@@ -244,11 +245,6 @@ class Trainer:
         if math.isfinite(metrics["critic_grad_norm"]):
             self.critic_optimizer.step()
         return {**metrics, "critic_lr": lr}
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        if self.loop.precision == "float32":
-            return nullcontext()
-        return torch.autocast(torch.device(self.loop.device).type, dtype=torch.bfloat16)
 
     def show(self) -> None:
         """Write the sample grid and log the validation metrics; the best of these marks its state to be kept."""
