@@ -10,7 +10,7 @@ from msdd_fast.commands.output import add_json, check_json, finish, say, steps
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--out", default="out/demo.png", help="picture to write (default: %(default)s)")
-    add_checkpoint(parser, default="msdd-nano-256")
+    add_checkpoint(parser)
     add_sampling(parser)
     add_dtype(parser)
     add_batch_size(parser, default=1)
