@@ -29,8 +29,8 @@ class OneStepConfig:
     """Share of the images; 0: flow matching alone (the paper), 1: none."""
     image_loss: Literal["l2", "l1"] = "l2"
     """Mean square or mean absolute difference."""
-    coarse_weight: float = 0.25
-    """Weight of the same loss at the end of all scales but the last, a mean over them."""
+    coarse_weight: float = 0.05
+    """Weight of the same loss of the images in the states at the end of the coarser scales, a mean over them."""
     perceptual_weight: float = 0.0
     """Weight of the perceptual distance of the image."""
     perceptual_crop: int | None = None
@@ -68,8 +68,8 @@ def one_step_loss(
 ) -> Loss:
     """Loss of images (B, 3, R, R) in [-1, 1] and their latent tokens, a mean over the images.
 
-    A decode is unrolled over all scales. Each scale learns the state that its end has on the line from the photograph,
-    shrunk, to the noise of the decode.
+    A decode is unrolled over all scales. The state at the end of each, without the noise that the schedule wants in it,
+    learns the photograph, shrunk.
     """
     images = images.float()
     noise = draw_noise(schedule, images.shape[-1], draws.seeds(Purpose.NOISE).to(images.device))
@@ -78,8 +78,8 @@ def one_step_loss(
     distance = F.mse_loss if config.image_loss == "l2" else F.l1_loss
     terms = []
     for stage, state, image in zip(schedule.stages, states, pyramid[1:], strict=True):
-        target = (1 - stage.end_t) * image + stage.end_t * path_noise(schedule, noise, stage.index)
-        terms.append(distance(state.float(), target))
+        clean = (state.float() - stage.end_t * path_noise(schedule, noise, stage.index)) / (1 - stage.end_t)
+        terms.append(distance(clean, image))
     found, weights = [terms[-1]], [1.0]
     if len(terms) > 1 and config.coarse_weight > 0:
         found.append(torch.stack(terms[:-1]).mean())

@@ -47,11 +47,12 @@ def test_it_is_the_distance_of_what_a_decode_gives(name, distance):
         loss, metrics = loss_of(tokenizer, images, config, numbers)
     assert metrics[f"image_{name}"].item() == pytest.approx(distance(states[-1], images).item(), rel=1e-5)
     ends = [s.end_t for s in tokenizer.schedule.stages]
-    targets = [
-        (1 - end) * image + end * path_noise(tokenizer.schedule, noise, i)
-        for i, (end, image) in enumerate(zip(ends, image_pyramid(images, 4)[1:], strict=True))
+    clean = [
+        (state - end * path_noise(tokenizer.schedule, noise, i)) / (1 - end)
+        for i, (end, state) in enumerate(zip(ends, states, strict=True))
     ]
-    coarse = [distance(a, b).item() for a, b in zip(states[:-1], targets[:-1], strict=True)]
+    pyramid = image_pyramid(images, 4)[1:]
+    coarse = [distance(a, b).item() for a, b in zip(clean[:-1], pyramid[:-1], strict=True)]
     assert metrics[f"coarse_{name}"].item() == pytest.approx(sum(coarse) / 3, rel=1e-5)
     total = metrics[f"image_{name}"] + 0.5 * metrics[f"coarse_{name}"]
     assert loss.item() == pytest.approx(total.item(), rel=1e-6)
