@@ -12,10 +12,14 @@ import torch
 from msdd_fast.bench.report.text import COLUMNS
 from msdd_fast.commands import main as cli
 from msdd_fast.commands import output
+from msdd_fast.commands.evaluation import options as eval_options
+from msdd_fast.commands.serving import settings_of
+from msdd_fast.integrations.serve import Settings
 from msdd_fast.io.arguments import dtype_name, positive_int, renamed
-from msdd_fast.io.images import save_image, to_image
+from msdd_fast.io.images import RESIZE_FILTERS, save_image, to_image
 from msdd_fast.io.latents import Latents, save_latents
 from msdd_fast.io.program import run_program
+from msdd_fast.metrics.image import SSIM_DATA_RANGES
 from tests.perturbed import perturbed
 
 
@@ -213,3 +217,9 @@ def test_help_fits_80_columns():
         [sys.executable, "-m", "msdd_fast", "--help"], capture_output=True, text=True, env={"COLUMNS": "80"}
     )
     assert done.returncode == 0 and max(map(len, done.stdout.splitlines())) <= COLUMNS
+
+
+def test_what_help_knows_without_importing_it():
+    assert set(eval_options.RESIZES) == set(RESIZE_FILTERS)
+    assert set(eval_options.SSIMS) == set(SSIM_DATA_RANGES)
+    assert settings_of(cli.build_parser("serve").parse_args(["serve"])) == Settings()

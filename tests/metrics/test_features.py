@@ -225,5 +225,7 @@ def test_packages_that_are_missing(monkeypatch, tmp_path):
 
 def test_nothing_imports_torchvision_by_itself(fresh):
     """It takes seconds, and needs the shim where PyTorch is built for CPUs."""
-    code = "import sys, msdd_fast.metrics, msdd_fast.commands.eval; sys.exit('torchvision' in sys.modules)"
+    code = (
+        "import sys, msdd_fast.metrics, msdd_fast.commands.evaluation.evaluate; sys.exit('torchvision' in sys.modules)"
+    )
     assert fresh(code).returncode == 0

@@ -17,8 +17,6 @@ from msdd_fast.commands.inputs import ImageReader, require_finite
 from msdd_fast.errors import InputError
 from msdd_fast.io.images import RESIZE_FILTERS, adm_crop, center_crop, to_tensor
 
-CROPS = ("center", "adm", "none")
-
 
 class Pairs(NamedTuple):
     """Images float32 (3, H, W) in [-1, 1].

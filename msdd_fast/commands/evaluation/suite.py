@@ -19,8 +19,6 @@ from msdd_fast.metrics.lpips import Lpips
 from msdd_fast.metrics.vgg19 import Vgg19Distance
 from msdd_fast.ops._patches import to_uint8
 
-PIXELS = ("float", "uint8")
-
 
 class Suite:
     """Figures by name.

@@ -7,8 +7,8 @@ import json
 
 import pytest
 
+from msdd_fast.commands.evaluation.options import CROPS
 from msdd_fast.commands.evaluation.run import RECORD
-from msdd_fast.commands.evaluation.sources import CROPS
 from msdd_fast.io.json_files import read_json_lines
 from tests.commands.bulk.conftest import COUNT, killed
 from tests.metrics.packages import package, write_squeezenet
