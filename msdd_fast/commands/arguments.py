@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from msdd_fast.io.arguments import DTYPES, dtype_name, positive_int
+from msdd_fast.io.arguments import DTYPES, byte_size, dtype_name, positive_int
 
 DEFAULT_CHECKPOINT = "msdd-nano"
 SHARD_SIZE = 8192
@@ -43,6 +43,16 @@ def add_dtype(parser: argparse.ArgumentParser) -> None:
 def add_batch_size(parser: argparse.ArgumentParser, default: int = 8) -> None:
     parser.add_argument(
         "--batch-size", type=positive_int, default=default, help="images at a time (default: %(default)s)"
+    )
+
+
+def add_max_memory(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--max-memory",
+        type=byte_size,
+        metavar="SIZE",
+        help="limit for weights, activations and images, such as 2GiB or 500MB: fewer images at once, then parts of an "
+        "image, at last tiles, which change it (docs/memory.md; default: none)",
     )
 
 

@@ -22,7 +22,9 @@ def load_tokenizer(args: argparse.Namespace) -> Tokenizer:
     return Tokenizer.from_pretrained(args.checkpoint).to(device)
 
 
-def load_engine(args: argparse.Namespace, tokenizer: Tokenizer, batch_size: int) -> FastDecoder:
+def load_engine(
+    args: argparse.Namespace, tokenizer: Tokenizer, batch_size: int, max_memory: int | None = None
+) -> FastDecoder:
     """The engine for the command line's --dtype, --steps and --cfg-scale."""
     return accelerate(
         tokenizer,
@@ -30,6 +32,7 @@ def load_engine(args: argparse.Namespace, tokenizer: Tokenizer, batch_size: int)
         steps=args.steps,
         cfg_scale=args.cfg_scale,
         batch_sizes=(batch_size,),
+        max_memory=max_memory,
     )
 
 

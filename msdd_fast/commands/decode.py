@@ -14,6 +14,7 @@ from msdd_fast.commands.arguments import (
     add_batch_size,
     add_checkpoint,
     add_dtype,
+    add_max_memory,
     add_sampling,
 )
 from msdd_fast.commands.bulk.options import add_ray
@@ -34,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_sampling(parser)
     add_dtype(parser)
     add_batch_size(parser)
+    add_max_memory(parser)
     add_json(parser, "what was written")
     others = parser.add_argument_group("options of single families (PiD; docs/pid.md)")
     others.add_argument("--text-features", metavar="FILE", help="features of the caption, for all images")

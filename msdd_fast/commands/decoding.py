@@ -15,11 +15,13 @@ from msdd_fast.commands.record import claim, decode_options, digest
 from msdd_fast.commands.shards import RECORD
 from msdd_fast.diffusion.checks import check_latents, first_not_finite
 from msdd_fast.diffusion.noise import resolve_seeds
+from msdd_fast.engine import FastDecoder
 from msdd_fast.errors import InputError
 from msdd_fast.families.base import Conditions
 from msdd_fast.io.files import require_writable
 from msdd_fast.io.images import IMAGE_SUFFIXES, save_image, to_image
 from msdd_fast.io.latents import Latents, concatenate, load_latents
+from msdd_fast.layers.request import Request
 
 OPTIONS = "decode.json"
 
@@ -37,6 +39,8 @@ def decode(args: argparse.Namespace) -> None:
     if ray is not None:
         if conditions(args):
             raise InputError("--text-features, --null-text-features, --sigma, --height and --width are not for --ray")
+        if args.max_memory is not None:
+            raise InputError("--max-memory is not for --ray")
         decode_on_ray(args, ray, OPTIONS)
         return
     if args.shard_size is not None:
@@ -49,13 +53,19 @@ def decode(args: argparse.Namespace) -> None:
     check_latents(latents.z, *tokenizer.config.latent_shape)
     check_finite(latents)
     seeds = resolve_seeds(args.seed, len(latents.z))
-    engine, given = load_engine(args, tokenizer, args.batch_size), conditions(args)
+    engine, given = load_engine(args, tokenizer, args.batch_size, args.max_memory), conditions(args)
     found = engine.conditions(latents.z[:1], **given)  # for its errors, before anything is written
     z = digest(json.dumps(latents.names), {"z": latents.z})
     mine = decode_options(z, tokenizer, args.seed, engine.steps, engine.cfg_scale, args.dtype, engine.dtype)
     mine |= recorded(given, found)
+    request = engine.request(latents.z[: args.batch_size], conditions=found)
+    tile = tile_of(engine, request)
+    if tile is not None:
+        mine["tile"] = tile
     claim(mine, options_file(Path(args.out)), targets, args.overwrite)
     missing = [args.overwrite or not path.exists() for path in targets]
+    if tile is not None:
+        say(args, f"decoding in tiles of {tile} px, which changes the pictures: --max-memory allows no larger ones")
     if not all(missing):
         say(args, f"{len(targets) - sum(missing)} of {len(targets)} are already there")
     with bar(args, sum(missing)) as shown:
@@ -64,7 +74,8 @@ def decode(args: argparse.Namespace) -> None:
             if todo:
                 # All of the batch, as in a run from the start: rounding depends on the batch size.
                 index = slice(part.start, part.stop)
-                images = engine.decode(latents.z[index], seeds[index], **given)
+                images = engine.decode(latents.z[index], seeds[index], tile=tile, **given)
+                require_tile(tile, tile_of(engine, request.with_batch(len(part)), tile))
                 if not images.isfinite().all():
                     raise InputError(f"decoding gave NaN or Inf for one of {', '.join(latents.names[index])}")
                 for i in todo:
@@ -72,6 +83,21 @@ def decode(args: argparse.Namespace) -> None:
                 shown.update(len(todo))
     say(args, f"wrote {sum(missing)} pictures to {args.out}")
     finish(args, {"out": args.out, "images": [str(t) for t in targets], "written": sum(missing), "options": mine})
+
+
+def tile_of(engine: FastDecoder, request: Request, tile: int | None = None) -> int | None:
+    """Side of the tiles that ``--max-memory`` makes the engine decode in, when it is asked for ``tile``; None: none."""
+    return tile if engine.max_memory is None else engine.plan(request, tile).way.tile or None
+
+
+def require_tile(expected: int | None, found: int | None) -> None:
+    """Raise InputError if an engine that ran out of memory went on in other tiles than the options beside the pictures
+    say."""
+    if found != expected:
+        raise InputError(
+            f"memory ran out below --max-memory, and tiles of {found} px would change the rest of the pictures: give a "
+            "smaller --max-memory, and --overwrite or another --out"
+        )
 
 
 def recorded(given: dict[str, Any], found: Conditions) -> dict[str, Any]:

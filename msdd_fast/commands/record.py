@@ -103,8 +103,9 @@ def claim(mine: dict[str, Any], file: Path, targets: list[Path], overwrite: bool
     there = [path for path in targets if path.exists()]
     if there and not overwrite:
         if theirs is not None:
-            differ = [f"{k} {theirs.get(k)!r} instead of {v!r}" for k, v in mine.items() if theirs.get(k) != v]
-            reason = f"was decoded with {', '.join(differ) or 'other options'}"
+            names = [k for k in {**mine, **theirs} if theirs.get(k) != mine.get(k)]
+            differ = ", ".join(f"{k} {theirs.get(k)!r} instead of {mine.get(k)!r}" for k in names)
+            reason = f"was decoded with {differ or 'other options'}"
         else:
             reason = f"is there, and {file} does not say how it was decoded"
         raise InputError(f"{there[0]} {reason}; give --overwrite to decode again, or another --out")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
-from msdd_fast.commands.arguments import add_checkpoint, add_dtype
+from msdd_fast.commands.arguments import add_checkpoint, add_dtype, add_max_memory
 from msdd_fast.io.arguments import positive_int
 
 
@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--cfg-scale", type=float, default=None, help="of requests that name none (default: the checkpoint's)"
     )
     add_dtype(parser)
+    add_max_memory(parser)
     # The defaults are those of integrations.serve.Settings, which is not imported here: PyTorch is behind it.
     limits: tuple[tuple[str, Callable[[str], float], float, str], ...] = (
         ("--max-batch", positive_int, 8, "images decoded together"),

@@ -69,6 +69,7 @@ def _engine(args: argparse.Namespace) -> FastDecoder:
         steps=args.steps,
         cfg_scale=args.cfg_scale,
         batch_sizes=sorted(sizes),
+        max_memory=args.max_memory,
         validate=True,
     )
 

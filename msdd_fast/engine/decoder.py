@@ -507,9 +507,9 @@ class FastDecoder:
         batch, shape = as_int("batch", batch, 1), self._latents_of(sides)
         return self.plan(self._request_of(batch, shape)).bytes
 
-    def plan(self, request: Request) -> Plan:
-        """How a request is decoded: in which way, how many images at once, in how many bytes."""
-        return self._plans(request, wants_bytes=True)[0]
+    def plan(self, request: Request, tile: int | None = None) -> Plan:
+        """How ``decode(tile=tile)`` does a request: in which way, how many images at once, in how many bytes."""
+        return self._plans(request, self._check_tile(tile), wants_bytes=True)[0]
 
     def release(self) -> None:
         """Free the memory of all graphs and recorded programs. Later decodes record again.

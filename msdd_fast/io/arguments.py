@@ -4,8 +4,10 @@ for, so that help is fast."""
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from typing import TYPE_CHECKING
 
 from msdd_fast.errors import InputError
@@ -15,6 +17,11 @@ if TYPE_CHECKING:
     import torch
 
 DTYPES = ("bfloat16", "float16", "float32")
+_BYTES = {"": 1, "b": 1} | {
+    f"{letter}{ending}": base**power
+    for power, letter in enumerate("kmgt", 1)
+    for ending, base in (("b", 1000), ("ib", 1024))
+}
 _SHORT = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
@@ -23,6 +30,15 @@ def positive_int(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
     return value
+
+
+def byte_size(text: str) -> int:
+    """Bytes of a size such as 2GiB, 1.5 GB or 4096. KiB, MiB, GiB and TiB count in 1024, kB, MB, GB and TB in 1000."""
+    found = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]{1,9})?) ?([a-z]*)", text.strip().lower())
+    size = int(Fraction(found[1]) * _BYTES[found[2]]) if found and found[2] in _BYTES else 0
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"must be a size such as 2GiB, 500MB or a number of bytes, got {text!r}")
+    return size
 
 
 def dtype_name(text: str) -> str:

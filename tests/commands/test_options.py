@@ -1,5 +1,6 @@
 """One set of option names, --json and --quiet everywhere, and no traceback for a mistake, benchmarks included."""
 
+import argparse
 import importlib
 import json
 import subprocess
@@ -15,7 +16,7 @@ from msdd_fast.commands import output
 from msdd_fast.commands.evaluation import options as eval_options
 from msdd_fast.commands.serving import settings_of
 from msdd_fast.integrations.serve import Settings
-from msdd_fast.io.arguments import dtype_name, positive_int, renamed
+from msdd_fast.io.arguments import byte_size, dtype_name, positive_int, renamed
 from msdd_fast.io.images import RESIZE_FILTERS, save_image, to_image
 from msdd_fast.io.latents import Latents, save_latents
 from msdd_fast.io.program import run_program
@@ -217,6 +218,59 @@ def test_help_fits_80_columns():
         [sys.executable, "-m", "msdd_fast", "--help"], capture_output=True, text=True, env={"COLUMNS": "80"}
     )
     assert done.returncode == 0 and max(map(len, done.stdout.splitlines())) <= COLUMNS
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("1", 1),
+        ("4096", 4096),
+        ("512 B", 512),
+        ("2GiB", 2**31),
+        ("2gib", 2**31),
+        (" 1.5 MiB ", 3 * 2**19),
+        ("0.1kB", 100),
+        ("500MB", 500 * 10**6),
+        ("1TB", 10**12),
+        ("1TiB", 2**40),
+    ],
+)
+def test_byte_size(text, size):
+    assert byte_size(text) == size
+
+
+@pytest.mark.parametrize(
+    "text", ["", "0", "0.0001kB", "-1", "GiB", "2G", "2 apples", "1e9", "nan", "1,5GB", "9" * 5000, "\u0663"]
+)
+def test_no_byte_size(text):
+    with pytest.raises(
+        argparse.ArgumentTypeError, match="must be a size such as 2GiB, 500MB or a number of bytes, got "
+    ):
+        byte_size(text)
+
+
+@pytest.mark.parametrize("command", ["decode", "serve"])
+def test_max_memory_reaches_the_engine(command, folder, tmp_path, capsys, monkeypatch):
+    if command == "serve":
+        pytest.importorskip("uvicorn", reason="needs the extra [serve]")
+    words = ["z.safetensors", "-o", str(tmp_path / "out")] if command == "decode" else ["--port", "0"]
+    common = ["--checkpoint", str(folder / "tok"), "--device", "cpu"]
+    monkeypatch.chdir(folder)
+    assert cli.main([command, *words, *common, "--max-memory", "1kB"]) == 1
+    assert "max_memory must be at least " in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        cli.main([command, *words, *common, "--max-memory", "lots"])
+    assert stop.value.code == 2
+    assert "argument --max-memory: must be a size such as 2GiB, 500MB" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_max_memory_is_not_for_ray(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("msdd_fast.commands.bulk.options.has_ray", lambda: True)
+    words = ["decode", str(folder / "z.safetensors"), "-o", str(tmp_path / "out"), "--max-memory", "1GB", "--ray"]
+    assert cli.main(words) == 1
+    assert capsys.readouterr().err == "msdd-fast: error: --max-memory is not for --ray\n"
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_help_knows_without_importing_it():

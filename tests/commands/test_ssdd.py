@@ -1,6 +1,7 @@
 """The command line with an SSDD tokenizer saved to a folder."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,11 +9,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from msdd_fast import Tokenizer
+from msdd_fast import FastDecoder, Tokenizer, accelerate
 from msdd_fast.commands import main as cli
 from msdd_fast.families.ssdd.presets import SSDD_PRESETS
 from msdd_fast.io.images import center_crop, load_image, to_tensor
-from msdd_fast.io.latents import load_latents
+from msdd_fast.io.latents import Latents, load_latents, save_latents
+from msdd_fast.layers.request import ways_of
 from msdd_fast.metrics.image import psnr
 from msdd_fast.ops._patches import to_uint8
 from tests.families.ssdd.test_ssdd import random_tokenizer
@@ -94,8 +96,6 @@ def test_encode_shards_with_none_readable(run, tiny, photos, tmp_path):
 
 def test_decode_in_bfloat16(run, tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("MSDD_FAST_CPU_BF16", "1")
-    from msdd_fast.io.latents import Latents, save_latents
-
     z = torch.randn(1, 4, 8, 16, generator=torch.Generator().manual_seed(0))  # not square
     save_latents(Latents(z, ["x"]), tmp_path / "z.safetensors")
     args = ("decode", tmp_path / "z.safetensors", "-o", tmp_path / "x.png")
@@ -103,6 +103,71 @@ def test_decode_in_bfloat16(run, tiny, tmp_path, monkeypatch):
     image, exact = pixels(tmp_path / "x.png"), to_uint8(tiny.decode(z)[0])
     assert image.shape == exact.shape == (3, 64, 128)
     assert 0 < (image.float() - exact.float()).abs().mean() < 10
+
+
+@pytest.fixture(scope="module")
+def large(tiny, tmp_path_factory):
+    """Latents of three images of 256 x 192 px, and the limit that leaves only tiles for two of them together."""
+    z = torch.randn(3, 4, 32, 24, generator=torch.Generator().manual_seed(0))
+    path = tmp_path_factory.mktemp("large") / "z.safetensors"
+    save_latents(Latents(z, ["a", "b", "c"]), path)
+    engine = accelerate(tiny, dtype=torch.float32, steps=1, batch_sizes=2)
+    request = engine.request(z[:2])
+    untiled = [request._replace(way=way) for way in ways_of(engine.program, request) if not way.tile]
+    limit = min(engine._budget.needed(r, 1) for r in untiled) - 1
+    limited = accelerate(tiny, dtype=torch.float32, steps=1, batch_sizes=2, max_memory=limit)
+    assert limited.plan(request).way.tile == 128 and not limited.plan(request.with_batch(1)).way.tile
+    whole, tiled = engine.decode(z, range(3)), engine.decode(z, range(3), tile=128)
+    return SimpleNamespace(path=path, limit=limit, whole=whole, tiled=tiled)
+
+
+def decode_large(run, large, out, *more):
+    return run("decode", large.path, "-o", out, "--steps", 1, "--dtype", "float32", "--batch-size", 2, *more)
+
+
+def test_tiles_of_a_memory_limit_are_part_of_the_options(run, large, tmp_path):
+    """Every batch has the same tiles, also the last, which by itself would need none."""
+    limit = ("--max-memory", large.limit)
+    code, out, err = decode_large(run, large, tmp_path, *limit)
+    assert (code, err) == (0, "") and "decoding in tiles of 128 px, which changes the pictures" in out
+    record = json.loads((tmp_path / "decode.json").read_text())
+    assert record["tile"] == 128
+    for name, tiled, whole in zip("abc", large.tiled, large.whole, strict=True):
+        assert nearly_equal(pixels(tmp_path / f"{name}.png"), to_uint8(tiled))
+        assert not nearly_equal(pixels(tmp_path / f"{name}.png"), to_uint8(whole))
+    (tmp_path / "b.png").unlink()
+    code, _, err = decode_large(run, large, tmp_path)
+    assert code == 1 and "a.png was decoded with tile 128 instead of None; give --overwrite" in err
+    assert decode_large(run, large, tmp_path, *limit)[1].count("2 of 3 are already there") == 1
+    assert nearly_equal(pixels(tmp_path / "b.png"), to_uint8(large.tiled[1]))
+
+
+def test_a_memory_limit_that_changes_nothing_is_not_recorded(run, large, tmp_path):
+    assert decode_large(run, large, tmp_path, "--max-memory", "16GiB")[0] == 0
+    assert nearly_equal(pixels(tmp_path / "c.png"), to_uint8(large.whole[2]))
+    code, out, _ = decode_large(run, large, tmp_path)
+    assert code == 0 and "3 of 3 are already there" in out
+
+
+def test_memory_that_runs_out_below_the_limit(run, large, tmp_path, monkeypatch):
+    """The engine would go on in tiles: such pictures are not put among others."""
+    usual = FastDecoder._decode_chunk
+
+    def small(self, inputs, request, *rest):
+        if not request.way.tile:
+            raise MemoryError
+        return usual(self, inputs, request, *rest)
+
+    monkeypatch.setattr(FastDecoder, "_decode_chunk", small)
+    code, _, err = decode_large(run, large, tmp_path, "--max-memory", "16GiB")
+    assert code == 1 and "memory ran out below --max-memory, and tiles of 128 px would change the rest" in err
+    assert [p.name for p in tmp_path.iterdir()] == ["decode.json"]
+
+
+def test_a_memory_limit_that_nothing_fits_in(run, large, tmp_path):
+    code, _, err = decode_large(run, large, tmp_path / "out", "--max-memory", "1kB")
+    assert code == 1 and "max_memory must be at least " in err and "got 1000" in err
+    assert not (tmp_path / "out").exists()
 
 
 def test_reconstruct(run, tiny, photos, tmp_path):
