@@ -153,16 +153,24 @@ class ChoiceRecorder:
 
 @torch.no_grad()
 def describe(engine: Engine, z: Tensor | None) -> Report:
-    """Report of ``engine``; runs one decode without graphs to see the ops, and one of the eager tokenizer."""
+    """Report of ``engine``; runs one decode without graphs to see the ops, and one of the eager tokenizer.
+
+    A replayed graph shows no ops: with graphs, and unless z is one image, the engine decodes once more to be compared.
+    """
     if z is None:
         z = random_latents(engine.family, 1)
     z = z.to(engine.device)
     choices = ChoiceRecorder()
+    given = example_conditions(engine.family)
+    others = engine.conditions(z[:1], **given)
+    request = engine.request(z[:1], conditions=others)
+    plan = engine.plan(request)
+    images = None
     with observe(choices):
-        others = engine.conditions(z[:1], **example_conditions(engine.family))
-        request = engine.request(z[:1], conditions=others)
-        plan = engine.plan(request)
-        engine.program.decode(engine.inputs(z[:1], conditions=others), request._replace(way=plan.way))
+        if engine.graphs or len(z) != 1:
+            engine.program.decode(engine.inputs(z[:1], conditions=others), request._replace(way=plan.way))
+        else:
+            images = engine.decode(z, **given)
     tokenizer = engine.tokenizer()
     return Report(
         model=engine.family.model,
@@ -179,7 +187,7 @@ def describe(engine: Engine, z: Tensor | None) -> Report:
         way=f"{plan} for an image of {' x '.join(map(str, request.image_shape(engine.config)[1:]))} px",
         constant=engine.family.constant,
         accuracy=(
-            *((_accuracy(engine, tokenizer, z),) if tokenizer is not None else ()),
+            *((_accuracy(engine, tokenizer, z, images),) if tokenizer is not None else ()),
             *((engine.accuracy,) if engine.accuracy is not None else ()),
         ),
         notes=tuple(engine.notes),
@@ -212,10 +220,11 @@ def random_latents(family: Family, batch: int) -> Tensor:
     return torch.randn(batch, *family.example, generator=generator, dtype=torch.float32, device="cpu")
 
 
-def _accuracy(engine: Engine, tokenizer: Tokenizer, z: Tensor) -> Accuracy:
+def _accuracy(engine: Engine, tokenizer: Tokenizer, z: Tensor, images: Tensor | None) -> Accuracy:
+    """Of ``images``, or if there are none of what the engine decodes now."""
     parameter = next(tokenizer.parameters())
     given = example_conditions(engine.family)
-    mine = engine.decode(z, **given)
+    mine = engine.decode(z, **given) if images is None else images
     reference = tokenizer.decode(z.to(parameter.dtype), 0, engine.steps, engine.cfg_scale, **given)
     error = float((mine - reference).abs().max())
     return Accuracy(f"eager {_name(parameter.dtype)}", error, float(psnr(mine, reference).min()))

@@ -155,6 +155,19 @@ def test_graphs_that_cannot_be_had(cross, monkeypatch):
     assert "graphs  no: not wanted (graphs=False)" in str(accelerate(cross, graphs=False).report())
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_report_decodes_once_where_nothing_is_replayed(cross, monkeypatch, count):
+    """What it compares with the eager model are then the images of the decode whose ops it lists."""
+    engine, z = accelerate(cross, dtype=torch.float32, graphs=False), latents(cross, count)
+    error = (engine.decode(z) - cross.decode(z, 0, engine.steps, engine.cfg_scale)).abs().max()
+    decodes, decode = [], engine.program.decode
+    monkeypatch.setattr(engine.program, "decode", lambda *args: decodes.append(len(args[0].z)) or decode(*args))
+    report = engine.report(z)
+    assert decodes == ([1] if count == 1 else [1, 2])
+    assert report.accuracy[0].max_abs == float(error)
+    assert report.ops == accelerate(cross, dtype=torch.float32).report(z).ops
+
+
 @pytest.mark.parametrize(
     ("z", "arguments", "message"),
     [
