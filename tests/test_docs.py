@@ -94,6 +94,37 @@ def test_the_tables_of_the_specification():
     assert time_weight(torch.tensor(t)).tolist() == pytest.approx(weights, rel=0.005)
 
 
+ROBUSTNESS = (ROOT / "docs/robustness.md").read_text()
+
+
+def test_the_tests_that_the_page_on_robustness_names_exist():
+    rows = re.findall(r"^\| .* \| (.*) \|$", ROBUSTNESS.partition("## What the long runs gave")[0], re.M)
+    named = [re.findall(r"`([^`]*)::(\w+)`", held) for held in rows if held != "held by"]
+    assert len(named) > 47 and all(named)
+    for file, name in sorted({test for tests in named for test in tests}):
+        path = ROOT / file if file.startswith("csrc/tests/") else ROOT / "tests" / file
+        begin = "void" if path.suffix == ".cpp" else "def"
+        assert path.is_file() and re.search(rf"^{begin} {name}\(", path.read_text(), re.M), f"{file}::{name}"
+
+
+def test_what_the_page_on_robustness_says_was_mended_exists():
+    """Each of the 47 entries once; files, folders and the names in them."""
+    rows = re.findall(r"^\| (\d+) \| [^|]* \| ([^|]*) \| [^|]* \|$", ROBUSTNESS, re.M)
+    assert [int(number) for number, _ in rows] == list(range(1, 48))
+    for number, where in rows:
+        spans = re.findall(r"`([^`]+)`", where)
+        files = [place for span in spans if (place := mended(span)) is not None]
+        assert files, f"entry {number} names no file"
+        text = "".join(f.read_text() for f in files if f.is_file())
+        lost = [span for span in spans if mended(span) is None and span not in text]
+        assert not lost, f"entry {number}: {lost}"
+
+
+def mended(place: str) -> Path | None:
+    """A file or folder of the repository; msdd_fast/ may be left out."""
+    return next((p for p in (ROOT / "msdd_fast" / place, ROOT / place) if p.exists()), None)
+
+
 def test_commands_in_the_readme_exist():
     from msdd_fast.commands.main import COMMANDS
 
