@@ -82,8 +82,7 @@ class PatchFeatures(nn.Module):
     Attributes:
         name: the network whose weights these are; a prefix of its metrics in the log.
         image_size: pixels per side of its input.
-        width: channels of a feature map.
-        depths: number of feature maps.
+        widths: channels of each feature map.
     """
 
     taps = (0, 3, 6, 9, 12)
@@ -94,7 +93,7 @@ class PatchFeatures(nn.Module):
         self, name: str, image_size: int = 224, patch: int = 16, width: int = 384, heads: int = 6, depth: int = 12
     ) -> None:
         super().__init__()
-        self.name, self.image_size, self.width, self.depths = name, image_size, width, len(self.taps)
+        self.name, self.image_size, self.widths = name, image_size, (width,) * len(self.taps)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(torch.zeros(1, (image_size // patch) ** 2 + 1, width))
         self.patch_embed = PatchEmbed(patch, width)
@@ -104,7 +103,7 @@ class PatchFeatures(nn.Module):
         self.requires_grad_(False).eval()
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """(B, 3, S, S) in [-1, 1], S = image_size, to ``depths`` maps (B, width, tokens). Differentiable."""
+        """(B, 3, S, S) in [-1, 1], S = image_size, to maps (B, width, tokens). Differentiable."""
         x = ((images + 1) / 2 - self.mean) / self.std
         x = self.patch_embed.proj(x).flatten(2).transpose(1, 2)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed

@@ -1,4 +1,4 @@
-"""The discriminator: trained heads on the patch features of a frozen ViT (docs/spec.md#adversarial)."""
+"""The discriminator: trained heads on the features of a frozen network (docs/spec.md#adversarial)."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from msdd_fast.training.losses.augment import augment
 from msdd_fast.training.losses.dino import PatchFeatures
+from msdd_fast.training.losses.vgg_features import VggFeatures
 
 
 class BatchNorm(nn.Module):
@@ -71,20 +72,20 @@ def _block(channels: int, width: int) -> nn.Sequential:
 
 
 class Discriminator(nn.Module):
-    """Logits of images: one head per depth of a frozen ViT. Computes in float32, also under autocast.
+    """Logits of images: one head per feature map of a frozen network. Computes in float32, also under autocast.
 
     Args:
         features: the frozen backbone. Not a submodule, so that neither the optimiser nor a saved state contains it.
     """
 
-    def __init__(self, features: PatchFeatures) -> None:
+    def __init__(self, features: PatchFeatures | VggFeatures) -> None:
         super().__init__()
         self._features = (features,)
         self.name = features.name
-        self.heads = nn.ModuleList(Head(features.width) for _ in range(features.depths))
+        self.heads = nn.ModuleList(Head(width) for width in features.widths)
 
     def forward(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """(B, 3, H, W) in [-1, 1] to (B, depths * tokens); ``generator`` (CPU) draws the crop."""
+        """(B, 3, H, W) in [-1, 1] to (B, tokens of all maps); ``generator`` (CPU) draws the crop."""
         (features,) = self._features
         with torch.autocast(images.device.type, enabled=False):
             maps = features(fit(images.float(), features.image_size, generator))

@@ -26,6 +26,7 @@ from msdd_fast.diffusion.checks import check_sampling
 from msdd_fast.diffusion.config import SamplingConfig
 from msdd_fast.diffusion.noise import start_noise
 from msdd_fast.errors import ConfigError
+from msdd_fast.metrics.vgg19 import Vgg19Distance
 from msdd_fast.sampling import VelocityModel
 from msdd_fast.tokenizer import Tokenizer
 from msdd_fast.training.config import Components, RunConfig, replace_config
@@ -36,9 +37,10 @@ from msdd_fast.training.loop.objective import Critic, Loss
 from msdd_fast.training.losses.adversarial import AdversarialLoss, adaptive_weight, discriminator_loss, generator_loss
 from msdd_fast.training.losses.augment import NUM_DRAWS
 from msdd_fast.training.losses.crop import random_crop
-from msdd_fast.training.losses.dino import SOURCE, load_dino, random_features
+from msdd_fast.training.losses.dino import SOURCE, PatchFeatures, load_dino, random_features
 from msdd_fast.training.losses.discriminator import Discriminator
 from msdd_fast.training.losses.perceptual import Perceptual, require_perceptual
+from msdd_fast.training.losses.vgg_features import VggFeatures
 from msdd_fast.training.preview import TeacherColumns
 from msdd_fast.training.recipes.msdd_unroll import draw_noise, image_pyramid, msdd_parts, path_noise, stage_of, unroll
 
@@ -277,7 +279,7 @@ class MSDDDistillConfig(RunConfig):
     """Checkpoint that the student starts from, if not the teacher: the same encoder, any decoder."""
     discriminator: str | None = None
     """Backbone of the adversarial recipe's discriminator: a file of DINO's ViT-S/16, the name of a timm model in the
-    local Hugging Face cache, or "random" (untrained, for tests only)."""
+    local Hugging Face cache, "vgg19" (the file ``vgg19``), or "random" (untrained, for tests only)."""
     objective: Stage2Config = field(default_factory=Stage2Config)
     critic: AdamConfig = field(default_factory=lambda: AdamConfig(lr=5e-5))
     """Optimiser of the discriminator, with its own schedule."""
@@ -285,7 +287,9 @@ class MSDDDistillConfig(RunConfig):
     def build(self) -> Components:
         objective, device = self.objective, self.loop.device
         if objective.is_adversarial and self.discriminator is None:
-            raise ConfigError(f"recipe 'adversarial' needs discriminator, the file of its backbone, got none: {SOURCE}")
+            raise ConfigError(
+                f"recipe 'adversarial' needs discriminator, the file of its backbone or 'vgg19', got none: {SOURCE}"
+            )
         teacher = Tokenizer.from_pretrained(self.teacher)
         if teacher.config.family != "msdd":
             raise ConfigError(f"teacher must be of the family msdd, got {self.teacher}")
@@ -298,7 +302,14 @@ class MSDDDistillConfig(RunConfig):
 
     def _discriminator(self) -> Discriminator:
         assert self.discriminator is not None
-        features = random_features() if self.discriminator == "random" else load_dino(self.discriminator)
+        if self.discriminator == "vgg19":
+            if self.vgg19 is None:
+                raise ConfigError(f"discriminator 'vgg19' needs the file vgg19, got none: {Vgg19Distance.SOURCE}")
+            features: PatchFeatures | VggFeatures = VggFeatures(self.vgg19)
+        elif self.discriminator == "random":
+            features = random_features()
+        else:
+            features = load_dino(self.discriminator)
         torch.manual_seed(self.loop.seed)
         return Discriminator(features.to(self.loop.device))
 

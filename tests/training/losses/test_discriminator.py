@@ -10,11 +10,14 @@ import torch.multiprocessing as mp
 from safetensors.torch import save_file
 from torch import nn
 
-from msdd_fast.errors import CheckpointError
+from msdd_fast.errors import CheckpointError, ConfigError
+from msdd_fast.metrics.vgg19 import Vgg19Distance
 from msdd_fast.training.losses.adversarial import adaptive_weight, discriminator_loss, generator_loss
 from msdd_fast.training.losses.augment import NUM_DRAWS, augment
 from msdd_fast.training.losses.dino import PatchFeatures, load_dino, random_features
 from msdd_fast.training.losses.discriminator import BatchNorm, Discriminator, Head, fit
+from msdd_fast.training.losses.vgg_features import VggFeatures
+from msdd_fast.training.recipes.msdd_stage2 import MSDDDistillConfig
 from tests.draws import generator
 
 # --- batch statistics
@@ -120,6 +123,42 @@ def test_gradients_go_through_the_backbone_to_the_image():
     assert all(p.grad is None for p in discriminator.parameters())
     assert all(p.requires_grad for p in discriminator.parameters())
     assert not any(p.requires_grad for p in discriminator._features[0].parameters())
+
+
+@pytest.fixture
+def vgg_file(tmp_path):
+    """Random weights in the layout of the genuine file."""
+    state = {}
+    for key, n_in, n_out, kernel in Vgg19Distance._LAYERS:
+        conv = torch.nn.Conv2d(n_in, n_out, kernel)
+        state |= {f"{key}.{name}": p.detach() for name, p in conv.named_parameters()}
+    torch.save(state, tmp_path / "vgg.pth")
+    return tmp_path / "vgg.pth"
+
+
+def test_vgg_backbone(vgg_file):
+    torch.manual_seed(0)
+    discriminator = Discriminator(VggFeatures(vgg_file)).eval()  # the spectral norms stay as they are
+    assert discriminator.name == "vgg19"
+    images = torch.rand(2, 3, 96, 96, generator=generator()) * 2 - 1
+    small = fit(images, 64, generator())
+    maps = Vgg19Distance(vgg_file).activations(small)
+    expected = [head(m.flatten(2)) for head, m in zip(discriminator.heads, maps[1:], strict=True)]
+    x = images.clone().requires_grad_()
+    with discriminator.frozen():
+        logits = discriminator(x, generator())
+        logits.sum().backward()
+    assert logits.shape == (2, 32 * 32 + 16 * 16) and x.grad.abs().sum() > 0
+    torch.testing.assert_close(logits, torch.cat(expected, dim=1), rtol=1e-3, atol=1e-4)
+    assert not any(name.startswith("_features") for name, _ in discriminator.named_parameters())
+
+
+def test_vgg_backbone_of_a_run(vgg_file, tmp_path):
+    config = dict(data=(), out=str(tmp_path), teacher="msdd-nano", discriminator="vgg19", perceptual="random")
+    with pytest.raises(ConfigError, match="discriminator 'vgg19' needs the file vgg19, got none: the VGG-19 features"):
+        MSDDDistillConfig(**config).build()
+    critic = MSDDDistillConfig(**config, vgg19=str(vgg_file)).build().critic
+    assert critic.module.name == "vgg19" and len(critic.module.heads) == 2
 
 
 def test_bfloat16_autocast_does_not_reach_it():
