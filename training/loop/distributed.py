@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import gc
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, NoReturn, TypeVar, cast
 
@@ -156,6 +156,15 @@ def sum_over_processes(x: Tensor) -> Tensor:
 def mean_over_processes(x: Tensor) -> Tensor:
     """Average ``x`` over the processes, in place."""
     return sum_over_processes(x).div_(world_size()) if world_size() > 1 else x
+
+
+def broadcast(tensors: Sequence[Tensor], source: int) -> list[Tensor]:
+    """The tensors of process ``source``, in all processes, in one message; the others give any of the same shapes."""
+    if not tensors:
+        return []
+    flat = torch.cat([t.flatten() for t in tensors])
+    dist.broadcast(flat, source)
+    return [part.view_as(t) for part, t in zip(flat.split([t.numel() for t in tensors]), tensors, strict=True)]
 
 
 def barrier() -> None:

@@ -167,12 +167,6 @@ class TokenizerConfig(JsonConfig):
         """Pixels per side of a stage; the last stage is ``image_size``."""
         return self.image_size // 2 ** (self.schedule.num_stages - 1 - stage)
 
-    def stage_of(self, resolution: int) -> int:
-        """The stage with so many pixels per side. Raises ConfigError if there is none."""
-        stages = {self.stage_resolution(s): s for s in range(self.schedule.num_stages)}
-        require(resolution in stages, f"resolution must be one of {sorted(stages)}, got {resolution}")
-        return stages[resolution]
-
     def stage_shapes(self, latents: Sequence[int]) -> list[tuple[int, int, int]]:
         """Shape (3, H, W) of the state in every stage, for latents of a shape (B, ...)."""
         return [(3, r, r) for r in map(self.stage_resolution, range(self.schedule.num_stages))]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from msdd_fast.diffusion.rope import RopeTable, image_grid_positions, rope_table
-from msdd_fast.diffusion.schedule import StageSchedule
+from msdd_fast.diffusion.schedule import Stage, StageSchedule
 from msdd_fast.errors import InputError
 from msdd_fast.families.msdd.config import TokenizerConfig
 from msdd_fast.families.msdd.embeddings import PatchEmbed, TimestepEmbedder, unpatchify
@@ -107,7 +107,7 @@ class Decoder(nn.Module):
         out = unpatchify(self.final_layer(image, c), self.config.patch_size).to(x_t.dtype)
         if self.config.decoder.prediction == "velocity":
             return out
-        stage = self.schedule[self.config.stage_of(x_t.shape[-1])]
+        stage = self._stage_of(x_t)
         return stage.velocity_gain(stage.within_stage_time(t))[:, None, None, None].to(x_t.dtype) * (x_t - out)
 
     def rope_tables(self, grid: int, device: torch.device) -> tuple[RopeTable, RopeTable]:
@@ -121,6 +121,12 @@ class Decoder(nn.Module):
         image = rope_table(rows, cols, head_dim, cfg.base, cosine_only=cfg.image_rope == "cosine")
         row = grid if self.config.decoder.conditioning == "joint" else self.config.grid_size
         return context_rope_table(self.config, head_dim, row, device), image
+
+    def _stage_of(self, x_t: Tensor) -> Stage:
+        sizes = [self.config.stage_resolution(stage.index) for stage in self.schedule.stages]
+        if x_t.shape[-1] not in sizes:
+            raise InputError(f"x_t must have the resolution of a stage, one of {sizes}, got {x_t.shape[-1]}")
+        return self.schedule[sizes.index(x_t.shape[-1])]
 
     def _check(self, x_t: Tensor, t: Tensor, z: Tensor | None) -> None:
         cfg = self.config

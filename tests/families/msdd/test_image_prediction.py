@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from msdd_fast import Tokenizer, accelerate
 from msdd_fast.diffusion.schedule import build_stages
-from msdd_fast.errors import ConfigError
+from msdd_fast.errors import ConfigError, InputError
 from msdd_fast.families import get_preset
 from msdd_fast.families.msdd.config import TokenizerConfig
 from tests.perturbed import perturbed
@@ -65,7 +65,7 @@ def test_decoder():
         t = torch.tensor([stage.timestep_max, (stage.timestep_max + stage.timestep_min) / 2]) / 1000
         gain = stage.velocity_gain(torch.tensor([1.0, 0.5]))[:, None, None, None]
         torch.testing.assert_close(image.decoder(x, t, z), gain * (x - velocity.decoder(x, t, z)))
-    with pytest.raises(ConfigError, match=r"resolution must be one of \[8, 16, 32, 64\], got 24"):
+    with pytest.raises(InputError, match=r"x_t must have the resolution of a stage, one of \[8, 16, 32, 64\], got 24"):
         image.decoder(torch.zeros(1, 3, 24, 24), torch.ones(1), z[:1])
 
 
