@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+
+from msdd_fast.io.packages import import_package
 
 SIZE = 256
 """Pixels per side of all images in the comparison."""
@@ -42,8 +45,15 @@ def count_flops(run: Callable[[], Any]) -> int:
     return int(counter.get_total_flops())
 
 
+def import_diffusers() -> ModuleType:
+    """diffusers, with its autoencoders imported. Raises InputError if it is not installed or does not import."""
+    import_package("diffusers.models.autoencoders", "diffusers", "peers")
+    return import_package("diffusers", "diffusers", "peers")
+
+
 def size_of(peer: Peer) -> dict[str, int]:
     """{"parameters": of the decoder, "flops": of one image}, counted on meta tensors."""
+    import_diffusers()
     with torch.device("meta"):
         model = peer.build().eval().requires_grad_(False)
         evaluate = peer.evaluate
@@ -57,9 +67,7 @@ def size_of(peer: Peer) -> dict[str, int]:
 
 def build(peer: Peer, device: torch.device, dtype: torch.dtype, batch: int) -> tuple[nn.Module, Tensor]:
     """The decoder with random weights, and random latents."""
-    from diffusers.utils import logging
-
-    logging.set_verbosity_error()  # it warns of a cast that changes nothing
+    import_diffusers().utils.logging.set_verbosity_error()  # it warns of a cast that changes nothing
     torch.manual_seed(0)
     model = peer.build().eval().requires_grad_(False).to(device, dtype)
     return model, torch.randn(batch, *peer.latent, device=device, dtype=dtype)

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import importlib.util
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -29,7 +28,7 @@ from msdd_fast.bench.baselines import ours
 from msdd_fast.bench.baselines.autoencoders import AUTOENCODERS
 from msdd_fast.bench.baselines.consistency import CONSISTENCY
 from msdd_fast.bench.baselines.ours import OURS
-from msdd_fast.bench.baselines.peer import Peer, build, size_of
+from msdd_fast.bench.baselines.peer import Peer, build, import_diffusers, size_of
 from msdd_fast.bench.baselines.rae import RAE
 from msdd_fast.bench.baselines.turns import WAYS, Options, in_turns
 from msdd_fast.bench.report.documents import read_json, taken_for
@@ -130,8 +129,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     known = [p.name for p in PEERS] + list(OURS)
     if set(args.only) - set(known):
         raise InputError(f"--only must name some of {', '.join(known)}, got {', '.join(args.only)}")
-    if {p.name for p in PEERS} & set(args.only or known) and importlib.util.find_spec("diffusers") is None:
-        raise InputError("other decoders need diffusers: pip install 'msdd-fast[peers]'")
+    if {p.name for p in PEERS} & set(args.only or known):
+        import_diffusers()
     device = pick_device(args.device)
     dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     options = Options(device, getattr(torch, dtype), args.batch_size, args.rounds, args.seconds, args.compile_seconds)

@@ -23,16 +23,15 @@ from msdd_fast.diffusion.noise import resolve_seeds
 from msdd_fast.engine import FastDecoder
 from msdd_fast.errors import InputError
 from msdd_fast.families import family_of
+from msdd_fast.io.packages import optional
 from msdd_fast.layers.request import AnySize
 from msdd_fast.tokenizer import Tokenizer, as_tokenizer
 
-try:
+with optional("diffusers", "diffusers"):
     from diffusers import ConfigMixin, ModelMixin
     from diffusers.configuration_utils import register_to_config
     from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
     from diffusers.models.modeling_outputs import AutoencoderKLOutput
-except ImportError as e:
-    raise InputError("msdd_fast.integrations.diffusers needs diffusers: pip install 'msdd-fast[diffusers]'") from e
 
 SEED_LIMIT = 2**63 - 1  # of torch.randint, which excludes it
 

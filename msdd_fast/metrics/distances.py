@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from msdd_fast.errors import InputError
-from msdd_fast.metrics._packages import import_package
+from msdd_fast.io.packages import import_package
 from msdd_fast.metrics.statistics import FeatureStatistics
 
 KID_SUBSETS = 100
@@ -28,7 +28,7 @@ class KernelDistance(NamedTuple):
 def require_torch_fidelity() -> None:
     """Raise InputError, which says why, if the distances cannot be computed here."""
     for module in ("metric_fid", "metric_kid"):
-        import_package(f"torch_fidelity.{module}", "torch-fidelity")
+        import_package(f"torch_fidelity.{module}", "torch-fidelity", "eval")
 
 
 def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
@@ -38,7 +38,7 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
     """
     if a.mean.shape != b.mean.shape:
         raise InputError(f"statistics must be of as many features, got {len(a.mean)} and {len(b.mean)}")
-    fid = import_package("torch_fidelity.metric_fid", "torch-fidelity")
+    fid = import_package("torch_fidelity.metric_fid", "torch-fidelity", "eval")
     first, second = ({"mu": s.mean.numpy(), "sigma": s.covariance().numpy()} for s in (a, b))
     result = fid.fid_statistics_to_metric(first, second, False)
     return float(result[fid.KEY_METRIC_FID])
@@ -55,7 +55,7 @@ def kernel_distance(a: Tensor, b: Tensor) -> KernelDistance:
     size = min(KID_SUBSET_SIZE, len(a), len(b))
     if size < 2:
         raise InputError(f"a kernel distance needs at least 2 images of each set, got {size}")
-    kid = import_package("torch_fidelity.metric_kid", "torch-fidelity")
+    kid = import_package("torch_fidelity.metric_kid", "torch-fidelity", "eval")
     result = kid.kid_features_to_metric(
         a.cpu(),
         b.cpu(),

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from msdd_fast.errors import CheckpointError, InputError
-from msdd_fast.metrics._packages import import_package
+from msdd_fast.io.packages import import_package
 from msdd_fast.metrics._weights import copy_weight, read_weights
 from msdd_fast.metrics.vgg19 import Vgg19Distance
 
@@ -82,7 +82,7 @@ class InceptionFeatures(FeatureNetwork):
         else:
             names = (f"inception-v3-{layer}", f"frechet_inception_{layer}", f"kid_inception_{layer}")
         super().__init__(names[0], int(layer), names[1], names[2])
-        inception = import_package("torch_fidelity.feature_extractor_inceptionv3", "torch-fidelity")
+        inception = import_package("torch_fidelity.feature_extractor_inceptionv3", "torch-fidelity", "eval")
         state = read_weights(weights, "InceptionV3 weights", self.SOURCE)
         # torch-fidelity unpickles whatever the file contains: it gets a copy of what was read safely.
         safe = io.BytesIO()

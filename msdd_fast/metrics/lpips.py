@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from msdd_fast.errors import InputError
+from msdd_fast.io.packages import import_package
 from msdd_fast.metrics._checks import check_pair, in_float32
-from msdd_fast.metrics._packages import import_package
 from msdd_fast.metrics._weights import copy_weight, read_weights
 
 
@@ -120,7 +120,7 @@ class Lpips(nn.Module):
             raise InputError(f"network must be vgg or alex, got {network!r}")
         self.network = network
         state = read_weights(backbone, "LPIPS weights", self.SOURCES[network])
-        package = import_package("lpips", "lpips")
+        package = import_package("lpips", "lpips", "eval")
         with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it calls torchvision in a way that is deprecated
             self.lpips = package.LPIPS(net=network, pnet_rand=True, verbose=False)

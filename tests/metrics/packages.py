@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from msdd_fast.errors import InputError
-from msdd_fast.metrics._packages import import_package
+from msdd_fast.io.packages import import_package
 from msdd_fast.metrics.features import SqueezeNetFeatures
 
 
 def package(module, name):
     """The module; skips the test where the package is not installed."""
     try:
-        return import_package(module, name)
+        return import_package(module, name, "eval")
     except InputError as e:
         pytest.skip(str(e))
 

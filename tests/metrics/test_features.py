@@ -11,7 +11,6 @@ from PIL import Image
 
 from msdd_fast.errors import CheckpointError, InputError
 from msdd_fast.io.images import load_image, to_tensor
-from msdd_fast.metrics import _packages
 from msdd_fast.metrics.distances import frechet_distance, kernel_distance
 from msdd_fast.metrics.features import InceptionFeatures, SqueezeNetFeatures, Vgg19Features
 from msdd_fast.metrics.lpips import Lpips, LpipsVgg
@@ -208,24 +207,3 @@ def test_the_real_squeezenet(shared_dir):
     network = SqueezeNetFeatures(shared_dir / "data/weights/squeezenet/squeezenet1_1_caffe_features.pth")
     out = network(torch.full((1, 3, 64, 64), 128, dtype=torch.uint8))
     assert out.shape == (1, 512) and out.isfinite().all() and (out > 0).any()
-
-
-# --- packages
-
-
-def test_packages_that_are_missing(monkeypatch, tmp_path):
-    monkeypatch.setattr(_packages, "_import_torchvision", lambda: None)
-    with pytest.raises(InputError, match=r"x is not installed .*: pip install 'msdd-fast\[eval\]'"):
-        _packages.import_package("msdd_fast_no_such_module", "x")
-    (tmp_path / "msdd_fast_broken.py").write_text("raise OSError('no libfoo')")
-    monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(InputError, match="x is installed but does not import: OSError: no libfoo"):
-        _packages.import_package("msdd_fast_broken", "x")
-
-
-def test_nothing_imports_torchvision_by_itself(fresh):
-    """It takes seconds, and needs the shim where PyTorch is built for CPUs."""
-    code = (
-        "import sys, msdd_fast.metrics, msdd_fast.commands.evaluation.evaluate; sys.exit('torchvision' in sys.modules)"
-    )
-    assert fresh(code).returncode == 0

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from msdd_fast.errors import CheckpointError, InputError
 from msdd_fast.io.files import as_path
+from msdd_fast.io.packages import optional
 from msdd_fast.io.safetensors import read_safetensors, write_safetensors
 
 KEY = "text"
@@ -63,18 +64,16 @@ class CaptionEncoder:
     ) -> CaptionEncoder:
         """The model of a folder as ``save_pretrained`` of transformers writes it; no network is used.
 
-        Raises CheckpointError if transformers is not installed or the folder does not hold such a model.
+        Raises InputError if transformers is not installed, CheckpointError if the folder does not hold such a model.
         """
         as_path("folder", folder)
-        try:
-            from transformers import AutoModel, AutoTokenizer
-        except ImportError as e:
-            raise CheckpointError("captions need transformers: pip install 'msdd-fast[pid]'") from e
         if not Path(folder).is_dir():
             raise CheckpointError(f"{folder} is not a folder; download Gemma 2 (2B, instruction-tuned) into one first")
+        with optional("transformers", "pid"):
+            from transformers import AutoModel, AutoTokenizer
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            model = AutoModel.from_pretrained(folder, torch_dtype=dtype, local_files_only=True)
+            model = AutoModel.from_pretrained(folder, dtype=dtype, local_files_only=True)
         except (OSError, ValueError, ImportError) as e:
             raise CheckpointError(f"{folder} holds no language model that transformers reads: {e}") from e
         return cls(tokenizer, model.eval().to(device))

@@ -8,7 +8,8 @@ import torch
 
 from msdd_fast.errors import CheckpointError, InputError
 from msdd_fast.families.pid.caption import ROWS, TEMPLATE, CaptionEncoder, load_features, save_features
-from tests.families.pid.models import latents
+from msdd_fast.io.packages import optional
+from tests.families.pid.models import TINY, captions, latents, random_tokenizer
 
 
 class Letters:
@@ -65,14 +66,69 @@ def test_features_in_files(tmp_path):
 
 
 def test_nothing_is_downloaded(tmp_path):
-    with pytest.raises(CheckpointError, match=r"captions need transformers|is not a folder"):
+    with pytest.raises(CheckpointError, match="none is not a folder; download Gemma 2"):
         CaptionEncoder.from_pretrained(tmp_path / "none")
 
 
-def test_a_tiny_gemma(tmp_path):
+@pytest.fixture(scope="module")
+def gemma(tmp_path_factory):
+    """A folder as transformers writes it: a tiny Gemma 2 with its language head, and a tokenizer of bytes."""
     transformers = pytest.importorskip("transformers", reason="needs transformers (the extra [pid])")
-    config = transformers.Gemma2Config(
-        vocab_size=300, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, head_dim=8
-    )
-    features = CaptionEncoder(Letters(), transformers.Gemma2Model(config).eval()).encode("a cat")
-    assert features.shape == (1, ROWS, 16) and features.isfinite().all()
+    with optional("transformers", "pid"):
+        from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+        config = transformers.Gemma2Config(
+            vocab_size=300,
+            hidden_size=TINY.decoder.text_width,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=8,
+        )
+        network = transformers.Gemma2ForCausalLM(config)
+    generator = torch.Generator().manual_seed(0)
+    for p in network.parameters():
+        torch.nn.init.normal_(p, std=0.2, generator=generator)
+    folder = tmp_path_factory.mktemp("gemma")
+    network.bfloat16().save_pretrained(folder)
+    words = ["<pad>", "<eos>", "<bos>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    letters = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, []))
+    letters.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    letters.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
+    special = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "padding_side": "left"}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=letters, **special).save_pretrained(folder)
+    return folder
+
+
+def test_a_tiny_gemma(gemma):
+    encoder = CaptionEncoder.from_pretrained(gemma)
+    assert encoder.model.dtype == torch.bfloat16 and not hasattr(encoder.model, "lm_head")
+    features = encoder.encode(["a cat", ""])
+    assert features.shape == (2, ROWS, TINY.decoder.text_width) and features.dtype == torch.bfloat16
+    encoder = CaptionEncoder.from_pretrained(gemma, dtype=torch.float32)
+    features = encoder.encode(["a cat", ""])
+    torch.testing.assert_close(encoder.encode("a cat"), features[:1])
+    # By hand: the first row, one of the template's last letter, those of the caption, padding.
+    ids = torch.tensor([encoder.tokenizer(TEMPLATE + "a cat")["input_ids"]])
+    assert ids[0, 0] == 2 and ids.shape[1] == len(TEMPLATE) + 6
+    with torch.no_grad():
+        hidden = encoder.model(ids).last_hidden_state[0]
+    torch.testing.assert_close(features[0, :7], torch.cat([hidden[:1], hidden[-6:]]))
+    assert not torch.equal(features[0, 2:], features[1, 2:])
+
+
+def test_a_caption_is_decoded(gemma, tmp_path):
+    """What docs/pid.md shows."""
+    encoder = CaptionEncoder.from_pretrained(gemma)
+    save_features(encoder.encode("a cat on a windowsill"), tmp_path / "cat.safetensors")
+    del encoder
+    tok, z = random_tokenizer(), latents(1, 4, 1, 2)
+    image = tok.decode(z, text=tmp_path / "cat.safetensors", seed=0)
+    assert torch.equal(image, tok.decode(z, text=load_features(tmp_path / "cat.safetensors"), seed=0))
+    assert not torch.equal(image, tok.decode(z, text=captions(1), seed=0))
+
+
+def test_a_folder_of_something_else(gemma, tmp_path):
+    with pytest.raises(CheckpointError, match="holds no language model that transformers reads"):
+        CaptionEncoder.from_pretrained(tmp_path)
