@@ -8,8 +8,9 @@ import torch
 from msdd_fast import accelerate
 from msdd_fast.commands import main as cli
 from msdd_fast.families.pid.caption import save_features
-from msdd_fast.io.images import load_image, to_image
+from msdd_fast.io.images import load_image, to_image, to_tensor
 from msdd_fast.io.latents import Latents, save_latents
+from msdd_fast.layers.request import ways_of
 from tests.families.pid.models import captions, latents, random_tokenizer
 
 
@@ -61,6 +62,23 @@ def test_decode(tiny, run, files, tmp_path):
     assert code != 0 and "was decoded with conditions" in error
     code, error = run("decode", *line, "--text-features", features, "--height", 48, "--overwrite")
     assert code == 0 and load_image(out / "a.png").size == (64, 48)
+
+
+def test_tiles_of_a_memory_limit_with_conditions(tiny, run, tmp_path):
+    z, given = latents(1, 4, 12, 8), {"text": captions(1), "sigma": 0.25}
+    save_latents(Latents(z, ["a"]), tmp_path / "z.safetensors")
+    save_features(given["text"], tmp_path / "text.safetensors")
+    engine = accelerate(tiny, dtype=torch.float32, steps=1, batch_sizes=1)
+    request = engine.request(z, conditions=engine.conditions(z, **given))
+    untiled = [request._replace(way=way) for way in ways_of(engine.program, request) if not way.tile]
+    limit = min(engine._budget.needed(r, 1) for r in untiled) - 1
+    line = (tmp_path / "z.safetensors", "-o", tmp_path / "out", "--dtype", "float32", "--steps", 1, "--batch-size", 1)
+    conditions = ("--text-features", tmp_path / "text.safetensors", "--sigma", 0.25)
+    assert run("decode", *line, *conditions, "--max-memory", limit) == (0, "")
+    assert json.loads((tmp_path / "out/decode.json").read_text())["tile"] == 128
+    (expected,) = engine.decode(z, tile=128, **given)
+    difference = to_tensor(load_image(tmp_path / "out/a.png")) - expected.clamp(-1, 1)
+    assert difference.abs().max() < 2 / 255
 
 
 def test_errors(run, files, tmp_path):
