@@ -101,6 +101,32 @@ def test_every_backend(backend):
     assert (engine.decode(z, 3, **conditions) - reference(tok, z, 3, 2, **conditions)).abs().max() < FLOAT32
 
 
+@pytest.mark.parametrize("backend", ["eager", "cpu"])
+@pytest.mark.parametrize(("batch", "sides", "rows"), [(1, (1, 1), 3), (3, (1, 2), 5)])
+def test_backends_of_a_cpu(backend, batch, sides, rows, monkeypatch):
+    """Square and not, batch 1 and 3, whole and in chunks of so many rows, float32 and bfloat16.
+
+    Triton's interpreter is too slow for that.
+    """
+    if backend == "cpu" and not extension_status()[0]:
+        pytest.skip(extension_status()[1])
+    monkeypatch.setenv("MSDD_FAST_CPU_BF16", "1")
+    tok, z, conditions = random_tokenizer(SMALLEST), latents(batch, 4, *sides), given(batch, SMALLEST, 3)
+    exact = reference(tok, z, 3, 2, **conditions)
+    low = Tokenizer.from_stored(SMALLEST, tok.state_dict(), "").to(torch.bfloat16)
+    rounding = (reference(low, z.bfloat16(), 3, 2, **conditions) - exact).square().mean().sqrt()
+    for chunk in (None, rows):
+        for dtype in (torch.float32, torch.bfloat16):
+            engine = accelerate(tok, dtype=dtype, backend=backend, steps=2)
+            if chunk:
+                engine.program.network.chunk = chunk  # does not divide all rows
+            error = engine.decode(z, 3, **conditions) - exact
+            if dtype == torch.float32:
+                assert error.abs().max() < FLOAT32
+            else:
+                assert 1e-4 < error.square().mean().sqrt() <= 2 * rounding
+
+
 @pytest.mark.parametrize("chunked", [False, True])
 def test_bfloat16_errs_no_more_than_eager(tok, on_device, monkeypatch, chunked):
     monkeypatch.setenv("MSDD_FAST_CPU_BF16", "1")
