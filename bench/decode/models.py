@@ -41,7 +41,19 @@ def load(name: str, device: torch.device) -> Tokenizer:
             raise missing from None
         torch.manual_seed(0)
         tokenizer = Tokenizer.from_config(config)
+        fill_zeros(tokenizer)
     return tokenizer.to(device)
+
+
+@torch.no_grad()
+def fill_zeros(model: nn.Module) -> None:
+    """Small random values for the matrices that training starts at zero (adaLN, output layers).
+
+    With them the decoder's velocity may be zero whatever the rest calculates, and no comparison would find an error.
+    """
+    for p in model.parameters():
+        if p.ndim > 1 and not p.any():
+            nn.init.normal_(p, std=0.1 * p[0].numel() ** -0.5)
 
 
 def device_of(tokenizer: Tokenizer) -> torch.device:
