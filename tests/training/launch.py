@@ -23,6 +23,7 @@ from msdd_fast.training.loop.trainer import Trainer
 from msdd_fast.training.losses.dino import random_features
 from msdd_fast.training.losses.discriminator import Discriminator
 from msdd_fast.training.losses.perceptual import make_perceptual
+from msdd_fast.training.recipes.msdd_one_step import OneStepConfig
 from msdd_fast.training.recipes.msdd_stage1 import Stage1Config, Stage1Recipe
 from msdd_fast.training.recipes.msdd_stage2 import Stage2Config, Stage2Recipe, make_student
 
@@ -31,15 +32,17 @@ TIMEOUT = 300
 
 
 def trainer(kind, images, out, steps=4, optimizer="adamw", **loop):
-    """A tiny run of "stage1", "adversarial" or "teacher-matching" on 64 px; the same weights every time."""
+    """A tiny run of "stage1", "one-step", "adversarial" or "teacher-matching" on 64 px; the same weights every time."""
     torch.manual_seed(0)
     tokenizer = Tokenizer.from_config("tiny")
     loop = {"batch_size": 4, "precision": "float32", "device": "cpu", "workers": 0, "log_every": 1, **loop}
     dataset = ImageDataset(find_images([images]), 64, seed=0)
     optim = OptimConfig(optimizer=optimizer, lr=2e-3, warmup_steps=2, ema_decay=0.9)
-    if kind == "stage1":
+    if kind in ("stage1", "one-step"):
         config = Stage1Config(stages_per_image=2, start_fraction=0.2)
-        return Trainer(tokenizer, dataset, Stage1Recipe(config), out, optim, LoopConfig(steps=steps, **loop))
+        one_step = OneStepConfig(share=0.75 if kind == "one-step" else 0.0)  # of each batch, one image learns the flow
+        recipe = Stage1Recipe(config, None, one_step)
+        return Trainer(tokenizer, dataset, recipe, out, optim, LoopConfig(steps=steps, **loop))
     config = Stage2Config(
         recipe=kind, teacher_steps=2, context_dropout=0.2, perceptual_crop=48, image_weight=0.5, consistency_weight=0.1
     )

@@ -171,12 +171,13 @@ class Stage1Recipe:
         z, schedule = encoder(images), tokenizer.schedule
         chosen = self.one_step.chosen(draws.samples)
         decoded, rest = chosen.nonzero().flatten(), (~chosen).nonzero().flatten()
-        total = images.new_zeros((), dtype=torch.float32)
+        # Only images of the flow meet the null context, but DistributedDataParallel waits for all gradients everywhere.
+        total = 0.0 * decoder.context_null.float().sum()
         # Every process logs the same names, whatever falls to its part of the batch.
         metrics = {name: images.new_zeros(0) for name in self.one_step.metrics(len(schedule))}
         if self.one_step.share < 1:
             flow = stage1_loss(tokenizer, images[rest], self.config, draws.of(rest), self.perceptual, z[rest])
-            total, metrics = len(rest) * flow.value, metrics | flow.metrics
+            total, metrics = total + len(rest) * flow.value, metrics | flow.metrics
         if len(decoded):
             part, numbers = images[decoded], draws.of(decoded)
             loss = one_step_loss(decoder, schedule, part, z[decoded], self.one_step, numbers, self.perceptual)

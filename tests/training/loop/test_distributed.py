@@ -8,7 +8,13 @@ from tests.training.launch import command, curve, finish, spawn, start, trainer
 
 # What is compared: 1 process, 4 images at a time. AdamW and Muon divide a gradient by its own size, which enlarges the
 # rounding of its sum; the first step, before that, agrees far better.
-RUNS = [("stage1", "adamw"), ("stage1", "muon"), ("adversarial", "adamw"), ("teacher-matching", "adamw")]
+RUNS = [
+    ("stage1", "adamw"),
+    ("stage1", "muon"),
+    ("one-step", "adamw"),
+    ("adversarial", "adamw"),
+    ("teacher-matching", "adamw"),
+]
 
 
 def name(kind, optimizer, variant):

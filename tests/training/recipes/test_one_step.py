@@ -122,6 +122,15 @@ def test_any_part_of_a_batch_has_the_same_metrics():
     assert sorted(values) == [0, 1]
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_any_part_of_a_batch_gives_every_parameter_a_gradient(first):
+    """DistributedDataParallel waits for those of all processes. The part is one image: of the flow, or decoded."""
+    tokenizer = perturbed().train()
+    recipe = Stage1Recipe(Stage1Config(stages_per_image=4), None, OneStepConfig(share=0.5))
+    recipe.loss(tokenizer, photographs(1), draws(1, first=first)).value.backward()
+    assert [name for name, p in tokenizer.named_parameters() if p.grad is None] == []
+
+
 def test_it_learns():
     """Fifteen steps on two images, from random weights."""
     torch.manual_seed(0)
