@@ -1,7 +1,7 @@
 """An offline job: a file of latent tokens to a folder of pictures, as fast as the engine goes.
 
     msdd-fast encode photos/ -o latents.safetensors
-    python examples/offline.py latents.safetensors out/ [--checkpoint msdd-nano] [--batch-size 8]
+    python examples/offline.py latents.safetensors out/ [--checkpoint msdd-nano-256] [--batch-size 8]
 
 Reading, decoding and writing overlap: ``decode_many`` fetches the next latents while this batch decodes, and a thread
 pool compresses the pictures.
@@ -32,7 +32,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("latents", type=Path)
     parser.add_argument("output", type=Path)
-    parser.add_argument("--checkpoint", default="msdd-nano")
+    parser.add_argument("--checkpoint", default="msdd-nano-256")
     parser.add_argument("--batch-size", type=int, default=8)
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"

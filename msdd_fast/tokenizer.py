@@ -85,7 +85,7 @@ class Tokenizer(nn.Module):
         local_files_only: bool = False,
         token: str | bool | None = None,
     ) -> Tokenizer:
-        """Load a bundled name ("msdd-nano"), a directory, or a Hugging Face hub id. In eval mode, float32.
+        """Load a bundled name ("msdd-nano-256"), a directory, or a Hugging Face hub id. In eval mode, float32.
 
         Args:
             name_or_path: what starts with ``.``, ``/`` or ``~``, or with the name of a directory that exists here, is a

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from msdd_fast import Tokenizer
-from msdd_fast.checkpoint import bundled_names
 from msdd_fast.diffusion.config import ScheduleConfig
 from msdd_fast.diffusion.schedule import StageSchedule, build_stages
 from msdd_fast.families.msdd.presets import PRESETS
@@ -34,8 +33,6 @@ def test_every_environment_variable_is_documented():
 
 def test_the_quick_start_runs(tmp_path, monkeypatch):
     """Every Python block of the README, in order, in a folder with a photo.jpg."""
-    if "msdd-nano" not in bundled_names():
-        pytest.skip("the bundled checkpoint msdd-nano is not in this tree")
     data = pytest.importorskip("skimage.data", reason="needs scikit-image's photographs")
     from PIL import Image
 

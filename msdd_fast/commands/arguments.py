@@ -6,14 +6,14 @@ import argparse
 
 from msdd_fast.io.arguments import DTYPES, byte_size, dtype_name, positive_int
 
-DEFAULT_CHECKPOINT = "msdd-nano"
+DEFAULT_CHECKPOINT = "msdd-nano-256"
 SHARD_SIZE = 8192
 """Images in a shard, unless --shard-size says otherwise."""
 
 
-def add_checkpoint(parser: argparse.ArgumentParser, default: str = DEFAULT_CHECKPOINT) -> None:
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--checkpoint", default=default, help="bundled name, directory or hub id (default: %(default)s)"
+        "--checkpoint", default=DEFAULT_CHECKPOINT, help="bundled name, directory or hub id (default: %(default)s)"
     )
     parser.add_argument("--device", default=None, help="torch device (default: cuda if there is one, else cpu)")
 

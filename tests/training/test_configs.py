@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from msdd_fast.checkpoint import ASSETS
+from msdd_fast.checkpoint import ASSETS, bundled_names
 from msdd_fast.commands.main import main
 from msdd_fast.errors import ConfigError, InputError
 from msdd_fast.families import get_preset
@@ -37,8 +37,9 @@ def test_the_papers_two_stages(name):
     assert two.objective.recipe == "adversarial" and two.objective.teacher_steps == 1
 
 
-def test_the_bundled_models_configuration():
-    file = ASSETS / "msdd-nano/train.json"
+@pytest.mark.parametrize("name", bundled_names())
+def test_the_bundled_models_configuration(name):
+    file = ASSETS / name / "train.json"
     config = read_config(MSDDTrainConfig, str(file))
     data = json.loads(file.read_text())
     assert config.loop.steps == data["loop"]["steps"] and config.optim.betas == (0.9, 0.95)

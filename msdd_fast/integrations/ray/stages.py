@@ -42,7 +42,7 @@ class Decoder:
 
     def __init__(
         self,
-        checkpoint: str | os.PathLike[str] = "msdd-nano",
+        checkpoint: str | os.PathLike[str] = "msdd-nano-256",
         *,
         batch_size: int = 8,
         seed: int = 0,
@@ -85,7 +85,7 @@ class Encoder:
 
     def __init__(
         self,
-        checkpoint: str | os.PathLike[str] = "msdd-nano",
+        checkpoint: str | os.PathLike[str] = "msdd-nano-256",
         *,
         batch_size: int = 8,
         device: str | None = None,
