@@ -5,6 +5,7 @@ import pickle
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import torch
 
 from msdd_fast import Tokenizer, accelerate, explain
 from msdd_fast.errors import CheckpointError, InputError
+from msdd_fast.families import get_preset
 from msdd_fast.sampling import sample
 from tests.conftest import ROOT
 from tests.engine.test_parity import latents
@@ -19,11 +21,14 @@ from tests.engine.test_parity import latents
 SSDD_LATENTS = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.fixture(scope="module", params=["tiny", "tiny-ssdd"])
+@pytest.fixture(scope="module", params=["tiny", "tiny, predicting images", "tiny-ssdd"])
 def model(request):
     """(tokenizer, latents)"""
     torch.manual_seed(0)
-    tokenizer = Tokenizer.from_config(request.param)
+    config = get_preset(request.param.partition(",")[0])
+    if "," in request.param:
+        config = replace(config, decoder=replace(config.decoder, prediction="image"))
+    tokenizer = Tokenizer.from_config(config)
     return tokenizer, SSDD_LATENTS if request.param == "tiny-ssdd" else latents(tokenizer, 2)
 
 

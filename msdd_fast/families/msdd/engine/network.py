@@ -33,8 +33,8 @@ class Network:
 
     def __init__(self, weights: Weights, config: DecoderConfig, ops: Ops) -> None:
         self.w, self.head_dim, self.ops = weights, config.head_dim, ops
-        device = weights.context_null.device
-        self.minus_one = None if config.prediction == "velocity" else torch.tensor(-1.0, device=device)
+        minus_one = torch.tensor(-1.0, dtype=torch.float32, device=weights.context_null.device)
+        self.minus_one = None if config.prediction == "velocity" else minus_one
 
     def context(self, z: Tensor, guided: bool) -> Context:
         """Context of latents z (B, L, C); ``guided`` appends the null context of B more images."""

@@ -115,7 +115,7 @@ def stage_tables(decoder: Decoder, schedule: StageSchedule, steps: int, device: 
         grid = config.stage_resolution(stage.index) // config.patch_size
         context, image = decoder.rope_tables(grid, device)
         velocity = config.decoder.prediction == "velocity"
-        gains = torch.ones(steps) if velocity else stage.velocity_gain(stage.within_stage_time(times))
+        gains = torch.ones_like(times) if velocity else stage.velocity_gain(stage.within_stage_time(times))
         tables.append(
             StageTables(
                 [
