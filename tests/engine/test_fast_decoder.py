@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from msdd_fast import Tokenizer, accelerate, explain
-from msdd_fast.engine import graph_cache
+from msdd_fast.engine import compute, graph_cache
 from msdd_fast.engine.compute import compute_dtype
 from msdd_fast.errors import BackendUnavailableError, InputError
 from msdd_fast.ops._patches import to_uint8
@@ -237,6 +237,7 @@ def test_float32_instead_of_bfloat16_is_said(cross, monkeypatch):
 def test_the_processor_says_whether_bfloat16_is_fast(flags, dtype, monkeypatch):
     monkeypatch.setenv("MSDD_FAST_CPU_BF16", "auto")
     monkeypatch.setattr(Path, "read_text", lambda self: f"flags : {flags} \n")
+    monkeypatch.setattr(compute, "_has_bf16_instructions", compute._has_bf16_instructions.__wrapped__)  # not the cache
     assert compute_dtype(torch.bfloat16, torch.device("cpu"))[0] == dtype
 
 

@@ -69,25 +69,25 @@ def one_step_loss(
     """Loss of images (B, 3, R, R) in [-1, 1] and their latent tokens, a mean over the images.
 
     A decode is unrolled over all scales. The state at the end of each, without the noise that the schedule wants in it,
-    learns the photograph, shrunk.
+    learns the photograph, shrunk. The metrics are vectors of the images' values.
     """
     images = images.float()
     noise = draw_noise(schedule, images.shape[-1], draws.seeds(Purpose.NOISE).to(images.device))
     states = unroll(decoder, noise[0], z, schedule, noise)
     pyramid = image_pyramid(images, len(schedule))
     distance = F.mse_loss if config.image_loss == "l2" else F.l1_loss
-    terms = []
+    terms = []  # of every scale, (B,)
     for stage, state, image in zip(schedule.stages, states, pyramid[1:], strict=True):
         clean = (state.float() - stage.end_t * path_noise(schedule, noise, stage.index)) / (1 - stage.end_t)
-        terms.append(distance(clean, image))
+        terms.append(distance(clean, image, reduction="none").mean(dim=(1, 2, 3)))
     found, weights = [terms[-1]], [1.0]
     if len(terms) > 1 and config.coarse_weight > 0:
-        found.append(torch.stack(terms[:-1]).mean())
+        found.append(torch.stack(terms[:-1]).mean(dim=0))
         weights.append(config.coarse_weight)
     if perceptual is not None and config.perceptual_weight > 0:
         place = draws.shared(Purpose.PERCEPTUAL_CROP)
-        found.append(perceptual(*random_crop(states[-1], images, config.perceptual_crop, place)).mean())
+        found.append(perceptual(*random_crop(states[-1], images, config.perceptual_crop, place)))
         weights.append(config.perceptual_weight)
-    total = torch.stack([w * term for w, term in zip(weights, found, strict=True)]).sum()
+    total = torch.stack([w * term.mean() for w, term in zip(weights, found, strict=True)]).sum()
     names = config.metrics(len(schedule))
     return Loss(total, {name: term.detach() for name, term in zip(names, found, strict=True)})
