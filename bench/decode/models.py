@@ -49,7 +49,7 @@ def load(name: str, device: torch.device) -> Tokenizer:
 def fill_zeros(model: nn.Module) -> None:
     """Small random values for the matrices that training starts at zero (adaLN, output layers).
 
-    With them the decoder's velocity may be zero whatever the rest calculates, and no comparison would find an error.
+    Zeros there can make the velocity zero whatever the rest calculates, and then no comparison finds an error.
     """
     for p in model.parameters():
         if p.ndim > 1 and not p.any():

@@ -43,7 +43,8 @@ class Stage:
         return self.timestep_max + (1 - 1 / NUM_TIMESTEPS) * (self.timestep_min - self.timestep_max)
 
     def velocity_gain(self, t: Tensor) -> Tensor:
-        """Velocity over x_t minus the stage's image, at within-stage times t (docs/spec.md#image-prediction)."""
+        """Factor that makes x_t minus the predicted image the velocity, at within-stage times t
+        (docs/spec.md#image-prediction)."""
         span = self.start_t - self.end_t
         return span / (self.end_t + span * t).clamp_min(LOWEST_LEVEL)
 

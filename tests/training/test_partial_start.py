@@ -38,5 +38,8 @@ def test_of_a_run(tmp_path):
     assert same.title.endswith("but for nothing")
     for name, tensor in same.tokenizer.state_dict().items():
         assert torch.equal(tensor, start.state_dict()[name])
+    perturbed("tiny-ssdd").save_pretrained(tmp_path / "other")
+    with pytest.raises(ConfigError, match="start has no tensor that fits the preset tiny, got"):
+        MSDDTrainConfig(**changes | {"preset": "tiny"}, start=str(tmp_path / "other")).build()
     with pytest.raises(ConfigError, match="partial_start needs start"):
         MSDDTrainConfig(**changes).build()

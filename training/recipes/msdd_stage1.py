@@ -237,6 +237,8 @@ class MSDDTrainConfig(RunConfig):
         elif self.partial_start:
             tokenizer = Tokenizer(config)
             missing = take_what_fits(tokenizer, start.state_dict())
+            if len(missing) == len(tokenizer.state_dict()):
+                raise ConfigError(f"start has no tensor that fits the preset {self.preset}, got {self.start}")
             title = f"{self.preset} from {self.start} but for {', '.join(missing) or 'nothing'}"
         else:
             try:

@@ -151,6 +151,8 @@ class _Counter:
                 yield _attention("attention", i, scale, self.rows, n, n, self.d, self.itemsize)
                 yield _attention("context_attention", i, scale, self.rows, n, context, self.d, self.itemsize)
         yield linear("final", -1, n, self.d, self.features)
+        if self.config.decoder.prediction == "image":  # from the image to the velocity
+            yield linear.pointwise("euler_step", -1, 3 * n * self.features)
 
     def sampler(self, scale: int, starts: bool, ends: bool, guided: bool) -> Iterator[Work]:
         """Noise, Euler step, and the transition to the next scale, whose state has four times the pixels."""

@@ -26,7 +26,7 @@ def normals(*shape, seed=0):
 
 @pytest.mark.parametrize("stage", build_stages(4), ids=lambda s: f"stage{s.index}")
 def test_the_noise_free_point_gives_the_velocity(stage):
-    """D of the specification, put into its formula of v, gives start - end at every time."""
+    """The image of the specification, put into its formula of v, gives start - end at every time."""
     fine, noise = normals(2, 3, 8, 8), normals(2, 3, 8, 8, seed=1)
     blurred = F.interpolate(F.avg_pool2d(fine, 2), scale_factor=2.0)
     a, e = stage.start_t, stage.end_t

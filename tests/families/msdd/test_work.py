@@ -48,6 +48,16 @@ def test_flops_are_those_of_torch_s_counter(name, batch, steps, cfg_scale):
         assert total(encode_work(config, batch)).flops == counted(lambda: tokenizer.encode(images))
 
 
+def test_image_prediction_takes_one_more_pass():
+    """From the image to the velocity, at every evaluation: two reads and a write of the state, of each branch."""
+    config = replace(TINY, decoder=replace(TINY.decoder, prediction="image"))
+    for steps, cfg_scale, rows in ((1, 1.0, 2), (3, 2.0, 4)):
+        plain, image = (total(decode_work(c, 2, steps, cfg_scale)) for c in (TINY, config))
+        states = sum(3 * TINY.stage_resolution(s) ** 2 for s in range(4))
+        assert image.flops == plain.flops
+        assert image.activation_bytes - plain.activation_bytes == steps * rows * 3 * states * 2
+
+
 def test_flops_of_spec_e():
     """Without the queries of the last block's context, which nothing reads: within 1 %."""
     work = decode_work(PRESETS["msdd-d12-joint"], hoisted=False)

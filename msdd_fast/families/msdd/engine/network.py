@@ -55,7 +55,7 @@ class Network:
         return Context(None, keys_values)
 
     def velocity(self, patches: Tensor, context: Context, m: Modulation, rope: RopeTable) -> Tensor:
-        """Velocity over its ``gain`` (N, B', F) of patch rows (N, B, F).
+        """Velocity divided by the step's ``gain``, (N, B', F), of patch rows (N, B, F).
 
         B' = 2B with a guided context: conditional images first.
         """
