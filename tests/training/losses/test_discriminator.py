@@ -6,7 +6,6 @@ import sys
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from safetensors.torch import save_file
 from torch import nn
 
@@ -19,6 +18,7 @@ from msdd_fast.training.losses.discriminator import BatchNorm, Discriminator, He
 from msdd_fast.training.losses.vgg_features import VggFeatures
 from msdd_fast.training.recipes.msdd_stage2 import MSDDDistillConfig
 from tests.draws import generator
+from tests.training.launch import spawn
 
 # --- batch statistics
 
@@ -39,20 +39,19 @@ def test_batch_norm_is_torchs():
     torch.testing.assert_close(inputs[1].grad, inputs[0].grad, rtol=1e-3, atol=1e-3)
 
 
-def _norm_in_a_process(rank, file, x, results):
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+def _norm_in_a_process(x, results):
+    rank = dist.get_rank()
     part = x[:1] if rank == 0 else x[1:]  # unequal shares
     part = part.clone().requires_grad_()
     out = BatchNorm(4)(part)
     out.pow(3).sum().backward()
     torch.save((out.detach(), part.grad), f"{results}/{rank}.pt")
-    dist.destroy_process_group()
 
 
 def test_batch_norm_over_processes_on_the_cpu(tmp_path):
     """Two processes with 1 and 2 images give what one process gives with all 3, gradients too."""
     x = torch.randn(3, 4, 5, generator=generator())
-    mp.spawn(_norm_in_a_process, (str(tmp_path / "rendezvous"), x, str(tmp_path)), nprocs=2)
+    spawn(_norm_in_a_process, 2, x, tmp_path)
     whole = x.clone().requires_grad_()
     out = BatchNorm(4)(whole)
     out.pow(3).sum().backward()
