@@ -152,6 +152,29 @@ void an_exception_ends_it() {
     check(caught && after == 0, "an exception must end the replay and reach the caller");
 }
 
+// More parts than a team has members or `share_tasks` has ranges, more parts than tasks, and none of either.
+void shared_tasks_run_once() {
+    for (int threads : {0, 1, 2, 3}) {  // 0: without a team
+        for (int parts : {1, 2, 7, 100}) {
+            for (int tasks : {0, 1, 5, 64, 1001}) {
+                std::vector<std::atomic<int>> runs(static_cast<std::size_t>(tasks));
+                std::atomic<bool> in_range{true};
+                const auto share = [&] {
+                    msdd_fast::share_tasks(tasks, parts, [&](std::int64_t part, std::int64_t task) {
+                        if (part < 0 || part >= parts) in_range = false;
+                        ++runs[static_cast<std::size_t>(task)];
+                    });
+                };
+                msdd_fast::Program program;
+                program.add(share);
+                threads == 0 ? share() : program.replay(threads);
+                check(in_range, "a part that does not exist");
+                for (auto& run : runs) check(run == 1, "a shared task ran twice or never");
+            }
+        }
+    }
+}
+
 double microseconds_per_call(int threads) {
     std::vector<int> values(2, 0);
     msdd_fast::Program program;
@@ -178,6 +201,7 @@ int main(int count, char** words) {
     teams_beside_loops(replays);
     an_exception_ends_it();
     exceptions_in_tasks();
+    shared_tasks_run_once();
     std::printf("a call of two tasks: %.2f us on one thread, %.2f us on two\n", microseconds_per_call(1),
                 microseconds_per_call(2));
     return 0;

@@ -1,5 +1,6 @@
 #include "msdd_fast/detail/parallel.h"
 
+#include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
@@ -7,6 +8,7 @@
 #include <mutex>
 #include <system_error>
 #include <thread>
+#include <vector>
 
 #if defined(__unix__) || defined(__APPLE__)
 #include <dlfcn.h>
@@ -172,59 +174,81 @@ class Patience {
     int spins_ = 0;
 };
 
+// One leader, who is member 0, and its helpers. Task i is member i's, as long as that one comes in time: what it wrote
+// in the last call lies in its core's cache.
 class Team {
   public:
+    explicit Team(int size) : claims_(static_cast<std::size_t>(size)) {}
+
     // The leader's: all tasks, by it and by the helpers that come in time.
     void run(std::int64_t count, const std::function<void(std::int64_t)>& task) {
-        task_.store(&task, std::memory_order_relaxed);
-        count_.store(count, std::memory_order_relaxed);
-        finished_.store(0, std::memory_order_relaxed);
-        const std::uint64_t round = (ticket_.load(std::memory_order_relaxed) >> LEFT_BITS) + 1;
-        ticket_.store(round << LEFT_BITS | static_cast<std::uint64_t>(count), std::memory_order_release);
-        work(round);
-        Patience patience;
-        while (finished_.load(std::memory_order_acquire) != count) patience.wait();
+        const auto most = static_cast<std::int64_t>(claims_.size());
+        for (std::int64_t first = 0; first < count; first += most)
+            run_round(first, std::min(most, count - first), task);
     }
 
     void dismiss() { dismissed_.store(true, std::memory_order_release); }
 
     void help() {
+        const std::int64_t me = members_.fetch_add(1, std::memory_order_relaxed);
         std::uint64_t seen = 0;
         Patience patience;
         while (!dismissed_.load(std::memory_order_acquire)) {
-            const std::uint64_t round = ticket_.load(std::memory_order_acquire) >> LEFT_BITS;
-            if (round == seen) {
+            const std::uint64_t ticket = ticket_.load(std::memory_order_acquire);
+            if (ticket == seen) {
                 patience.wait();
                 continue;
             }
-            seen = round;
-            work(round);
+            seen = ticket;
+            work(ticket, me);
             patience = Patience();
         }
     }
 
   private:
-    static constexpr int LEFT_BITS = 32;
-    static constexpr std::uint64_t LEFT_MASK = (std::uint64_t{1} << LEFT_BITS) - 1;
+    // The number of the round and, in the lower half, of its tasks: read together, so that a helper that is late never
+    // takes a task of one round by the count of another.
+    static constexpr int COUNT_BITS = 32;
+    static constexpr std::uint64_t COUNT_MASK = (std::uint64_t{1} << COUNT_BITS) - 1;
 
-    // Takes tasks of one round until none is left. The ticket holds the round and how many tasks are left, so a helper
-    // that is late takes none of another round. Task and count are read only after a ticket is taken: until that task
-    // has finished, the leader changes neither.
-    void work(std::uint64_t round) {
-        std::uint64_t ticket = ticket_.load(std::memory_order_acquire);
-        while (ticket >> LEFT_BITS == round && (ticket & LEFT_MASK) != 0) {
-            if (!ticket_.compare_exchange_weak(ticket, ticket - 1, std::memory_order_acq_rel)) continue;
-            const std::int64_t left = static_cast<std::int64_t>(ticket & LEFT_MASK);
-            (*task_.load(std::memory_order_relaxed))(count_.load(std::memory_order_relaxed) - left);
+    // The last round in which a task of this place was taken.
+    struct alignas(64) Claim {
+        std::atomic<std::uint64_t> round{0};
+    };
+
+    void run_round(std::int64_t first, std::int64_t count, const std::function<void(std::int64_t)>& task) {
+        task_.store(&task, std::memory_order_relaxed);
+        first_.store(first, std::memory_order_relaxed);
+        finished_.store(0, std::memory_order_relaxed);
+        const std::uint64_t round = (ticket_.load(std::memory_order_relaxed) >> COUNT_BITS) + 1;
+        const std::uint64_t ticket = round << COUNT_BITS | static_cast<std::uint64_t>(count);
+        ticket_.store(ticket, std::memory_order_release);
+        work(ticket, 0);
+        Patience patience;
+        while (finished_.load(std::memory_order_acquire) != count) patience.wait();
+    }
+
+    // Takes the member's own task of the round and then what nobody has taken. Task and first are read only after a
+    // claim: until that task has finished, the leader changes neither.
+    void work(std::uint64_t ticket, std::int64_t me) {
+        const std::uint64_t round = ticket >> COUNT_BITS;
+        const auto count = static_cast<std::int64_t>(ticket & COUNT_MASK);
+        for (std::int64_t k = 0; k < count; ++k) {
+            const std::int64_t i = (me + k) % count;
+            std::atomic<std::uint64_t>& claim = claims_[static_cast<std::size_t>(i)].round;
+            std::uint64_t last = claim.load(std::memory_order_relaxed);
+            if (last >= round || !claim.compare_exchange_strong(last, round, std::memory_order_acq_rel)) continue;
+            (*task_.load(std::memory_order_relaxed))(first_.load(std::memory_order_relaxed) + i);
             finished_.fetch_add(1, std::memory_order_release);
-            ticket = ticket_.load(std::memory_order_acquire);
         }
     }
 
+    std::vector<Claim> claims_;
+    std::atomic<std::int64_t> members_{1};
     alignas(64) std::atomic<std::uint64_t> ticket_{0};
     alignas(64) std::atomic<std::int64_t> finished_{0};
     alignas(64) std::atomic<const std::function<void(std::int64_t)>*> task_{nullptr};
-    std::atomic<std::int64_t> count_{0};
+    std::atomic<std::int64_t> first_{0};
     std::atomic<bool> dismissed_{false};
 };
 
@@ -233,7 +257,7 @@ thread_local Team* led = nullptr;
 
 // One leader and its helpers: whoever comes first leads.
 struct Session {
-    explicit Session(const std::function<void()>& todo) : body(todo) {}
+    Session(int threads, const std::function<void()>& todo) : body(todo), team(threads) {}
 
     void enter() {
         if (taken.exchange(true)) return team.help();
@@ -255,7 +279,7 @@ bool leads_a_team() { return led != nullptr; }
 
 void run_on_team(int threads, const std::function<void()>& body) {
     if (led != nullptr) return body();
-    Session session(body);
+    Session session(std::max(threads, 1), body);
     if (threads <= 1)
         session.enter();
     else

@@ -43,12 +43,26 @@ inline int threads_for(std::int64_t work, std::int64_t grain, int threads) {
 }
 
 // Calls body(part, task) for tasks 0 .. tasks - 1, each once, on `parts` threads, which are parts 0 .. parts - 1. Each
-// takes the next task when it has done one: a thread that comes late leaves its share to the others.
+// begins with its own range of tasks and then takes what is left of the others': neighbouring tasks, which share their
+// data, stay on one core, and a thread that comes late leaves its share to the others.
 template <class Body>
 void share_tasks(std::int64_t tasks, std::int64_t parts, const Body& body) {
-    std::atomic<std::int64_t> next{0};
+    struct alignas(64) Range {
+        std::atomic<std::int64_t> next;
+        std::int64_t end;
+    };
+    constexpr std::int64_t MOST = 64;
+    Range ranges[MOST];
+    const std::int64_t count = std::min(parts, MOST);
+    for (std::int64_t i = 0; i < count; ++i) {
+        ranges[i].next.store(tasks * i / count, std::memory_order_relaxed);
+        ranges[i].end = tasks * (i + 1) / count;
+    }
     parallel_for(parts, 1, static_cast<int>(parts), [&](std::int64_t part, std::int64_t) {
-        for (std::int64_t task; (task = next++) < tasks;) body(part, task);
+        for (std::int64_t i = 0; i < count; ++i) {
+            Range& range = ranges[(part + i) % count];
+            for (std::int64_t task; (task = range.next++) < range.end;) body(part, task);
+        }
     });
 }
 
