@@ -1,6 +1,7 @@
 #include "msdd_fast/qk_norm_rope.h"
 
 #include <algorithm>
+#include <cmath>
 
 #include "msdd_fast/check.h"
 #include "msdd_fast/detail/floats.h"
@@ -20,18 +21,33 @@ struct QkNormRope {
     HeadsShape shape;
 };
 
+// How a head is normalised: (x - mean) * factor.
+struct Statistics {
+    float mean[HEADS_CHUNK / 2], factor[HEADS_CHUNK / 2];
+};
+
+// Of `count` heads of `d` elements. In loops of their own: the chains of sums, root and quotient of many heads overlap.
+MSDD_INLINE void statistics_of(const float* x, std::int64_t count, int d, bool rms, float eps, Statistics& of) {
+    for (std::int64_t i = 0; i < count; ++i) {
+        const Squares s =
+            rms ? Squares{0.0f, detail::squares_about<16>(x + i * d, d, 0.0f)} : centred_squares<16>(x + i * d, d);
+        of.mean[i] = s.mean;
+        of.factor[i] = s.sum;
+    }
+    for (std::int64_t i = 0; i < count; ++i)
+        of.factor[i] = 1.0f / std::sqrt(of.factor[i] / static_cast<float>(d) + eps);
+}
+
 // D, or `size` where D is 0.
 template <int D>
-MSDD_INLINE void head(const float* x, int size, const float* weight, const float* bias, const float* cos,
-                      const float* sin, float eps, float* __restrict out) {
+MSDD_INLINE void head(const float* x, int size, float mean, float factor, const float* weight, const float* bias,
+                      const float* cos, const float* sin, float* __restrict out) {
     const int d = D == 0 ? size : D;
     alignas(64) float y[D == 0 ? MAX_ROPE_HEAD_DIM : D];
     if (bias == nullptr) {
-        const float factor = rms_factor<16>(x, d, eps);
         for (int i = 0; i < d; ++i) y[i] = x[i] * factor * weight[i];
     } else {
-        const auto [mean, rstd] = moments<16>(x, d, eps);
-        for (int i = 0; i < d; ++i) y[i] = (x[i] - mean) * rstd * weight[i] + bias[i];
+        for (int i = 0; i < d; ++i) y[i] = (x[i] - mean) * factor * weight[i] + bias[i];
     }
     for (int i = 0; i < d / 2; ++i) {
         const float even = y[2 * i], odd = y[2 * i + 1];
@@ -44,6 +60,7 @@ MSDD_INLINE void head(const float* x, int size, const float* weight, const float
 template <int D>
 MSDD_INLINE void tokens_of(const QkNormRope& job, std::int64_t begin, std::int64_t end) {
     alignas(64) float in[HEADS_CHUNK], results[HEADS_CHUNK];
+    Statistics statistics;
     const HeadsShape& s = job.shape;
     const std::int64_t d = D == 0 ? s.head_dim : D, chunk = HEADS_CHUNK / d * d;
     const std::int64_t per_token = s.parts * s.heads * d;
@@ -58,10 +75,13 @@ MSDD_INLINE void tokens_of(const QkNormRope& job, std::int64_t begin, std::int64
             const std::int64_t count = std::min(chunk, per_token - at);
             const float* x = floats(job.x, from + at, count, in);
             float* out = place(job.out, job.x.dtype, to + at, results);
-            for (std::int64_t i = 0; i < count; i += d) {
-                const std::int64_t part = entry + (at + i) / (s.heads * d) * d;
-                const float* bias = job.tables.bias == nullptr ? nullptr : job.tables.bias + part;
-                head<D>(x + i, s.head_dim, job.tables.weight + part, bias, cos, sin, s.eps, out + i);
+            const bool rms = job.tables.bias == nullptr;
+            statistics_of(x, count / d, static_cast<int>(d), rms, s.eps, statistics);
+            for (std::int64_t i = 0; i < count / d; ++i) {
+                const std::int64_t part = entry + (at / d + i) / s.heads * d;
+                const float* bias = rms ? nullptr : job.tables.bias + part;
+                head<D>(x + i * d, s.head_dim, statistics.mean[i], statistics.factor[i], job.tables.weight + part, bias,
+                        cos, sin, out + i * d);
             }
             store(out, count, job.out, job.x.dtype, to + at);
         }

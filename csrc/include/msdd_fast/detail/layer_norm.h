@@ -10,17 +10,41 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 
 #include "msdd_fast/detail/bits.h"
 
 namespace msdd_fast {
 namespace detail {
 
+#if defined(__GNUC__)
+using Four = float __attribute__((vector_size(16)));
+#else
+struct Four {
+    float lane[4];
+    float operator[](int i) const { return lane[i]; }
+    void operator+=(const Four& other) {
+        for (int i = 0; i < 4; ++i) lane[i] += other.lane[i];
+    }
+};
+#endif
+
+// COUNT fours into the first, by recursion: a loop over the widths is not unrolled, and then every step goes through
+// memory. In fours, or the compiler takes a vector apart into single lanes.
+template <int COUNT>
+MSDD_INLINE void add_fours(Four* fours) {
+    if constexpr (COUNT > 1) {
+        for (int i = 0; i < COUNT / 2; ++i) fours[i] += fours[i + COUNT / 2];
+        add_fours<COUNT / 2>(fours);
+    }
+}
+
 template <int LANES>
-MSDD_INLINE float add_up(float (&lanes)[LANES]) {
-    for (int width = LANES / 2; width > 0; width /= 2)
-        for (int j = 0; j < width; ++j) lanes[j] += lanes[j + width];
-    return lanes[0];
+MSDD_INLINE float add_up(const float (&lanes)[LANES]) {
+    Four fours[LANES / 4];
+    std::memcpy(fours, lanes, sizeof lanes);
+    add_fours<LANES / 4>(fours);
+    return (fours[0][0] + fours[0][2]) + (fours[0][1] + fours[0][3]);
 }
 
 }  // namespace detail
