@@ -138,6 +138,21 @@ def test_nan_and_infinity_stay_in_their_row(level, dtype):
 
 @needs_extension
 @pytest.mark.parametrize("level", LEVELS)
+def test_swiglu_of_every_size(level):
+    """From where e^-a overflows to where it is nothing, in float32: a column of x W1^T is a, one of x W3^T is 3."""
+    a = torch.tensor(
+        [0.0, -0.0, *(s * m for m in (1e-30, 1e-4, 0.3, 5, 40, 87, 88, 90, 126, 1e4, 1e30) for s in (1, -1))]
+    )
+    x, weight = torch.stack([a, torch.ones_like(a)], dim=1), torch.tensor([[1.0, 0], [0, 3]])
+    out = run(level, x, weight, None, True)
+    exact = 3 * torch.nn.functional.silu(a.double())[:, None]
+    # float32 runs out of exponents at -126 ln 2; from there on any next to nothing will do.
+    assert ((out - exact).abs() <= 1e-6 * exact.abs() + 2.0**-118 * (1 + a.abs()[:, None])).all()
+    assert run(level, torch.full((1, 2), torch.nan), weight, None, True).isnan().all()
+
+
+@needs_extension
+@pytest.mark.parametrize("level", LEVELS)
 def test_whole_numbers_are_exact(level):
     """A wrong place in a panel shows as another number, not as an error of rounding."""
     for dtype in DTYPES:

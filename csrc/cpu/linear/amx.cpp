@@ -5,6 +5,7 @@
 #define MSDD_SIMD __attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,avx512bf16,avx2,fma,amx-tile,amx-bf16")))
 
 #include "narrow_avx512bf16.h"
+#include "swiglu_avx512.h"
 
 namespace msdd_fast {
 namespace {

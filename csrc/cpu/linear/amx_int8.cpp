@@ -4,6 +4,8 @@
 #ifdef MSDD_X86_LEVELS
 #define MSDD_SIMD __attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,avx2,fma,amx-tile,amx-int8")))
 
+#include "swiglu_avx512.h"
+
 namespace msdd_fast {
 namespace {
 

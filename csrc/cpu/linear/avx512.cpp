@@ -5,6 +5,7 @@
 #define MSDD_SIMD __attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,avx2,fma")))
 
 #include "avx512.h"
+#include "swiglu_avx512.h"
 
 namespace msdd_fast {
 namespace {

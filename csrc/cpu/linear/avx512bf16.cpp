@@ -8,6 +8,7 @@
 
 #include "avx512.h"
 #include "narrow_avx512bf16.h"
+#include "swiglu_avx512.h"
 
 namespace msdd_fast {
 namespace {

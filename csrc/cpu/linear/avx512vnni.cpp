@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "msdd_fast/detail/intrinsics.h"
+#include "swiglu_avx512.h"
 
 namespace msdd_fast {
 namespace {

@@ -134,6 +134,7 @@ void linear_pack(void* packed, const Operand& weight, std::int64_t stride, const
     const LinearLevel found = level_of(level, weight.dtype);
     const auto [panels, words] = layout_of(shape, found);
     const std::int64_t per_panel = words;
+    if (per_panel == 0) return;  // and `packed` may be null
     parallel_for(panels, 1, threads, [&](std::int64_t begin, std::int64_t end) {
         for (std::int64_t panel = begin; panel < end; ++panel) {
             float* const to = static_cast<float*>(packed) + panel * per_panel;

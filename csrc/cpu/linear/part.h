@@ -7,6 +7,7 @@
 //   tile                (x, stride, rows, words of a panel, in, out): rows x PANEL sums, of bytes as std::int32_t; also
 //                       begin_tiles and end_tiles; micro_kernel.h or its own
 //   MSDD_NARROW         if it has its own `narrow_sums` from float to bfloat16
+//   MSDD_SWIGLU         if it has its own `swiglu_sums`
 //
 // Everything has internal linkage, so levels do not clash.
 //
@@ -39,13 +40,25 @@ MSDD_SIMD MSDD_INLINE void write(const float* values, std::int64_t count, T* out
     }
 }
 
+#ifndef MSDD_SWIGLU
+// The first half of a row becomes silu(first half) * second half; `bias` of both is added before, if there is one.
+MSDD_SIMD inline void swiglu_sums(float* sums, const float* bias) {
+    constexpr std::int64_t HALF = PANEL / 2;
+    if (bias != nullptr)
+        for (std::int64_t i = 0; i < PANEL; ++i) sums[i] += bias[i];
+    for (std::int64_t i = 0; i < HALF; ++i) sums[i] = sums[i] / (1.0f + exp_float(-sums[i])) * sums[i + HALF];
+}
+#endif
+
 // One row of a tile: bias, activation, rounding. `count` columns exist, WIDTH are in the tile.
 template <class T, bool SWIGLU>
 MSDD_SIMD inline void finish_row(float* sums, const float* bias, std::int64_t count, T* out) {
     constexpr std::int64_t WIDTH = SWIGLU ? PANEL / 2 : PANEL;
-    for (std::int64_t i = 0; i < PANEL; ++i) sums[i] += bias[i];
-    if constexpr (SWIGLU)
-        for (std::int64_t i = 0; i < WIDTH; ++i) sums[i] = sums[i] / (1.0f + exp_float(-sums[i])) * sums[i + WIDTH];
+    if constexpr (SWIGLU) {
+        swiglu_sums(sums, bias);
+    } else if (bias != nullptr) {
+        for (std::int64_t i = 0; i < PANEL; ++i) sums[i] += bias[i];
+    }
     if (count == WIDTH)
         write(sums, WIDTH, out);  // of a size that the compiler knows
     else
@@ -70,13 +83,15 @@ MSDD_SIMD void run_panels(const LinearJob& job, const LinearPart& part, const El
     const std::int64_t tiles = (part.rows + ROWS - 1) / ROWS;
     for (std::int64_t panel = part.panel; panel < part.panel + part.panels; ++panel) {
         const std::int64_t first = panel * WIDTH, count = std::min(WIDTH, job.width - first);
-        std::fill(bias, bias + PANEL, 0.0f);
-        if (job.bias.data != nullptr)
+        const bool biased = job.bias.data != nullptr;
+        if (biased) {
+            std::fill(bias, bias + PANEL, 0.0f);
             for (int half = 0; half <= (SWIGLU ? 1 : 0); ++half) {
                 float* const to = bias + half * WIDTH;
                 const float* from = floats(job.bias, first + half * job.width, count, to);
                 if (from != to) std::copy(from, from + count, to);
             }
+        }
         for (std::int64_t i = 0; i < tiles; ++i) {
             const std::int64_t begin = part.rows * i / tiles, rows = part.rows * (i + 1) / tiles - begin;
             const float* const words = job.packed + panel * job.panel_words;
@@ -85,7 +100,7 @@ MSDD_SIMD void run_panels(const LinearJob& job, const LinearPart& part, const El
                 const std::int64_t row = part.row + begin + r;
                 if constexpr (QUANTIZED)
                     dequantize_row(sums + r * PANEL, words + job.panel_words - 2 * PANEL, job.row_scales[row]);
-                finish_row<T, SWIGLU>(sums + r * PANEL, bias, count,
+                finish_row<T, SWIGLU>(sums + r * PANEL, biased ? bias : nullptr, count,
                                       static_cast<T*>(job.out) + row * job.out_stride + first);
             }
         }
