@@ -64,22 +64,30 @@ MSDD_SIMD inline void multiply(const float* a, std::int64_t a_stride, const floa
         for (int j = 0; j < VECTORS; ++j) store(c + row * c_stride + j * LANES, sums[row][j]);
 }
 
-// 2^y for y <= 0, relative error 1.1e-7: 2^n by the exponent's bits times 2^r, |r| <= 1/2, by a polynomial (minimax,
-// 1 at 0, evaluated by pairs of terms since the chain of operations is what takes the time). Below 2^-100 it stays
-// there: next to the largest weight, 1, that is nothing, and subnormals are slow.
+// 2^y for y <= 0: 2^n by the exponent's bits times 2^r, |r| <= 1/2, by a polynomial (minimax, 1 at 0, evaluated by
+// pairs of terms since the chain of operations is what takes the time). Relative error 1.1e-7, or 1e-4 where the
+// result is ROUNDED to bfloat16, whose own is 2e-3. Below 2^-100 it stays there: next to the largest weight, 1, that is
+// nothing, and subnormals are slow.
+template <bool ROUNDED = false>
 MSDD_SIMD inline Vec exp2_negative(Vec y) {
     y = max(set(-100.0f), y);            // a NaN goes through
     const Vec magic = set(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, in the lowest bits
     const Vec rounded = add(y, magic);
     const Vec r = sub(y, sub(rounded, magic)), r2 = mul(r, r);
+    if constexpr (ROUNDED) {
+        const Vec p01 = fma(set(0.6932829f), r, set(1.0f)), p23 = fma(set(0.05500906f), r, set(0.24221097f));
+        return scale_by_power(fma(p23, r2, p01), rounded);
+    }
     const Vec p01 = fma(set(0.6931470036506653f), r, set(1.0f));
     const Vec p23 = fma(set(0.05550733581185341f), r, set(0.24022242426872253f));
     const Vec p45 = fma(set(0.001326472731307149f), r, set(0.009671512991189957f));
     return scale_by_power(fma(fma(p45, r2, p23), r2, p01), rounded);
 }
 
-// One row of scores to weights exp(scale * (score - maximum)); the width is a whole number of panels. `maximum` and
-// `total` go on from the earlier blocks' keys, whose sums must be multiplied by the value returned.
+// One row of scores to weights exp(scale * (score - maximum)), as pairs from its beginning on if IN_PAIRS; the width is
+// a whole number of panels. `maximum` and `total` go on from the earlier blocks' keys, whose sums must be multiplied by
+// the value returned.
+template <bool IN_PAIRS>
 MSDD_SIMD inline float softmax_row(float* row, std::int64_t width, float scale, bool first, float& maximum,
                                    float& total) {
     Vec highest[2] = {load(row), load(row + LANES)};
@@ -91,13 +99,19 @@ MSDD_SIMD inline float softmax_row(float* row, std::int64_t width, float scale, 
     // The difference first, which is exact at the maximum: scores of any size leave the weights accurate.
     const Vec shift = set(maximum), factor = set(scale);
     Vec sums[2] = {set(0.0f), set(0.0f)};
-    for (std::int64_t i = 0; i < width; i += PANEL)
+    for (std::int64_t i = 0; i < width; i += PANEL) {
+        Vec weights[2];
         for (int half = 0; half < 2; ++half) {
-            float* const these = row + i + half * LANES;
-            const Vec weights = exp2_negative(mul(sub(load(these), shift), factor));
-            store(these, weights);
-            sums[half] = add(sums[half], weights);
+            weights[half] = exp2_negative<IN_PAIRS>(mul(sub(load(row + i + half * LANES), shift), factor));
+            sums[half] = add(sums[half], weights[half]);
         }
+        if constexpr (IN_PAIRS) {
+            store(row + i / 2, to_pairs(weights[0], weights[1]));
+        } else {
+            store(row + i, weights[0]);
+            store(row + i + LANES, weights[1]);
+        }
+    }
     const float sum = reduce_add(add(sums[0], sums[1]));
     if (first) {
         total = sum;
@@ -165,11 +179,6 @@ MSDD_SIMD inline void pack_value_pairs(const BFloat16* from, std::int64_t stride
             std::memcpy(to, pairs, sizeof pairs);
         }
     }
-}
-
-// A row of weights to pairs, in place from its beginning on; the width is a whole number of panels.
-MSDD_SIMD inline void pair_row(float* row, std::int64_t width) {
-    for (std::int64_t i = 0; i < width; i += PANEL) store(row + i / 2, to_pairs(load(row + i), load(row + i + LANES)));
 }
 
 // Values in panels [count][PANEL] of the width, zeros in the last one's rest.
@@ -250,8 +259,7 @@ MSDD_SIMD void attend(const AttentionJob& job, std::int64_t image, std::int64_t 
                 float* const these = scores + row * columns;
                 std::fill(these + block, these + columns, -INFINITY);
                 const std::int64_t at = tile + row;
-                const float correction = softmax_row(these, columns, scale, is_first, maxima[at], totals[at]);
-                if constexpr (IN_PAIRS) pair_row(these, columns);
+                const float correction = softmax_row<IN_PAIRS>(these, columns, scale, is_first, maxima[at], totals[at]);
                 if (is_first || correction == 1.0f) continue;
                 const Vec factor = set(correction);
                 for (std::int64_t i = 0; i < width; i += LANES)
