@@ -21,6 +21,7 @@ from msdd_fast.families.msdd.engine.network import Network
 from msdd_fast.families.msdd.engine.program import Program
 from msdd_fast.families.msdd.engine.tables import StageTables, stage_tables
 from msdd_fast.families.msdd.engine.weights import pack
+from msdd_fast.families.msdd.mmdit import CrossBlock
 from msdd_fast.families.msdd.presets import PRESETS
 from msdd_fast.families.msdd.released import RELEASED
 from msdd_fast.families.msdd.work import decode_work, encode_work
@@ -91,9 +92,11 @@ class MSDDFamily:
         return Program(Network(weights, self.config.decoder, ops), tables, schedule, self.config)
 
     def quantizable(self, decoder: Decoder) -> list[tuple[str, Tensor]]:
-        """The blocks' linears, but those that only see the time."""
+        """The blocks' linears, but those that only see the time, and those that are folded (engine/context.py)."""
         modules = decoder.blocks.named_modules(prefix="decoder.blocks")
-        return [(n, m.weight) for n, m in modules if isinstance(m, nn.Linear) and "adaln" not in n.split(".")]
+        folded = [b.context.kv for b in decoder.blocks if isinstance(b, CrossBlock)]
+        linears = [(n, m) for n, m in modules if isinstance(m, nn.Linear) and m not in folded]
+        return [(n, m.weight) for n, m in linears if "adaln" not in n.split(".")]
 
     def tables_memory(self, tables: list[StageTables]) -> int:
         return tables_memory(tables)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from msdd_fast.families.msdd.config import TokenizerConfig, swiglu_hidden_size
 from msdd_fast.families.msdd.embeddings import TimestepEmbedder
+from msdd_fast.families.msdd.engine.context import folded_width
 from msdd_fast.families.work import Work
 
 
@@ -20,13 +21,13 @@ def decode_work(
 ) -> list[Work]:
     """The work of one decode of ``batch`` images, with elements of ``itemsize`` bytes.
 
-    ``hoisted``: as the engine runs it, with adaLN vectors as constants and the context embedded once per image.
+    ``hoisted``: as the engine runs it, with adaLN vectors as constants and the context embedded once per image, folded.
     Otherwise as the eager model runs it, which computes both per image at every evaluation.
     """
     guided = cfg_scale != 1.0
     rows = 2 * batch if guided else batch
     count = _Counter(config, rows, batch if hoisted else rows, itemsize)
-    work = list(count.context(0)) if hoisted else []
+    work = list(count.context(0, folded=True)) if hoisted else []
     for s in range(config.schedule.num_stages):
         scale = config.stage_resolution(s)
         for i in range(steps):
@@ -34,7 +35,7 @@ def decode_work(
                 # The eager model reads its weights once for each branch of the guidance.
                 for _ in range(2 if guided else 1):
                     one = _Counter(config, batch, batch, itemsize)
-                    work += [*one.time(scale), *one.context(scale), *one.network(scale)]
+                    work += [*one.time(scale), *one.context(scale, folded=False), *one.network(scale)]
             else:
                 work += count.network(scale)
             work += count.sampler(scale, s == 0 and i == 0, i == steps - 1, guided)
@@ -114,14 +115,15 @@ class _Counter:
     def tokens(self, scale: int) -> int:
         return (scale // self.config.patch_size) ** 2
 
-    def context(self, scale: int) -> Iterator[Work]:
-        """Embedding of the latents, and the cross blocks' keys and values."""
+    def context(self, scale: int, folded: bool) -> Iterator[Work]:
+        """Embedding of the latents, and the cross blocks' keys and values; ``folded``: as engine/context.py has it."""
         linear, n, d = _Linears(scale, self.rows, self.itemsize), self.config.num_latent_tokens, self.d
-        yield linear("context_embed", -1, n, self.config.latent_dim, d)
+        width = folded_width(d, self.config.latent_dim) if folded and not self.joint else d
+        yield linear("context_embed", -1, n, self.config.latent_dim, width)
         if not self.joint:
-            yield linear.pointwise("context_norm", -1, 2 * n * d)
+            yield linear.pointwise("context_norm", -1, 2 * n * width)
             for i in range(self.depth):
-                yield linear("context.kv", i, n, d, 2 * d)
+                yield linear("context.kv", i, n, width, 2 * d)
                 yield linear.pointwise("context.qk_norm_rope", i, 2 * n * d)
 
     def time(self, scale: int) -> Iterator[Work]:

@@ -16,7 +16,6 @@ from msdd_fast.diffusion.rope import RopeTable
 from msdd_fast.families.msdd.config import DecoderConfig
 from msdd_fast.families.msdd.engine.tables import BlockModulation, Modulation
 from msdd_fast.families.msdd.engine.weights import BlockWeights, Weights
-from msdd_fast.families.msdd.mmdit import NORM_EPS
 from msdd_fast.layers.linear.base import Linear
 from msdd_fast.ops import Ops
 
@@ -45,8 +44,9 @@ class Network:
         rows = self.w.context_embed(rows)
         if not self.w.contexts:
             return Context(rows.view(length, b, -1), [])
-        assert self.w.context_norm is not None
-        rows = self.ops.norm_modulate(rows, *self.w.context_norm, None, NORM_EPS)
+        norm = self.w.context_norm
+        assert norm is not None
+        rows = self.ops.norm_modulate(rows, norm.zeros, norm.zeros, None, norm.eps, norm.ones)
         keys_values = []
         for c in self.w.contexts:
             kv = c.kv(rows).view(length, b, 2, -1, self.head_dim).transpose(0, 1)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from msdd_fast.diffusion.rope import RopeTable
 from msdd_fast.families.msdd.decoder import Decoder
-from msdd_fast.families.msdd.mmdit import ContextKeyValue, CrossBlock, JointBlock, Stream
+from msdd_fast.families.msdd.engine.context import fold_context
+from msdd_fast.families.msdd.mmdit import CrossBlock, JointBlock, Stream
 from msdd_fast.layers.linear.base import Linear, MakeLinear, Swiglu
 from msdd_fast.layers.packer import Packer
 
@@ -36,8 +37,17 @@ class BlockWeights:
 
 
 @dataclass(frozen=True)
+class ContextNorm:
+    """The RMSNorm of folded context tokens, as ``norm_modulate`` takes it: neither shifted nor scaled."""
+
+    zeros: Tensor
+    ones: Tensor
+    eps: float
+
+
+@dataclass(frozen=True)
 class ContextWeights:
-    """Keys and values of the static context of one cross block: norm of k is (1, 1, head_dim)."""
+    """Keys and values of the static context of one cross block, folded: norm of k is (1, 1, head_dim)."""
 
     kv: Linear
     norm_weight: Tensor
@@ -46,11 +56,14 @@ class ContextWeights:
 
 @dataclass(frozen=True)
 class Weights:
-    """All weights that a decode reads. ``null`` is the embedding (1, L, D) of the null context."""
+    """All weights that a decode reads. ``context_null`` are the latents (1, L, C) of the null context.
+
+    With cross blocks (``contexts``) the context is folded: engine/context.py.
+    """
 
     patch_embed: Linear
     context_embed: Linear
-    context_norm: tuple[Tensor, Tensor] | None
+    context_norm: ContextNorm | None
     context_null: Tensor
     context_rope: RopeTable
     blocks: list[BlockWeights]
@@ -78,20 +91,21 @@ def pack(decoder: Decoder, dtype: torch.dtype, device: torch.device, make: MakeL
     model's (py, px, c) to the same order, so that state and velocity have one layout.
     """
     config, packer = decoder.config, Packer(device, dtype, make)
-    p, cross = config.patch_size, config.decoder.conditioning == "cross"
+    p = config.patch_size
     final, embed = decoder.final_layer.linear, decoder.patch_embed
     order = torch.arange(3 * p * p, device=final.weight.device).view(p, p, 3).permute(2, 0, 1).flatten()
     assert embed.bias is not None
     context_rope, _ = decoder.rope_tables(config.grid_size, device)
+    context_embed, context_norm, contexts = _context(packer, decoder)
     blocks: list[Any] = list(decoder.blocks)
     return Weights(
         patch_embed=packer.dense_of(embed.weight.flatten(1), embed.bias),
-        context_embed=packer.dense(decoder.context_embed),
-        context_norm=packer.modulation(decoder.context_norm) if cross else None,
+        context_embed=context_embed,
+        context_norm=context_norm,
         context_null=packer.tensor(decoder.context_null),
         context_rope=context_rope,
         blocks=[_block(packer, b, swiglu) for b in blocks],
-        contexts=[_context(packer, b.context) for b in blocks] if cross else [],
+        contexts=contexts,
         final=packer.dense_of(final.weight[order], final.bias[order]),
         dtype=dtype,
     )
@@ -117,6 +131,14 @@ def _qk_norm(s: Stream, name: str) -> Tensor:
     return torch.stack([torch.zeros_like(k) if s.kv_only else getattr(s.q_norm, name), k])
 
 
-def _context(packer: Packer, c: ContextKeyValue) -> ContextWeights:
-    weight, bias = packer.pair(c.k_norm)
-    return ContextWeights(packer.linear(c.kv), weight[None, None], bias[None, None])
+def _context(packer: Packer, decoder: Decoder) -> tuple[Linear, ContextNorm | None, list[ContextWeights]]:
+    if decoder.config.decoder.conditioning == "joint":
+        return packer.dense(decoder.context_embed), None, []
+    folded = fold_context(decoder)
+    ones = packer.tensor(torch.ones_like(folded.embed[1]), torch.float32)
+    contexts = []
+    blocks: list[Any] = list(decoder.blocks)
+    for block, kv in zip(blocks, folded.kv, strict=True):
+        weight, bias = packer.pair(block.context.k_norm)
+        contexts.append(ContextWeights(packer.dense_of(*kv), weight[None, None], bias[None, None]))
+    return packer.dense_of(*folded.embed), ContextNorm(torch.zeros_like(ones)[None], ones, folded.eps), contexts
