@@ -746,8 +746,9 @@ PYBIND11_MODULE(_C, m) {
         .def(py::init<>())
         .def("begin", &begin, "Calls of this thread are added to the program from now on.")
         .def("end", &end, "The end of that.")
-        .def("replay", &msdd_fast::Program::replay, no_gil, py::arg("threads"), "Runs all calls in order.")
         .def("__len__", &msdd_fast::Program::size);
+    m.def("replay", &msdd_fast::replay, no_gil, py::arg("programs"), py::arg("threads"),
+          "Replays programs at the same time; see program.h.");
 
     m.def("copy", &copy, no_gil, py::arg("out"), py::arg("x"), py::arg("threads") = 1,
           "out[...] = x, broadcast and rounded to out's dtype; None for x is zero; see copy.h.");

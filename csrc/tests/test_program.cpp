@@ -175,6 +175,41 @@ void shared_tasks_run_once() {
     }
 }
 
+// Programs at the same time, as many as threads, fewer, more and none; the last takes longest, and those that are done
+// help.
+void together() {
+    for (std::size_t count : {0, 1, 2, 5}) {
+        std::vector<std::vector<int>> values(count, std::vector<int>(33, 0));
+        std::atomic<bool> ordered{true};
+        std::vector<msdd_fast::Program> programs;
+        std::vector<const msdd_fast::Program*> all;
+        programs.reserve(count);
+        for (auto& v : values) {
+            const int calls = &v == &values.back() ? 300 : 30;
+            all.push_back(&programs.emplace_back(counting(v, calls, ordered)));
+        }
+        for (int replay = 0; replay < 20; ++replay) {
+            for (auto& v : values) std::fill(v.begin(), v.end(), 0);
+            msdd_fast::replay(all, 1 + replay % 4);
+            for (const auto& v : values)
+                for (int x : v)
+                    check(x == (&v == &values.back() ? 300 : 30) && ordered,
+                          "programs that run together disturb each other");
+        }
+    }
+    msdd_fast::Program fails, counts;
+    int runs = 0;
+    fails.add([] { throw std::runtime_error("call"); });
+    counts.add([&runs] { ++runs; });
+    bool caught = false;
+    try {
+        msdd_fast::replay({&fails, &counts}, 2);
+    } catch (const std::runtime_error&) {
+        caught = true;
+    }
+    check(caught && runs == 1, "an exception must reach the caller once all programs have ended");
+}
+
 double microseconds_per_call(int threads) {
     std::vector<int> values(2, 0);
     msdd_fast::Program program;
@@ -202,6 +237,7 @@ int main(int count, char** words) {
     an_exception_ends_it();
     exceptions_in_tasks();
     shared_tasks_run_once();
+    together();
     std::printf("a call of two tasks: %.2f us on one thread, %.2f us on two\n", microseconds_per_call(1),
                 microseconds_per_call(2));
     return 0;

@@ -16,13 +16,17 @@ from msdd_fast.backends.choice import is_automatic
 from msdd_fast.engine import graphs
 from msdd_fast.engine.batching import Chunk, assumed_cost, split_by_cost, split_evenly
 from msdd_fast.engine.memory import is_out_of_memory
-from msdd_fast.engine.programs import ProgramRecorder, can_record
+from msdd_fast.engine.programs import ParallelDecode, ProgramRecorder, can_record
 from msdd_fast.errors import BackendUnavailableError, InputError
 from msdd_fast.layers.request import DecodeProgram, Inputs, NotRecordable, Request, stream
 from msdd_fast.native.program import CHUNK
 
+IMAGES_PER_THREAD = 2
+"""From which each thread decodes images of its own. A single one has too few rows at small scales: two threads with an
+image of msdd-nano each took 1.1 times as long as both together for both images."""
 MAX_GRAPHS = 32  # of each kind: a few batch sizes of some dtypes, and the sizes of images where there are several
-G = TypeVar("G", graphs.Graph, graphs.StageGraphs)
+Decode = graphs.Graph | ParallelDecode
+G = TypeVar("G", Decode, graphs.StageGraphs)
 
 
 class GraphCache:
@@ -66,7 +70,8 @@ class GraphCache:
         self._capturing, self._replaying = threading.Lock(), threading.Lock()
         self._exact = records_programs(device)  # one graph for each batch size that occurs, without padding
         self._recorder: graphs.Recorder | ProgramRecorder | None = None
-        self._graphs: dict[Request, graphs.Graph] = {}
+        self._part_recorders: list[ProgramRecorder] = []
+        self._graphs: dict[Request, Decode] = {}
         self._stage_graphs: dict[Request, graphs.StageGraphs] = {}
 
     @property
@@ -84,7 +89,7 @@ class GraphCache:
         """What a batch of ``size`` was measured to take."""
         self._cost[size] = seconds
 
-    def get(self, request: Request) -> graphs.Graph | None:
+    def get(self, request: Request) -> Decode | None:
         """The graph of a whole decode, captured if there is none yet; None without graphs."""
         return self._get(request, self._graphs, self._capture)
 
@@ -104,7 +109,8 @@ class GraphCache:
 
     def memory(self) -> dict[str, int]:
         """Bytes that the graphs of whole decodes hold; empty before the first capture."""
-        return {} if self._recorder is None else {"graphs": self._recorder.memory()}
+        recorders = [r for r in (self._recorder, *self._part_recorders) if r is not None]
+        return {"graphs": sum(r.memory() for r in recorders)} if recorders else {}
 
     def _get(self, request: Request, known: dict[Request, G], capture: Callable[[Request], G]) -> G | None:
         if self._exact and not is_automatic():  # a program has the backends that it was recorded with
@@ -146,6 +152,7 @@ class GraphCache:
         self._graphs.clear()
         self._stage_graphs.clear()
         self._recorder = None
+        self._part_recorders.clear()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -154,7 +161,10 @@ class GraphCache:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
 
-    def _capture(self, request: Request) -> graphs.Graph:
+    def _capture(self, request: Request) -> Decode:
+        batch, threads = request.shape[0], torch.get_num_threads()
+        if self._exact and threads > 1 and batch >= IMAGES_PER_THREAD * threads:
+            return self._capture_parallel(request, threads)
         self._recorder = self._recorder or self._new_recorder()
         with self._replaying:  # the graphs' pool is in use while one is captured
             return graphs.Graph(
@@ -162,6 +172,17 @@ class GraphCache:
                 self._replaying,
                 self._example(request),
                 lambda inputs: self._program.decode(inputs, request),
+            )
+
+    def _capture_parallel(self, request: Request, parts: int) -> ParallelDecode:
+        while len(self._part_recorders) < parts:
+            self._part_recorders.append(ProgramRecorder())
+        with self._replaying:
+            return ParallelDecode(
+                self._part_recorders[:parts],
+                self._replaying,
+                self._example(request),
+                lambda inputs: self._program.decode(inputs, request.with_batch(len(inputs.z))),
             )
 
     def _new_recorder(self) -> graphs.Recorder | ProgramRecorder:

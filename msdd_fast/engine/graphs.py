@@ -77,7 +77,7 @@ class Graph:
         self, recorder: AnyRecorder, lock: threading.Lock, example: Inputs, decode: Callable[[Inputs], Tensor]
     ) -> None:
         """``lock`` is shared by all graphs of the recorder; it is not taken here."""
-        self.inputs, self._recorder, self._lock = _buffers(example), recorder, lock
+        self.inputs, self._recorder, self._lock = buffers(example), recorder, lock
         recorder.warm_up(lambda: decode(self.inputs))
         self._replay, self._images = recorder.record(lambda: decode(self.inputs))
 
@@ -87,7 +87,7 @@ class Graph:
         Without ``out`` they are the graph's own memory, which the next replay overwrites.
         """
         with self._lock, self._recorder.stream():
-            _fill(self.inputs, inputs)
+            fill(self.inputs, inputs)
             self._replay()
             images = self._images[: len(inputs.z)]
             return images if out is None else out.copy_(images)
@@ -108,7 +108,7 @@ class StageGraphs:
         count: int,
     ) -> None:
         """``stages`` yields ``count`` ends of stages, of which ``images`` makes pictures."""
-        self.inputs, self._recorder, self._images = _buffers(example), recorder, images
+        self.inputs, self._recorder, self._images = buffers(example), recorder, images
         self._claimed = threading.Lock()
         recorder.warm_up(lambda: list(stages(self.inputs)))
         iterator = stages(self.inputs)
@@ -122,7 +122,7 @@ class StageGraphs:
         """Replay stage by stage, and yield the results, which are the caller's. Needs a ``claim``."""
         try:
             with self._recorder.stream():
-                _fill(self.inputs, inputs)
+                fill(self.inputs, inputs)
             for stage, (replay, end) in enumerate(self._graphs):
                 with self._recorder.stream():
                     replay()
@@ -139,12 +139,13 @@ def _own(x: Tensor, end: Any) -> Tensor:
     return x.clone() if any(x is part for part in parts) else x
 
 
-def _buffers(example: Inputs) -> Inputs:
+def buffers(example: Inputs) -> Inputs:
+    """Memory for inputs, which holds the example's."""
     z, seeds, scale, conditions = example
     return Inputs(z.clone(), seeds.clone(), scale.clone(), tuple(c.clone() for c in conditions))
 
 
-def _fill(buffers: Inputs, inputs: Inputs) -> None:
+def fill(buffers: Inputs, inputs: Inputs) -> None:
     """Copy inputs into buffers of at least their batch size. Padding keeps what was there, which is finite."""
     count = len(inputs.z)
     buffers.z[:count].copy_(inputs.z, non_blocking=True)

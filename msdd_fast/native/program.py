@@ -118,10 +118,15 @@ class Recorded:
 
     def replay(self) -> None:
         """Run all calls; releases the GIL."""
-        self._program.replay(torch.get_num_threads())
+        replay_together([self])
 
     def __len__(self) -> int:
         return len(self._program)
+
+
+def replay_together(programs: Sequence[Recorded]) -> None:
+    """Replay programs at the same time, none of which writes what another reads or writes; releases the GIL."""
+    load_extension().replay([p._program for p in programs], torch.get_num_threads())
 
 
 def record(run: Callable[[], T], arena: Arena, keep: Any = None) -> tuple[Recorded, T]:

@@ -78,13 +78,13 @@ def test_a_sanitizer_sees_a_race(tmp_path, sanitizer):
             std::vector<long> sums(4);
             long sum = 0;
             for (int i = 0; i < 100; ++i)
-                msdd_fast::run_on_team(3, [&] {
+                msdd_fast::run_on_teams(3, {[&] {
                     msdd_fast::run_tasks(8, [&](std::int64_t k) {
                         sum += k;
                         sums.data()[k] = k;
                         std::this_thread::sleep_for(std::chrono::milliseconds(1));  // helpers come, however busy it is
                     });
-                });
+                }});
             return 0;
         }
         """

@@ -11,6 +11,7 @@ from msdd_fast import Tokenizer, accelerate
 from msdd_fast.backends import extension_status, load_extension, use_backend
 from msdd_fast.engine.graph_cache import MAX_GRAPHS
 from msdd_fast.errors import BackendUnavailableError
+from msdd_fast.native.program import CHUNK
 from msdd_fast.ops import observe
 from tests.engine.test_parity import FLOAT32, latents
 from tests.perturbed import perturbed
@@ -28,6 +29,14 @@ def native_products(monkeypatch):
     monkeypatch.setenv("MSDD_FAST_NATIVE_LINEAR", "1")
 
 
+@pytest.fixture
+def threads():
+    """``torch.set_num_threads``, undone afterwards."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("bf16", ["0", "1"])
 def test_the_same_bits_as_without(tok, bf16, monkeypatch):
     """Every kind of model, batch size, guidance and output; twice, since the second decode is the replay."""
@@ -43,6 +52,40 @@ def test_the_same_bits_as_without(tok, bf16, monkeypatch):
         assert torch.equal(fast.decode(z[:3], seeds), plain.decode(z[:3], seeds))
     if bf16 == "0":
         assert (fast.decode(z[:2]) - tok.decode(z[:2])).abs().max() < FLOAT32
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_threads_decode_images_of_their_own(tok, threads, count):
+    """With two images or more for each thread, also if they do not divide evenly. The bits are the same."""
+    threads(count)
+    fast, plain = accelerate(tok, graphs=True), accelerate(tok, graphs=False, backend=CPP_ATTENTION)
+    z = latents(tok, 8)
+    expected = plain.decode(z, 5, cfg_scale=1.7)
+    for batch in (8, 7, 6, 4, 3):
+        for _ in range(3):
+            assert torch.equal(fast.decode(z[:batch], 5, cfg_scale=1.7), expected[:batch])
+            other = fast.decode(z[:batch].flip(0), 5, cfg_scale=1.7)  # no input or result of another replay is left
+            assert not torch.equal(other, expected[:batch])
+    out = torch.empty_like(expected)
+    assert fast.decode(z, 5, cfg_scale=1.7, out=out) is out and torch.equal(out, expected)
+    assert torch.equal(fast.decode(z, 5, cfg_scale=1.7, copy=False), expected)
+    kinds = {request.shape[0]: type(graph).__name__ for request, graph in fast._cache._graphs.items()}
+    shared = {1: set(), 2: {8, 7, 6, 4}, 3: {8, 7, 6}}[count]
+    assert {batch for batch, kind in kinds.items() if kind == "ParallelDecode"} == shared
+    held = fast.graph_memory()["graphs"]
+    assert held >= (count if shared else 1) * CHUNK
+    fast.release()
+    assert fast.graph_memory() == {} and torch.equal(fast.decode(z, 5, cfg_scale=1.7), expected)
+
+
+def test_fewer_threads_than_a_program_was_recorded_for(cross, threads):
+    """One thread then replays all of them, one after the other; more threads help."""
+    fast, z = accelerate(cross, graphs=True), latents(cross, 6)
+    threads(3)
+    expected = fast.decode(z)
+    for count in (1, 2, 5):
+        threads(count)
+        assert torch.equal(fast.decode(z), expected)
 
 
 def test_several_steps(cross):

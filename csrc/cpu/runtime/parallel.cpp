@@ -4,6 +4,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
+#include <deque>
 #include <exception>
 #include <mutex>
 #include <system_error>
@@ -255,7 +256,7 @@ class Team {
 // The team that the code of this thread leads, if any.
 thread_local Team* led = nullptr;
 
-// One leader and its helpers: whoever comes first leads.
+// A body, its leader and its helpers: whoever comes first leads.
 struct Session {
     Session(int threads, const std::function<void()>& todo) : body(todo), team(threads) {}
 
@@ -277,14 +278,24 @@ struct Session {
 
 bool leads_a_team() { return led != nullptr; }
 
-void run_on_team(int threads, const std::function<void()>& body) {
-    if (led != nullptr) return body();
-    Session session(std::max(threads, 1), body);
-    if (threads <= 1)
-        session.enter();
+void run_on_teams(int threads, const std::vector<std::function<void()>>& bodies) {
+    if (led != nullptr) {
+        for (const auto& body : bodies) body();
+        return;
+    }
+    threads = std::max(threads, 1);
+    std::deque<Session> sessions;
+    for (const auto& body : bodies) sessions.emplace_back(threads, body);
+    // Each thread leads the first body that nobody does, beginning with its own, and helps where one is not done.
+    const auto take_part = [&sessions](std::int64_t thread) {
+        const auto count = static_cast<std::int64_t>(sessions.size());
+        for (std::int64_t i = 0; i < count; ++i) sessions[static_cast<std::size_t>((thread + i) % count)].enter();
+    };
+    if (threads == 1)
+        take_part(0);
     else
-        run_tasks(threads, [&session](std::int64_t) { session.enter(); });
-    session.failure.rethrow();
+        run_tasks(threads, take_part);
+    for (const auto& session : sessions) session.failure.rethrow();
 }
 
 void run_tasks(std::int64_t count, const std::function<void(std::int64_t)>& task) {

@@ -4,10 +4,14 @@
 
 namespace msdd_fast {
 
-void Program::replay(int threads) const {
-    run_on_team(threads, [this] {
-        for (const auto& call : calls_) call();
-    });
+void Program::run() const {
+    for (const auto& call : calls_) call();
+}
+
+void replay(const std::vector<const Program*>& programs, int threads) {
+    std::vector<std::function<void()>> bodies;
+    for (const Program* program : programs) bodies.emplace_back([program] { program->run(); });
+    run_on_teams(threads, bodies);
 }
 
 Program*& recording() {

@@ -204,9 +204,9 @@ def test_graphs_are_kept_by_what_is_given(tok, monkeypatch):
             self.request, self.inputs = request, engine._example(request)
 
         def replay(self, inputs, out=None):
-            from msdd_fast.engine.graphs import _fill
+            from msdd_fast.engine.graphs import fill
 
-            _fill(self.inputs, inputs)
+            fill(self.inputs, inputs)
             images = engine.program.decode(self.inputs, self.request)[: len(inputs.z)]
             return images if out is None else out.copy_(images)
 

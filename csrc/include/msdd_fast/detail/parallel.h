@@ -10,6 +10,7 @@
 #include <atomic>
 #include <cstdint>
 #include <functional>
+#include <vector>
 
 namespace msdd_fast {
 
@@ -17,9 +18,10 @@ namespace msdd_fast {
 // done; if tasks have thrown, one of their exceptions is thrown on then.
 void run_tasks(std::int64_t count, const std::function<void(std::int64_t)>& task);
 
-// Runs `body` on the caller while up to threads - 1 other threads stand by for the tasks that it starts: run_tasks then
-// costs about a microsecond, not a fork and a join. An exception of `body` is thrown on once the others have left.
-void run_on_team(int threads, const std::function<void()>& body);
+// Runs each of the bodies once, at the same time, on `threads` threads, the caller's included. A thread that has no
+// body stands by for the tasks that the others start: run_tasks then costs about a microsecond, not a fork and a join.
+// An exception of a body is thrown on once all have ended.
+void run_on_teams(int threads, const std::vector<std::function<void()>>& bodies);
 
 // Whether the calling thread leads a team that stands by.
 bool leads_a_team();
