@@ -136,24 +136,33 @@ def all_scales(name: str, parts: Sequence[tuple[Network, tuple[Tensor, Tensor]]]
     return Provider(name, lambda: [run(*inputs) for run, inputs in parts])
 
 
-def providers_of(tokenizer: Tokenizer, batch: int) -> tuple[list[Provider], list[Tensor], list[str]]:
-    """Everything to time, the velocities that networks must give, and what is missing."""
+ENGINES = {f"{kind}-{SHORT[dtype]}": dtype for dtype in (torch.float32, torch.bfloat16) for kind in ("engine", "eager")}
+MAKERS: dict[str, Callable[..., Network]] = {
+    "openvino-fp32": partial(openvino, dtype=torch.float32),
+    "openvino-bf16": partial(openvino, dtype=torch.bfloat16),
+    "onnxruntime-fp32": onnx_runtime,
+}
+
+
+def providers_of(
+    tokenizer: Tokenizer, batch: int, only: Sequence[str]
+) -> tuple[list[Provider], list[Tensor], list[str]]:
+    """Those of ``only`` to time, the velocities that networks must give, and what is missing."""
     z = random_latents(tokenizer.config, batch, CPU)
     scales = networks(tokenizer, z)
     with torch.no_grad():
         expected = [module(*inputs) for module, inputs in scales]
-    makers: dict[str, Callable[..., Network]] = {
-        "openvino-fp32": partial(openvino, dtype=torch.float32),
-        "openvino-bf16": partial(openvino, dtype=torch.bfloat16),
-        "onnxruntime-fp32": onnx_runtime,
-    }
     providers, missing = [], []
-    for dtype in (torch.float32, torch.bfloat16):
+    for name, dtype in ENGINES.items():
+        if name not in only:
+            continue
         engine = accelerate(tokenizer, dtype=dtype, batch_sizes=(batch,))
         if engine.dtype == dtype:
-            providers.append(Provider(f"engine-{SHORT[dtype]}", partial(engine.decode, z)))
-            providers.append(Provider(f"eager-{SHORT[dtype]}", partial(eager(tokenizer, dtype), z)))
-    for name, make in makers.items():
+            decode = engine.decode if name.startswith("engine") else eager(tokenizer, dtype)
+            providers.append(Provider(name, partial(decode, z)))
+    for name, make in MAKERS.items():
+        if name not in only:
+            continue
         try:
             providers.append(all_scales(name, [(make(module, inputs), inputs) for module, inputs in scales]))
         except BackendUnavailableError as error:
@@ -176,9 +185,9 @@ def checker(expected: Sequence[Tensor]) -> Callable[[str, Any], float | None]:
     return check
 
 
-def measure(tokenizer: Tokenizer, batch: int, rounds: int) -> dict[str, Any]:
-    """Medians of all providers, as plain data."""
-    providers, expected, missing = providers_of(tokenizer, batch)
+def measure(tokenizer: Tokenizer, batch: int, rounds: int, only: Sequence[str]) -> dict[str, Any]:
+    """Medians of the providers, as plain data."""
+    providers, expected, missing = providers_of(tokenizer, batch, only)
     results = compare(providers, checker(expected), RestedTimer(), rounds, warmup=2)
     rows = [
         {
@@ -210,6 +219,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("model")
     parser.add_argument("--batch-size", type=positive_int, nargs="+", default=[1])
     parser.add_argument("--rounds", type=positive_int, default=15)
+    names = [*ENGINES, *MAKERS]
+    parser.add_argument("--only", choices=names, nargs="+", default=names, help="what to time (default: everything)")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(arguments)
     if args.json:
@@ -219,7 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise InputError(f"model must take one step per scale, got {tokenizer.config.sampling.steps}")
     results = []
     for batch in args.batch_size:
-        results.append(measure(tokenizer, batch, args.rounds))
+        results.append(measure(tokenizer, batch, args.rounds, args.only))
         print(f"{args.model}, batch {batch}\n{table(results[-1])}\n", flush=True)
     if args.json:
         write_json(args.json, {"model": args.model, "machine": machine_info(), "results": results}, indent=1)
