@@ -5,6 +5,7 @@
 #define MSDD_SIMD __attribute__((target("avx2,fma")))
 
 #include "msdd_fast/detail/intrinsics.h"
+#include "swiglu_avx2.h"
 
 namespace msdd_fast {
 namespace {
