@@ -135,9 +135,10 @@ def test_the_prediction_of_msdd(cross, batch, cfg_scale):
 
 
 @fused
-@pytest.mark.parametrize("batch", [1, 2, 4])
-def test_the_prediction_of_recorded_programs(batch, recorded):
-    """Their arena grows by 4 MiB at least, so it says nothing of tiny models."""
+@pytest.mark.parametrize(("batch", "threads"), [(1, 1), (2, 1), (4, 1), (4, 2), (7, 3)])
+def test_the_prediction_of_recorded_programs(batch, threads, recorded):
+    """Their arenas grow by 4 MiB at least, so it says nothing of tiny models. Two images a thread have one each."""
+    torch.set_num_threads(threads)
     tokenizer = Tokenizer.from_pretrained("msdd-nano")
     side = tokenizer.config.image_size
     engine = accelerate(tokenizer, dtype=torch.float32)
