@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, ParamSpec, TypeVar
 
@@ -61,21 +60,35 @@ def in_order(
     def prepare(*args: Any) -> Callable[..., Any]:
         call, numbers = entry(name), args[len(operands) :]
         of = [optional_metadata(operand, t) for operand, t in zip(operands, args, strict=False)]
-        dtypes = [t.dtype for t in args if isinstance(t, Tensor)]
+        given = [t for t in args if isinstance(t, Tensor)]
         made = results(*args)
-        layouts = [(dtypes.index(r.dtype), tuple(r.shape)) for r in (made if isinstance(made, tuple) else (made,))]
-        several, empty = isinstance(made, tuple), not any(math.prod(shape) for _, shape in layouts)
+        makers = [_maker(r, given) for r in (made if isinstance(made, tuple) else (made,))]
+        several = isinstance(made, tuple)
+        empty = not any(r.numel() for r in (made if isinstance(made, tuple) else (made,)))
+        present = [m for m in of if m is not None]
+        absent = [i for i, m in enumerate(of) if m is None]
 
         def run(*tensors: Tensor) -> Any:
-            made, given = [tensors[i].new_empty(shape) for i, shape in layouts], iter(tensors)
+            made = [make(tensors[i]) for i, make in makers]
             if not empty:
-                addresses = [r.data_ptr() for r in made]
-                call(*addresses, *[None if m is None else (next(given).data_ptr(), *m) for m in of], *numbers)
+                operands: list[Any] = [(t.data_ptr(), *m) for t, m in zip(tensors, present, strict=True)]
+                for i in absent:
+                    operands.insert(i, None)
+                call(*[r.data_ptr() for r in made], *operands, *numbers)
             return tuple(made) if several else made[0]
 
         return run
 
     return Native(prepare)
+
+
+def _maker(result: Tensor, given: Sequence[Tensor]) -> tuple[int, Callable[[Tensor], Tensor]]:
+    """From which of the tensors to make an uninitialised one like ``result``, and how: ``empty_like`` takes least."""
+    for i, t in enumerate(given):
+        if t.dtype == result.dtype and t.shape == result.shape and t.is_contiguous():
+            return i, torch.empty_like
+    shape = tuple(result.shape)
+    return [t.dtype for t in given].index(result.dtype), lambda t: t.new_empty(shape)
 
 
 def entry(name: str) -> Callable[..., None]:

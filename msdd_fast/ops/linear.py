@@ -15,6 +15,7 @@ threads. R rows move R in + out in + R out elements (with ``swiglu`` R out / 2 a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch.nn.functional as F
@@ -93,6 +94,17 @@ def _cpu(x: Tensor, weight: Tensor, bias: Tensor | None, packed: Tensor | None, 
     return y.view(*x.shape[:-1], y.shape[1])
 
 
+def _prepare(
+    x: Tensor, weight: Tensor, bias: Tensor | None, packed: Tensor | None, swiglu: bool
+) -> Callable[..., Tensor] | None:
+    """``_cpu`` for tensors of this layout; None where it has to copy one."""
+    if not x.is_contiguous() or packed is None or (bias is not None and not bias.is_contiguous()):
+        return None
+    run = native.linear.prepare(x.flatten(0, -2) if x.ndim > 1 else x[None], packed, bias, len(weight), swiglu)
+    shape = (*x.shape[:-1], len(weight) // 2 if swiglu else len(weight))
+    return lambda x, _, *rest: run(x, rest[-1], *rest[:-1]).view(shape)
+
+
 def _kernel_fits(x: Tensor, weight: Tensor, bias: Tensor | None, packed: Tensor | None, swiglu: bool) -> Verdict:
     if x.dtype not in FLOAT_DTYPES:
         return False, f"works in float32, bfloat16 and float16, got {x.dtype}"
@@ -111,4 +123,4 @@ OP = Op(
     _fake,
     _example,
 )
-OP.register(CPU, _cpu, _kernel_fits)
+OP.register(CPU, _cpu, _kernel_fits, prepare=_prepare)
