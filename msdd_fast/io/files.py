@@ -188,11 +188,17 @@ def _is_descriptor(path: str) -> bool:
 def _copy_into(source: Path, path: str | os.PathLike[str]) -> None:
     """Append to what is written into, such as a terminal, or the redirected output; a regular file is rewritten."""
     with open(source, "rb") as read:
+        sys.stdout.flush()
         if os.fspath(path) == STDOUT:
-            shutil.copyfileobj(read, sys.stdout.buffer)
+            if hasattr(sys.stdout, "buffer"):
+                shutil.copyfileobj(read, sys.stdout.buffer)
+            else:  # replaced by what takes text only: io.StringIO, a notebook
+                try:
+                    sys.stdout.write(read.read().decode())
+                except UnicodeDecodeError:
+                    raise InputError("out must be a file here, got -: sys.stdout takes text only") from None
             sys.stdout.flush()
             return
-        sys.stdout.flush()
         replaced = os.O_TRUNC if os.path.isfile(path) and not _is_descriptor(os.path.abspath(path)) else os.O_APPEND
         with os.fdopen(os.open(path, os.O_WRONLY | replaced), "wb") as written:
             shutil.copyfileobj(read, written)

@@ -1,5 +1,6 @@
 """The one writer: atomic, into devices and through links, modes; JSON and paths that are refused."""
 
+import io
 import os
 import stat
 import subprocess
@@ -71,6 +72,19 @@ def test_devices_and_fifos_are_written_into(tmp_path):
     write(fifo)
     reader.join()
     assert got == ["new"] and stat.S_ISFIFO(fifo.stat().st_mode) and os.listdir(tmp_path) == ["fifo"]
+
+
+def test_an_output_that_takes_text_only(monkeypatch):
+    """As ``contextlib.redirect_stdout(io.StringIO())`` and notebooks make it."""
+    text = io.StringIO("before ")
+    text.seek(0, io.SEEK_END)
+    monkeypatch.setattr(sys, "stdout", text)
+    write("-", "größer")
+    assert text.getvalue() == "before größer"
+    with pytest.raises(InputError, match=r"out must be a file here, got -: sys\.stdout takes text only"):
+        with atomic_write("-") as temporary:
+            temporary.write_bytes(b"\x89PNG")
+    assert text.getvalue() == "before größer"
 
 
 STANDARD_OUTPUT = ["-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"]
