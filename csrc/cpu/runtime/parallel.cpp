@@ -260,8 +260,8 @@ thread_local Team* led = nullptr;
 struct Session {
     Session(int threads, const std::function<void()>& todo) : body(todo), team(threads) {}
 
-    void enter() {
-        if (taken.exchange(true)) return team.help();
+    void lead() {
+        if (taken.exchange(true)) return;
         led = &team;
         failure.guard(body);
         led = nullptr;
@@ -286,10 +286,11 @@ void run_on_teams(int threads, const std::vector<std::function<void()>>& bodies)
     threads = std::max(threads, 1);
     std::deque<Session> sessions;
     for (const auto& body : bodies) sessions.emplace_back(threads, body);
-    // Each thread leads the first body that nobody does, beginning with its own, and helps where one is not done.
+    // Each thread leads what nobody leads yet, beginning with its own, and then helps those that are not done.
     const auto take_part = [&sessions](std::int64_t thread) {
         const auto count = static_cast<std::int64_t>(sessions.size());
-        for (std::int64_t i = 0; i < count; ++i) sessions[static_cast<std::size_t>((thread + i) % count)].enter();
+        for (std::int64_t i = 0; i < count; ++i) sessions[static_cast<std::size_t>((thread + i) % count)].lead();
+        for (Session& session : sessions) session.team.help();
     };
     if (threads == 1)
         take_part(0);
