@@ -1,7 +1,8 @@
 """The graphs of one engine: captured when first asked for, and what each batch size costs.
 
 On a GPU these are CUDA graphs, on a CPU recorded programs (engine/programs.py). A program takes about one decode to
-record, so it is made for every batch size that occurs. Of both the least recently used are dropped.
+record, so it is made for every batch size that occurs, and keeps the number of threads that it was recorded for. The
+least recently used of both are dropped.
 """
 
 from __future__ import annotations
@@ -130,29 +131,42 @@ class GraphCache:
                 if self._required:
                     raise BackendUnavailableError(f"graphs=True, but {reason}") from error
                 self.enabled, self.reason = False, reason
-                self._graphs.clear()
-                self._stage_graphs.clear()
+                self._forget()
             if len(known) > MAX_GRAPHS:
                 self._wait()
                 del known[next(iter(known))]
             return known.get(request)
 
     def _with_room(self, capture: Callable[[], G]) -> G:
-        """``capture()``; where memory is short, once more without the graphs that there are."""
+        """``capture()``; where memory is short, once more without the graphs that there are.
+
+        What a capture that failed had recorded is dropped.
+        """
         try:
             return capture()
         except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error) or (not self._graphs and not self._stage_graphs):
+            if not is_out_of_memory(error):
                 raise
-        self._drop_all()
-        return capture()
+            others = bool(self._graphs or self._stage_graphs)
+            self._drop_all()
+            if not others:
+                raise
+        try:
+            return capture()
+        except (MemoryError, RuntimeError):
+            self._drop_all()
+            raise
 
-    def _drop_all(self) -> None:
-        self._wait()
+    def _forget(self) -> None:
+        """Keep neither graphs nor the memory that they share, unless somebody else does."""
         self._graphs.clear()
         self._stage_graphs.clear()
         self._recorder = None
         self._part_recorders.clear()
+
+    def _drop_all(self) -> None:
+        self._wait()
+        self._forget()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -176,7 +190,7 @@ class GraphCache:
 
     def _capture_parallel(self, request: Request, parts: int) -> ParallelDecode:
         while len(self._part_recorders) < parts:
-            self._part_recorders.append(ProgramRecorder())
+            self._part_recorders.append(ProgramRecorder(CHUNK // parts))  # together they waste no more than one arena
         with self._replaying:
             return ParallelDecode(
                 self._part_recorders[:parts],

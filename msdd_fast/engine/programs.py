@@ -15,7 +15,7 @@ from msdd_fast.backends import extension_status, use_backend
 from msdd_fast.backends.choice import is_automatic
 from msdd_fast.engine.graphs import buffers, fill
 from msdd_fast.layers.request import Inputs
-from msdd_fast.native.program import Arena, Recorded, record, replay_together
+from msdd_fast.native.program import CHUNK, Arena, Recorded, record, replay_together
 
 T = TypeVar("T")
 
@@ -23,8 +23,9 @@ T = TypeVar("T")
 class ProgramRecorder:
     """Records work as native programs that share one arena, so only one of them may run at a time."""
 
-    def __init__(self) -> None:
-        self._arena = Arena()
+    def __init__(self, chunk: int = CHUNK) -> None:
+        """``chunk``: bytes in whose multiples the arena grows."""
+        self._arena = Arena(chunk)
 
     @contextmanager
     def stream(self) -> Iterator[None]:

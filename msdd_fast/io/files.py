@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from safetensors import SafetensorError
 
@@ -93,7 +93,8 @@ def temporary_sibling(path: Path) -> Path:
 
 def require_writable(path: str | os.PathLike[str]) -> None:
     """Fail before the work, not after it: InputError if ``path`` is a folder or cannot be written."""
-    as_path("output", path)
+    if str(as_path("output", path)) == STDOUT:
+        return _require_stdout()
     try:
         target, in_place = _destination(path)
         if in_place:
@@ -188,20 +189,32 @@ def _is_descriptor(path: str) -> bool:
 def _copy_into(source: Path, path: str | os.PathLike[str]) -> None:
     """Append to what is written into, such as a terminal, or the redirected output; a regular file is rewritten."""
     with open(source, "rb") as read:
-        sys.stdout.flush()
         if os.fspath(path) == STDOUT:
-            if hasattr(sys.stdout, "buffer"):
-                shutil.copyfileobj(read, sys.stdout.buffer)
-            else:  # replaced by what takes text only: io.StringIO, a notebook
-                try:
-                    sys.stdout.write(read.read().decode())
-                except UnicodeDecodeError:
-                    raise InputError("out must be a file here, got -: sys.stdout takes text only") from None
+            return _copy_to_stdout(read)
+        if sys.stdout is not None:
             sys.stdout.flush()
-            return
         replaced = os.O_TRUNC if os.path.isfile(path) and not _is_descriptor(os.path.abspath(path)) else os.O_APPEND
         with os.fdopen(os.open(path, os.O_WRONLY | replaced), "wb") as written:
             shutil.copyfileobj(read, written)
+
+
+def _copy_to_stdout(read: BinaryIO) -> None:
+    """Behind what was printed before. Bytes need a ``sys.stdout`` with a buffer; io.StringIO and notebooks have none."""
+    _require_stdout()
+    sys.stdout.flush()
+    if hasattr(sys.stdout, "buffer"):
+        shutil.copyfileobj(read, sys.stdout.buffer)
+    else:
+        try:
+            sys.stdout.write(read.read().decode())
+        except UnicodeDecodeError:
+            raise InputError("output must be a file here, got -: sys.stdout takes text only") from None
+    sys.stdout.flush()
+
+
+def _require_stdout() -> None:
+    if sys.stdout is None:
+        raise InputError("output must be a file here, got -: the process has no standard output")
 
 
 def _sync(path: Path) -> None:

@@ -36,9 +36,10 @@ class NotRecordableError(MsddFastError, RuntimeError):
 
 
 class Arena:
-    """Memory for tensors, in chunks that live as long as the arena or a tensor in them does."""
+    """Memory for tensors, in chunks of at least ``chunk`` bytes that live as long as the arena or a tensor in them."""
 
-    def __init__(self) -> None:
+    def __init__(self, chunk: int = CHUNK) -> None:
+        self._chunk = chunk
         self._chunks: dict[int, bytearray] = {}  # by address
         self._free: list[tuple[int, int]] = []  # (address, bytes), sorted, neighbours joined
         self._blocks: dict[int, weakref.ref[Any]] = {}
@@ -89,7 +90,7 @@ class Arena:
         return address
 
     def _add_chunk(self, size: int) -> None:
-        chunk = bytearray(max(CHUNK, size) + ALIGNMENT)
+        chunk = bytearray(max(self._chunk, size) + ALIGNMENT)
         begin = ctypes.addressof(ctypes.c_char.from_buffer(chunk))
         self._chunks[begin] = chunk
         aligned = -(-begin // ALIGNMENT) * ALIGNMENT

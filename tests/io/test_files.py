@@ -81,10 +81,20 @@ def test_an_output_that_takes_text_only(monkeypatch):
     monkeypatch.setattr(sys, "stdout", text)
     write("-", "größer")
     assert text.getvalue() == "before größer"
-    with pytest.raises(InputError, match=r"out must be a file here, got -: sys\.stdout takes text only"):
+    with pytest.raises(InputError, match=r"output must be a file here, got -: sys\.stdout takes text only"):
         with atomic_write("-") as temporary:
             temporary.write_bytes(b"\x89PNG")
     assert text.getvalue() == "before größer"
+
+
+def test_a_process_without_standard_output(monkeypatch, tmp_path):
+    """As pythonw has none."""
+    monkeypatch.setattr(sys, "stdout", None)
+    for call in (lambda: require_writable("-"), lambda: write("-")):
+        with pytest.raises(InputError, match="output must be a file here, got -: the process has no standard output"):
+            call()
+    write(tmp_path / "x.txt")
+    assert (tmp_path / "x.txt").read_text() == "new"
 
 
 STANDARD_OUTPUT = ["-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"]

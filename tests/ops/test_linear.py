@@ -149,6 +149,10 @@ def test_swiglu_of_every_size(level):
     # float32 runs out of exponents at -126 ln 2; from there on any next to nothing will do.
     assert ((out - exact).abs() <= 1e-6 * exact.abs() + 2.0**-118 * (1 + a.abs()[:, None])).all()
     assert run(level, torch.full((1, 2), torch.nan), weight, None, True).isnan().all()
+    # However large the other factor is, nothing times it is nothing; and infinity times nothing is no number.
+    x = torch.tensor([[-1e20, 1e20], [-1e30, 1e20], [-1e38, 1.0]])
+    assert (run(level, x, weight, None, True) == 0).all()
+    assert run(level, torch.tensor([[-torch.inf, 1.0]]), torch.tensor([[1.0, 0], [0, 3]]), None, True).isnan().all()
 
 
 @needs_extension

@@ -27,6 +27,10 @@ MSDD_SIMD inline Floats times_power_of_two(Floats a, Floats n) {
     return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a), exponent));
 }
 
+MSDD_SIMD inline Floats where_at_most(Floats a, Floats b, Floats value) {
+    return _mm256_and_ps(value, _mm256_cmp_ps(a, b, _CMP_LE_OQ));
+}
+
 // An estimate of 12 bits and two steps of Newton's.
 MSDD_SIMD inline Floats reciprocal(Floats a) {
     Floats estimate = _mm256_rcp_ps(a);

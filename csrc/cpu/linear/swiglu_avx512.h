@@ -24,6 +24,10 @@ MSDD_SIMD inline Floats round_floats(Floats a) {
 
 MSDD_SIMD inline Floats times_power_of_two(Floats a, Floats n) { return _mm512_scalef_ps(a, n); }
 
+MSDD_SIMD inline Floats where_at_most(Floats a, Floats b, Floats value) {
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, b, _CMP_LE_OQ), value);
+}
+
 // An estimate of 14 bits and one step of Newton's.
 MSDD_SIMD inline Floats reciprocal(Floats a) {
     const Floats estimate = _mm512_rcp14_ps(a);

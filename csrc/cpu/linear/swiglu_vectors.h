@@ -5,6 +5,7 @@
 //   round_floats            to the nearest whole numbers
 //   times_power_of_two      (a, n): a * 2^n for whole n in [-126, 126]
 //   reciprocal              to 2e-7 relative
+//   where_at_most           (a, b, value): value where a <= b, else 0
 //   SWIGLU_PANEL            columns of a panel
 //
 // No include guard: each level includes this exactly once.
@@ -25,11 +26,11 @@ MSDD_SIMD inline Floats exp2_bounded(Floats y) {
     return times_power_of_two(fma(high, r2, line(0.6931470036506653f, r, 1.0f)), n);
 }
 
-// silu(a) * b = a * b / (1 + e^-a) to 5e-7 relative; where e^-a exceeds 2^126, which is where the result is next to
-// nothing, as if it were that.
+// silu(a) * b = a * b / (1 + e^-a) to 5e-7 relative; where e^-a exceeds 2^126 as if it were infinite.
 MSDD_SIMD inline Floats swiglu_of(Floats a, Floats b) {
-    const Floats y = max(min(mul(a, set_floats(-1.4426950408889634f)), set_floats(126.0f)), set_floats(-126.0f));
-    return mul(mul(a, reciprocal(add(set_floats(1.0f), exp2_bounded(y)))), b);
+    const Floats limit = set_floats(126.0f), power = mul(a, set_floats(-1.4426950408889634f));
+    const Floats d = add(set_floats(1.0f), exp2_bounded(max(min(power, limit), set_floats(-126.0f))));
+    return mul(mul(a, where_at_most(power, limit, reciprocal(d))), b);
 }
 
 // The first half of a row becomes silu(first half) * second half; `bias` of both is added before, if there is one.
