@@ -199,7 +199,7 @@ def _copy_into(source: Path, path: str | os.PathLike[str]) -> None:
 
 
 def _copy_to_stdout(read: BinaryIO) -> None:
-    """Behind what was printed before. Bytes need a ``sys.stdout`` with a buffer; io.StringIO and notebooks have none."""
+    """Behind what was printed before. Bytes need a ``sys.stdout`` with a buffer; io.StringIO and notebooks lack it."""
     _require_stdout()
     sys.stdout.flush()
     if hasattr(sys.stdout, "buffer"):
