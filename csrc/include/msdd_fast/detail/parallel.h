@@ -14,8 +14,8 @@
 
 namespace msdd_fast {
 
-// Runs task(0) .. task(count - 1), none of which may start tasks itself, each once, on the caller and on up to count - 1 other threads. Returns when all are
-// done; if tasks have thrown, one of their exceptions is thrown on then.
+// Runs task(0) .. task(count - 1), none of which may start tasks itself, each once, on the caller and on up to count -
+// 1 other threads. Returns when all are done; if tasks have thrown, one of their exceptions is thrown on then.
 void run_tasks(std::int64_t count, const std::function<void(std::int64_t)>& task);
 
 // Runs each of the bodies once, at the same time, on `threads` threads, the caller's included. A thread that has no
