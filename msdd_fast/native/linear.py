@@ -56,13 +56,16 @@ def linear(
     of_out = (of_x[0], (of_x[1][0], width), (width, 1)) if out is None else metadata("out", out)
 
     given = out is not None  # not the tensor itself, which would be kept
+    x_code, x_shape, x_strides = of_x
+    packed_code, packed_shape, packed_strides = of_packed
+    out_code, out_shape, out_strides = of_out
 
     def run(x: Tensor, packed: Tensor, *rest: Tensor) -> Tensor:
-        to = rest[-1] if given else x.new_empty_strided(*of_out[1:])
+        to = rest[-1] if given else x.new_empty_strided(out_shape, out_strides)
         call(
-            (to.data_ptr(), *of_out),
-            (x.data_ptr(), *of_x),
-            (packed.data_ptr(), *of_packed),
+            (to.data_ptr(), out_code, out_shape, out_strides),
+            (x.data_ptr(), x_code, x_shape, x_strides),
+            (packed.data_ptr(), packed_code, packed_shape, packed_strides),
             None if of_bias is None else (rest[0].data_ptr(), *of_bias),
             features,
             swiglu,

@@ -100,9 +100,13 @@ def _prepare(
     """``_cpu`` for tensors of this layout; None where it has to copy one."""
     if not x.is_contiguous() or packed is None or (bias is not None and not bias.is_contiguous()):
         return None
-    run = native.linear.prepare(x.flatten(0, -2) if x.ndim > 1 else x[None], packed, bias, len(weight), swiglu)
-    shape = (*x.shape[:-1], len(weight) // 2 if swiglu else len(weight))
-    return lambda x, _, *rest: run(x, rest[-1], *rest[:-1]).view(shape)
+    out = x.new_empty(*x.shape[:-1], len(weight) // 2 if swiglu else len(weight))
+    rows, out_rows = (t.flatten(0, -2) if t.ndim > 1 else t[None] for t in (x, out))
+    run = native.linear.prepare(rows, packed, bias, len(weight), swiglu, out_rows)
+    shape, strides = tuple(out.shape), out.stride()  # and no view of rows, which costs as much as all of this
+    if bias is None:
+        return lambda x, _, packed: run(x, packed, x.new_empty_strided(shape, strides))
+    return lambda x, _, bias, packed: run(x, packed, bias, x.new_empty_strided(shape, strides))
 
 
 def _kernel_fits(x: Tensor, weight: Tensor, bias: Tensor | None, packed: Tensor | None, swiglu: bool) -> Verdict:
