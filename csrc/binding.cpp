@@ -18,6 +18,7 @@
 #include "msdd_fast/cfg_euler.h"
 #include "msdd_fast/check.h"
 #include "msdd_fast/context_attention.h"
+#include "msdd_fast/convolution.h"
 #include "msdd_fast/copy.h"
 #include "msdd_fast/final_step.h"
 #include "msdd_fast/group_norm_modulate_silu.h"
@@ -642,28 +643,94 @@ void attention(const Tensor& out, const Tensor& q, const Tensor& k, const Tensor
          dtype_of(q.dtype), {batch, queries, keys, heads, size}, level, threads);
 }
 
-void group_norm_modulate_silu(Address out, const Tensor& x, const Tensor& weight, const Tensor& bias,
-                              const Tensor& scale, const Tensor& shift, std::int64_t groups, bool channels_last,
-                              bool silu, float eps, int threads) {
-    expect_image("x", x, channels_last);
-    const std::int64_t batch = x.shape[0], channels = x.shape[1];
-    for (const auto& [name, table] : {std::pair<const char*, const Tensor&>{"weight", weight}, {"bias", bias}}) {
-        if (table.address == 0) continue;
-        expect_shape(name, table, {channels});
-        expect_contiguous(name, table);
-    }
-    const Tensor& modulation = scale.address != 0 ? scale : shift;
-    const bool modulated = modulation.address != 0;
-    if (modulated) expect_dimensions("scale", modulation, 4);
-    const std::int64_t rows = modulated ? modulation.shape[2] : 1, columns = modulated ? modulation.shape[3] : 1;
+// scale and shift of a norm: (batch, channels, rows, columns) in any order, or absent.
+struct Modulation {
+    std::int64_t rows = 1, columns = 1;
+    msdd_fast::Cells scale, shift;
+};
+
+Modulation modulation_of(const Tensor& scale, const Tensor& shift, std::int64_t batch, std::int64_t channels) {
+    const Tensor& given = scale.address != 0 ? scale : shift;
+    if (given.address == 0) return {};
+    expect_dimensions("scale", given, 4);
+    const std::int64_t rows = given.shape[2], columns = given.shape[3];
     const auto cells_of = [&](const char* name, const Tensor& cells) -> msdd_fast::Cells {
         if (cells.address == 0) return {};
         expect_shape(name, cells, {batch, channels, rows, columns});
         return {operand_of(cells), cells.strides[0], cells.strides[1], cells.strides[2], cells.strides[3]};
     };
+    return {rows, columns, cells_of("scale", scale), cells_of("shift", shift)};
+}
+
+// A table of one value for every channel, or absent.
+void expect_channels(const char* name, const Tensor& table, std::int64_t channels) {
+    if (table.address == 0) return;
+    expect_shape(name, table, {channels});
+    expect_contiguous(name, table);
+}
+
+void group_norm_modulate_silu(Address out, const Tensor& x, const Tensor& weight, const Tensor& bias,
+                              const Tensor& scale, const Tensor& shift, std::int64_t groups, bool channels_last,
+                              bool silu, float eps, int threads) {
+    expect_image("x", x, channels_last);
+    const std::int64_t batch = x.shape[0], channels = x.shape[1];
+    expect_channels("weight", weight, channels);
+    expect_channels("bias", bias, channels);
+    const Modulation m = modulation_of(scale, shift, batch, channels);
     call(&msdd_fast::group_norm_modulate_silu, pointer<void>(out), pointer<const void>(x.address), dtype_of(x.dtype),
-         operand_of(weight), operand_of(bias), cells_of("scale", scale), cells_of("shift", shift),
-         {batch, channels, x.shape[2], x.shape[3], groups, rows, columns, channels_last, silu, eps}, threads);
+         operand_of(weight), operand_of(bias), m.scale, m.shift,
+         {batch, channels, x.shape[2], x.shape[3], groups, m.rows, m.columns, channels_last, silu, eps}, threads);
+}
+
+// One or two channels-last maps of the size of the first.
+msdd_fast::JoinedMaps maps_of(const char* name, const Tensor& x, const Tensor& more, int dtype) {
+    expect_image(name, x, true);
+    expect_dtype(name, x, dtype);
+    if (more.address == 0) return {{pointer<const void>(x.address), nullptr}, {x.shape[1], 0}};
+    expect_image(name, more, true);
+    expect_dtype(name, more, dtype);
+    expect_shape(name, more, {x.shape[0], more.shape[1], x.shape[2], x.shape[3]});
+    return {{pointer<const void>(x.address), pointer<const void>(more.address)}, {x.shape[1], more.shape[1]}};
+}
+
+void convolution(Address out, const Tensor& x, const Tensor& more, const Tensor& packed, const Tensor& bias,
+                 const Tensor& weight, const Tensor& offset, const Tensor& scale, const Tensor& shift,
+                 const Tensor& added, const Tensor& added_more, std::int64_t channels, int kind, std::int64_t groups,
+                 bool silu, float eps, bool shortcut, const std::string& level, int threads) {
+    expect(kind >= 0 && kind <= 2, "kind must be 0 to 2, got " + std::to_string(kind));
+    const msdd_fast::JoinedMaps maps = maps_of("x", x, more, x.dtype);
+    const std::int64_t batch = x.shape[0], height = x.shape[2], width = x.shape[3];
+    const auto sized = [&](std::int64_t size) { return kind == 1 ? (size + 1) / 2 : kind == 2 ? 2 * size : size; };
+    expect_channels("bias", bias, channels);
+    expect_channels("weight", weight, maps.all());
+    expect_channels("offset", offset, maps.all());
+    msdd_fast::ConvolutionSum sum{{}, shortcut};
+    if (added.address != 0) {
+        sum.maps = maps_of("added", added, added_more, x.dtype);
+        expect_shape("added", added, {batch, added.shape[1], sized(height), sized(width)});
+        if (!shortcut) expect_shape("added", added, {batch, channels, sized(height), sized(width)});
+    } else {
+        expect(!shortcut, "added is missing");
+    }
+    expect(shortcut || added_more.address == 0, "only a shortcut joins maps");
+    const auto [panel, per_word, packed_dtype] = msdd_fast::convolution_layout(dtype_of(x.dtype), level);
+    const auto words = [&](std::int64_t count) { return (count + per_word - 1) / per_word; };
+    const std::int64_t panels = (channels + panel - 1) / panel, taps = kind == 2 ? 4 : 9;
+    const std::int64_t depth = taps * words(maps.all()) + (shortcut ? words(sum.maps.all()) : 0);
+    expect_shape("packed", packed, {(kind == 2 ? 4 : 1) * panels * depth * panel * per_word});
+    expect_dtype("packed", packed, static_cast<int>(packed_dtype));
+    expect_contiguous("packed", packed);
+    expect(packed.address % 64 == 0, "packed must be aligned to 64 bytes");
+    const Modulation m = modulation_of(scale, shift, batch, maps.all());
+    call(&msdd_fast::convolution, pointer<void>(out), dtype_of(x.dtype), maps, pointer<const void>(packed.address),
+         operand_of(bias), {static_cast<msdd_fast::ConvolutionKind>(kind), batch, height, width, channels},
+         {groups, m.rows, m.columns, eps, silu, operand_of(weight), operand_of(offset), m.scale, m.shift}, sum, level,
+         threads);
+}
+
+std::tuple<std::int64_t, std::int64_t, int> convolution_layout(int dtype, const std::string& level) {
+    const auto [panel, per_word, packed] = msdd_fast::convolution_layout(dtype_of(dtype), level);
+    return {panel, per_word, static_cast<int>(packed)};
 }
 
 void window_attention(const Tensor& out, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& table,
@@ -811,6 +878,11 @@ PYBIND11_MODULE(_C, m) {
           py::arg("weight"), py::arg("bias"), py::arg("scale"), py::arg("shift"), py::arg("groups"),
           py::arg("channels_last"), py::arg("silu"), py::arg("eps"), py::arg("threads") = 1,
           "GroupNorm, affine, modulation by cells, SiLU; see group_norm_modulate_silu.h.");
+    m.def("convolution", &convolution, no_gil, py::arg("out"), py::arg("x"), py::arg("more"), py::arg("packed"),
+          py::arg("bias"), py::arg("weight"), py::arg("offset"), py::arg("scale"), py::arg("shift"), py::arg("added"),
+          py::arg("added_more"), py::arg("channels"), py::arg("kind"), py::arg("groups"), py::arg("silu"),
+          py::arg("eps"), py::arg("shortcut"), py::arg("level"), py::arg("threads") = 1, "See convolution.h.");
+    m.def("convolution_layout", &convolution_layout, py::arg("dtype"), py::arg("level"), "See convolution.h.");
     m.def("window_attention", &window_attention, no_gil, py::arg("out"), py::arg("q"), py::arg("k"), py::arg("v"),
           py::arg("table"), py::arg("height"), py::arg("width"), py::arg("threads") = 1,
           "Attention over the window round each pixel, with a bias by displacement; see window_attention.h.");

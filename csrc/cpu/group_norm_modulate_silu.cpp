@@ -9,6 +9,7 @@
 #include "msdd_fast/check.h"
 #include "msdd_fast/detail/exp.h"
 #include "msdd_fast/detail/floats.h"
+#include "msdd_fast/detail/group_statistics.h"
 #include "msdd_fast/detail/layer_norm.h"
 #include "msdd_fast/detail/parallel.h"
 #include "msdd_fast/detail/simd.h"
@@ -32,68 +33,6 @@ struct GroupPart {
     std::int64_t count;
 };
 
-struct GroupNorm {
-    float mean, rstd;
-};
-
-MSDD_INLINE float element(const Operand& operand, std::int64_t at) {
-    float buffer[1];
-    return *floats(operand, at, 1, buffer);
-}
-
-// The squares of `count` pixels about their channels' means, for the parts of all groups.
-MSDD_INLINE void pixels_squares(const float* x, const float* means, std::int64_t count, const GroupNormShape& shape,
-                                float* sums, GroupPart* parts) {
-    const std::int64_t channels = shape.channels, per_group = channels / shape.groups;
-    std::fill(sums, sums + channels, 0.0f);
-    for (std::int64_t p = 0; p < count; ++p)
-        for (std::int64_t c = 0; c < channels; ++c) {
-            const float centred = x[p * channels + c] - means[c];
-            sums[c] += centred * centred;
-        }
-    for (std::int64_t g = 0; g < shape.groups; ++g) parts[g].squares = 0.0f;
-    for (std::int64_t c = 0; c < channels; ++c) parts[c / per_group].squares += sums[c];
-}
-
-// `count` pixels of all channels, channels-last; a part for every group.
-MSDD_INLINE void pixels_parts(const GroupNormJob& job, std::int64_t begin, std::int64_t count, GroupPart* parts) {
-    alignas(64) float wide[GROUP_CHUNK], sums[MAX_NORM_CHANNELS], means[MAX_NORM_CHANNELS];
-    const std::int64_t channels = job.shape.channels, per_group = channels / job.shape.groups;
-    const float* x = floats(job.x, begin * channels, count * channels, wide);
-    std::fill(sums, sums + channels, 0.0f);
-    std::int64_t p = 0;
-    for (; p + 4 <= count; p += 4) {
-        const float* r = x + p * channels;
-        for (std::int64_t c = 0; c < channels; ++c)
-            sums[c] += (r[c] + r[channels + c]) + (r[2 * channels + c] + r[3 * channels + c]);
-    }
-    for (; p < count; ++p)
-        for (std::int64_t c = 0; c < channels; ++c) sums[c] += x[p * channels + c];
-    for (std::int64_t g = 0; g < job.shape.groups; ++g) {
-        float sum = 0.0f;
-        for (std::int64_t c = g * per_group; c < (g + 1) * per_group; ++c) sum += sums[c];
-        parts[g] = {sum / static_cast<float>(count * per_group), 0.0f, count * per_group};
-        std::fill(means + g * per_group, means + (g + 1) * per_group, parts[g].mean);
-    }
-    pixels_squares(x, means, count, job.shape, sums, parts);
-
-    // Groups that hardly vary: correct their mean (detail/layer_norm.h).
-    bool corrected = false;
-    for (std::int64_t g = 0; g < job.shape.groups; ++g) {
-        GroupPart& part = parts[g];
-        if (!nearly_constant(part.mean, part.squares, part.count)) continue;
-        float sum = 0.0f;
-        for (std::int64_t i = 0; i < count; ++i)
-            for (std::int64_t c = g * per_group; c < (g + 1) * per_group; ++c) sum += x[i * channels + c] - part.mean;
-        part.mean += sum / static_cast<float>(part.count);
-        std::fill(means + g * per_group, means + (g + 1) * per_group, part.mean);
-        corrected = true;
-    }
-    if (!corrected) return;
-    // Of all groups: those that were right get the same sum again.
-    pixels_squares(x, means, count, job.shape, sums, parts);
-}
-
 // `count` neighbouring elements of one group.
 MSDD_INLINE GroupPart run_part(const GroupNormJob& job, std::int64_t begin, std::int64_t count) {
     alignas(64) float wide[GROUP_CHUNK];
@@ -103,46 +42,33 @@ MSDD_INLINE GroupPart run_part(const GroupNormJob& job, std::int64_t begin, std:
 
 static std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
-// How the elements of an image are cut into chunks: of pixels if channels-last, else of neighbours in a group.
+// How the elements of a group, contiguous, are cut into chunks.
 struct GroupChunks {
-    std::int64_t size, count, parts;  // pixels or elements of one, chunks of an image, parts of an image
+    std::int64_t run, count;  // elements, chunks
 
-    explicit GroupChunks(const GroupNormShape& s) {
-        const std::int64_t pixels = s.height * s.width, run = pixels * (s.channels / s.groups);
-        size = s.channels_last ? std::max<std::int64_t>(1, GROUP_CHUNK / s.channels) : GROUP_CHUNK;
-        count = s.channels_last ? ceil_div(pixels, size) : s.groups * ceil_div(run, size);
-        parts = s.channels_last ? count * s.groups : count;
-    }
+    explicit GroupChunks(const GroupNormShape& s)
+        : run(s.height * s.width * (s.channels / s.groups)), count(ceil_div(run, GROUP_CHUNK)) {}
 };
 
 MSDD_SIMD_CLONES void chunk_parts(const GroupNormJob& job, const GroupChunks& chunks, std::int64_t begin,
                                   std::int64_t end, GroupPart* parts) {
-    const GroupNormShape& s = job.shape;
-    const std::int64_t pixels = s.height * s.width, run = pixels * (s.channels / s.groups);
     for (std::int64_t i = begin; i < end; ++i) {
-        const std::int64_t image = i / chunks.count, chunk = i % chunks.count;
-        if (s.channels_last) {
-            const std::int64_t first = chunk * chunks.size;
-            pixels_parts(job, image * pixels + first, std::min(chunks.size, pixels - first), parts + i * s.groups);
-        } else {
-            const std::int64_t per_group = chunks.count / s.groups, first = chunk % per_group * chunks.size;
-            const std::int64_t group = image * s.groups + chunk / per_group;
-            parts[i] = run_part(job, group * run + first, std::min(chunks.size, run - first));
-        }
+        const std::int64_t group = i / chunks.count, first = i % chunks.count * GROUP_CHUNK;
+        parts[i] = run_part(job, group * chunks.run + first, std::min(GROUP_CHUNK, chunks.run - first));
     }
 }
 
-// One group of one image from its `count` parts, `step` apart.
-static GroupNorm combine(const GroupPart* parts, std::int64_t count, std::int64_t step, float eps) {
+// One group of one image from its `count` parts.
+static GroupNorm combine(const GroupPart* parts, std::int64_t count, float eps) {
     double elements = 0, sum = 0, squares = 0;
     for (std::int64_t i = 0; i < count; ++i) {
-        const auto n = static_cast<double>(parts[i * step].count);
+        const auto n = static_cast<double>(parts[i].count);
         elements += n;
-        sum += n * static_cast<double>(parts[i * step].mean);
+        sum += n * static_cast<double>(parts[i].mean);
     }
     const double mean = sum / elements;
     for (std::int64_t i = 0; i < count; ++i) {
-        const GroupPart& part = parts[i * step];
+        const GroupPart& part = parts[i];
         const double apart = static_cast<double>(part.mean) - mean;
         squares += static_cast<double>(part.squares) + static_cast<double>(part.count) * apart * apart;
     }
@@ -259,7 +185,7 @@ MSDD_SIMD_CLONES void plane_lines(const GroupNormJob& job, const GroupNorm* norm
 void group_norm_modulate_silu(void* out, const void* x, DType dtype, const Operand& weight, const Operand& bias,
                               const Cells& scale, const Cells& shift, const GroupNormShape& shape, int threads) {
     const auto& [batch, channels, height, width, groups, rows, columns, channels_last, silu, eps] = shape;
-    (void)silu, (void)eps;
+    (void)silu;
     expect(batch >= 0 && channels >= 0 && height >= 0 && width >= 0, "sizes must not be negative");
     expect(groups >= 1 && channels % groups == 0, "groups must divide channels, got " + std::to_string(groups));
     expect(channels <= MAX_NORM_CHANNELS, "channels must be at most " + std::to_string(MAX_NORM_CHANNELS));
@@ -269,21 +195,21 @@ void group_norm_modulate_silu(void* out, const void* x, DType dtype, const Opera
     if (batch == 0 || channels == 0 || height == 0 || width == 0) return;
     expect(out != nullptr, "out is missing");
     const GroupNormJob job{out, {x, dtype}, weight, bias, scale, shift, shape};
-    const GroupChunks chunks(shape);
-    std::vector<GroupPart> parts(static_cast<std::size_t>(batch * chunks.parts));
     const std::int64_t elements = channels * height * width, lines = batch * height * (channels_last ? 1 : channels);
     const auto grain = [&](std::int64_t of_one) {
         return std::max<std::int64_t>(1, GROUP_NORM_GRAIN_ELEMENTS / std::max<std::int64_t>(1, of_one));
     };
-    parallel_for(batch * chunks.count, grain(elements / chunks.count), threads,
-                 [&](std::int64_t begin, std::int64_t end) { chunk_parts(job, chunks, begin, end, parts.data()); });
-
     std::vector<GroupNorm> norms(static_cast<std::size_t>(batch * groups));
-    const std::int64_t count = chunks.parts / groups, step = channels_last ? groups : 1;
-    for (std::int64_t i = 0; i < batch * groups; ++i) {
-        const std::int64_t image = i / groups, group = i % groups;
-        const GroupPart* first = parts.data() + image * chunks.parts + (channels_last ? group : group * count);
-        norms[static_cast<std::size_t>(i)] = combine(first, count, step, shape.eps);
+    if (channels_last) {
+        const PixelMap map{job.x, channels};
+        group_statistics(&map, 1, batch, height * width, groups, eps, norms.data(), threads);
+    } else {
+        const GroupChunks chunks(shape);
+        std::vector<GroupPart> parts(norms.size() * static_cast<std::size_t>(chunks.count));
+        parallel_for(batch * groups * chunks.count, grain(elements / (groups * chunks.count)), threads,
+                     [&](std::int64_t begin, std::int64_t end) { chunk_parts(job, chunks, begin, end, parts.data()); });
+        for (std::size_t i = 0; i < norms.size(); ++i)
+            norms[i] = combine(parts.data() + i * static_cast<std::size_t>(chunks.count), chunks.count, eps);
     }
     parallel_for(lines, grain(batch * elements / lines), threads, [&](std::int64_t begin, std::int64_t end) {
         (channels_last ? pixel_lines : plane_lines)(job, norms.data(), begin, end);

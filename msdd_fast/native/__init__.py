@@ -6,6 +6,7 @@ A function that takes results and arguments in the op's order needs no file here
 
 from msdd_fast.native.attention import attention
 from msdd_fast.native.cfg_euler import cfg_euler
+from msdd_fast.native.convolution import convolution, pack_convolution
 from msdd_fast.native.final_step import final_step
 from msdd_fast.native.gate_residual_norm_modulate import gate_residual_norm_modulate
 from msdd_fast.native.group_norm_modulate_silu import group_norm_modulate_silu
@@ -23,12 +24,14 @@ from msdd_fast.native.window_attention import window_attention
 __all__ = [
     "attention",
     "cfg_euler",
+    "convolution",
     "final_step",
     "gate_residual_norm_modulate",
     "group_norm_modulate_silu",
     "linear",
     "linear_int8",
     "norm_modulate",
+    "pack_convolution",
     "pack_linear",
     "pack_linear_int8",
     "qk_norm_rope",

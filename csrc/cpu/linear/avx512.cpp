@@ -5,17 +5,13 @@
 #define MSDD_SIMD __attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,avx2,fma")))
 
 #include "avx512.h"
+#include "step_avx512.h"
 #include "swiglu_avx512.h"
 
 namespace msdd_fast {
 namespace {
 
-using Element = float;
-constexpr std::int64_t STEP = 1;
-
-MSDD_SIMD inline Vec broadcast(const float* from) { return _mm512_set1_ps(*from); }
-MSDD_SIMD inline Vec broadcast_last(const float* from) { return broadcast(from); }
-MSDD_SIMD inline Vec multiply_add(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+constexpr std::int64_t PANEL = PANEL_AVX512, ROWS = 6;  // sums in 24 of the 32 registers
 
 }  // namespace
 }  // namespace msdd_fast

@@ -1,4 +1,4 @@
-// Vectors of AVX-512: 6 x 64 sums in 24 of the 32 registers. MSDD_SIMD is the level's attribute.
+// Vectors of AVX-512. MSDD_SIMD is the level's attribute.
 #include <cstdint>
 
 #include "msdd_fast/detail/intrinsics.h"
@@ -8,7 +8,6 @@ namespace {
 
 using Vec = __m512;
 constexpr int LANES = 16;
-constexpr std::int64_t PANEL = PANEL_AVX512, ROWS = 6;
 
 MSDD_SIMD inline Vec load(const float* from) { return _mm512_loadu_ps(from); }
 MSDD_SIMD inline void store(float* to, Vec a) { _mm512_storeu_ps(to, a); }

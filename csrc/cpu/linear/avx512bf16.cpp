@@ -4,29 +4,15 @@
 #ifdef MSDD_X86_LEVELS
 #define MSDD_SIMD __attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,avx512bf16,avx2,fma")))
 
-#include <cstring>
-
 #include "avx512.h"
 #include "narrow_avx512bf16.h"
+#include "step_avx512bf16.h"
 #include "swiglu_avx512.h"
 
 namespace msdd_fast {
 namespace {
 
-using Element = BFloat16;
-constexpr std::int64_t STEP = 2;
-
-MSDD_SIMD inline Vec broadcast(const BFloat16* from) {
-    std::int32_t pair;
-    std::memcpy(&pair, from, sizeof pair);
-    return _mm512_castsi512_ps(_mm512_set1_epi32(pair));
-}
-
-MSDD_SIMD inline Vec broadcast_last(const BFloat16* from) { return _mm512_castsi512_ps(_mm512_set1_epi32(from->bits)); }
-
-MSDD_SIMD inline Vec multiply_add(Vec a, Vec b, Vec c) {
-    return _mm512_dpbf16_ps(c, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
-}
+constexpr std::int64_t PANEL = PANEL_AVX512, ROWS = 6;  // sums in 24 of the 32 registers
 
 }  // namespace
 }  // namespace msdd_fast

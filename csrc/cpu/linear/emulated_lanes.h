@@ -6,7 +6,6 @@ namespace msdd_fast {
 namespace {
 
 constexpr int LANES = 16;
-constexpr std::int64_t ROWS = 6;
 
 struct Vec {
     float lane[LANES];

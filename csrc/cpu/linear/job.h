@@ -58,9 +58,6 @@ LinearLayout layout_of(const LinearShape& shape, const LinearLevel& level);
 // Row of the weight that is column `column` of panel `panel`, or -1.
 std::int64_t row_of(const LinearShape& shape, std::int64_t panel_columns, std::int64_t panel, std::int64_t column);
 
-// One element of a weight.
-float element(const Operand& x, std::int64_t at);
-
 // Throws std::invalid_argument on negative sizes and on an odd `out` with swiglu.
 void expect_shape(const LinearShape& shape);
 

@@ -5,6 +5,7 @@
 
 #include "job.h"
 #include "msdd_fast/check.h"
+#include "msdd_fast/detail/floats.h"
 #include "msdd_fast/detail/parallel.h"
 
 namespace msdd_fast {
@@ -77,18 +78,6 @@ std::int64_t row_of(const LinearShape& shape, std::int64_t panel_columns, std::i
     }
     const std::int64_t half = panel_columns / 2, width = shape.out / 2, row = panel * half + column % half;
     return row < width ? row + column / half * width : -1;
-}
-
-float element(const Operand& x, std::int64_t at) {
-    switch (x.dtype) {
-        case DType::bfloat16:
-            return to_float(static_cast<const BFloat16*>(x.data)[at]);
-        case DType::float16:
-            return to_float(static_cast<const Float16*>(x.data)[at]);
-        case DType::float32:
-            break;
-    }
-    return static_cast<const float*>(x.data)[at];
 }
 
 void run_linear(const LinearJob& job, const LinearLevel& level, std::int64_t rows, const LinearShape& shape,

@@ -6,6 +6,7 @@
 
 #include "job.h"
 #include "msdd_fast/check.h"
+#include "msdd_fast/detail/floats.h"
 #include "msdd_fast/detail/parallel.h"
 
 namespace msdd_fast {

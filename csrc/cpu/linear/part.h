@@ -14,31 +14,16 @@
 // No include guard: each level includes this exactly once.
 
 #include <algorithm>
-#include <cstring>
 #include <type_traits>
 
 #include "job.h"
 #include "msdd_fast/detail/exp.h"
 #include "msdd_fast/detail/floats.h"
 #include "msdd_fast/detail/scratch.h"
+#include "write.h"
 
 namespace msdd_fast {
 namespace {
-
-template <class T>
-MSDD_SIMD MSDD_INLINE void write(const float* values, std::int64_t count, T* out) {
-    if constexpr (std::is_same_v<T, float>) {
-        std::memcpy(out, values, static_cast<std::size_t>(count) * sizeof(float));
-    } else if constexpr (std::is_same_v<T, BFloat16>) {
-#ifdef MSDD_NARROW
-        narrow_sums(values, count, out);
-#else
-        narrow(values, count, out);
-#endif
-    } else {
-        narrow(values, count, out);
-    }
-}
 
 #ifndef MSDD_SWIGLU
 // The first half of a row becomes silu(first half) * second half; `bias` of both is added before, if there is one.

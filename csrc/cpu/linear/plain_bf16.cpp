@@ -6,6 +6,15 @@
 // clang-format off: each needs what those before it define.
 #include "plain_bf16.h"
 #include "emulated_lanes.h"
+
+namespace msdd_fast {
+namespace {
+
+constexpr std::int64_t PANEL = PANEL_AVX512, ROWS = 6;
+
+}  // namespace
+}  // namespace msdd_fast
+
 #include "micro_kernel.h"
 #include "part.h"
 // clang-format on

@@ -7,7 +7,7 @@ namespace msdd_fast {
 namespace {
 
 using Element = BFloat16;
-constexpr std::int64_t PANEL = PANEL_AVX512, STEP = 2;
+constexpr std::int64_t STEP = 2;
 
 inline BFloat16 half_of(float pair, int which) {
     BFloat16 halves[2];

@@ -6,6 +6,15 @@
 // clang-format off: each needs what those before it define.
 #include "plain_int8.h"
 #include "emulated_lanes.h"
+
+namespace msdd_fast {
+namespace {
+
+constexpr std::int64_t ROWS = 6;
+
+}  // namespace
+}  // namespace msdd_fast
+
 #include "micro_kernel.h"
 #include "part.h"
 // clang-format on

@@ -1,4 +1,5 @@
 // Vectors of AVX-512 for swiglu_vectors.h.
+#include "job.h"
 #include "msdd_fast/detail/intrinsics.h"
 
 namespace msdd_fast {

@@ -26,11 +26,11 @@ MSDD_SIMD inline Floats exp2_bounded(Floats y) {
     return times_power_of_two(fma(high, r2, line(0.6931470036506653f, r, 1.0f)), n);
 }
 
-// silu(a) * b = a * b / (1 + e^-a) to 5e-7 relative; where e^-a exceeds 2^126 as if it were infinite.
-MSDD_SIMD inline Floats swiglu_of(Floats a, Floats b) {
+// a / (1 + e^-a) to 5e-7 relative; where e^-a exceeds 2^126 as if it were infinite.
+MSDD_SIMD inline Floats silu_of(Floats a) {
     const Floats limit = set_floats(126.0f), power = mul(a, set_floats(-1.4426950408889634f));
     const Floats d = add(set_floats(1.0f), exp2_bounded(max(min(power, limit), set_floats(-126.0f))));
-    return mul(mul(a, where_at_most(power, limit, reciprocal(d))), b);
+    return mul(a, where_at_most(power, limit, reciprocal(d)));
 }
 
 // The first half of a row becomes silu(first half) * second half; `bias` of both is added before, if there is one.
@@ -43,7 +43,7 @@ MSDD_SIMD inline void swiglu_sums(float* sums, const float* bias) {
             a = add(a, load_floats(bias + i));
             b = add(b, load_floats(bias + half + i));
         }
-        store_floats(sums + i, swiglu_of(a, b));
+        store_floats(sums + i, mul(silu_of(a), b));
     }
 }
 

@@ -3,11 +3,10 @@
 
 #include <cstdint>
 
+#include "msdd_fast/detail/group_statistics.h"
 #include "msdd_fast/operand.h"
 
 namespace msdd_fast {
-
-constexpr std::int64_t MAX_NORM_CHANNELS = 4096;  // the buffers of one pixel are on the stack
 
 // (batch, channels, rows, columns) in any memory order: strides in elements.
 struct Cells {

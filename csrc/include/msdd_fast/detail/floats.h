@@ -24,6 +24,11 @@ MSDD_INLINE const float* floats(const Operand& operand, std::int64_t begin, std:
     return static_cast<const float*>(operand.data) + begin;
 }
 
+MSDD_INLINE float element(const Operand& operand, std::int64_t at) {
+    float buffer[1];
+    return *floats(operand, at, 1, buffer);
+}
+
 // Where to compute `count` float32 values that go to `target` from `begin` on: there if it holds float32, else
 // `buffer`, from which `store` rounds them.
 MSDD_INLINE float* place(void* target, DType dtype, std::int64_t begin, float* buffer) {
