@@ -79,6 +79,12 @@ def with_contiguous_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
+def flat_rows(x: Tensor) -> Tensor:
+    """``x`` (*, I) as (R, I) with adjacent elements in a row; copies only what strides cannot express."""
+    x = x if x.ndim == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
 # --- Tables (G, D): every row of x (R, D) takes one entry. R / G rows share one; ``split`` cuts the rows in two. ---
 
 

@@ -19,6 +19,7 @@ from msdd_fast import native
 from msdd_fast.backends.choice import Verdict
 from msdd_fast.backends.triton import TRITON
 from msdd_fast.errors import InputError
+from msdd_fast.layout import flat_rows
 from msdd_fast.ops._checks import FLOAT_DTYPES, check_device, check_floating
 from msdd_fast.ops._example import normals
 from msdd_fast.ops._native import register_native
@@ -42,20 +43,14 @@ def swiglu_eager(a: Tensor, b: Tensor) -> Tensor:
     return (F.silu(a) * b).contiguous()
 
 
-def _rows(x: Tensor) -> Tensor:
-    """(R, I) with adjacent elements in a row; copies only what strides cannot express."""
-    x = x if x.ndim == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    return x if x.stride(1) == 1 else x.contiguous()
-
-
 def _triton(a: Tensor, b: Tensor) -> Tensor:
     from msdd_fast.kernels.swiglu import swiglu as launch
 
-    return launch(_rows(a), _rows(b)).view(a.shape)
+    return launch(flat_rows(a), flat_rows(b)).view(a.shape)
 
 
 def _native_arguments(a: Tensor, b: Tensor) -> tuple[Any, ...]:
-    return _rows(a), _rows(b), tuple(a.shape)
+    return flat_rows(a), flat_rows(b), tuple(a.shape)
 
 
 def _kernels_fit(a: Tensor, b: Tensor) -> Verdict:
