@@ -21,6 +21,7 @@
 #include "msdd_fast/convolution.h"
 #include "msdd_fast/copy.h"
 #include "msdd_fast/final_step.h"
+#include "msdd_fast/geglu.h"
 #include "msdd_fast/group_norm_modulate_silu.h"
 #include "msdd_fast/linear.h"
 #include "msdd_fast/linear_int8.h"
@@ -185,6 +186,25 @@ void expect_inner(const char* name, const Tensor& x, int count) {
 void expect_contiguous(const char* name, const Tensor& x) {
     if (is_dense(x, ORDER, x.dimensions)) return;
     refuse(name, "contiguous", "shape " + text(x.shape, x.dimensions) + ", strides " + text(x.strides, x.dimensions));
+}
+
+// The elements of the last dimension are adjacent, and one stride, which is returned, leads from each of its rows to
+// the next through all other dimensions.
+std::int64_t expect_rows(const char* name, const Tensor& x) {
+    expect_present(name, x);
+    if (x.dimensions < 1) refuse(name, "of one dimension or more", "shape ()");
+    expect_inner(name, x, 1);
+    std::int64_t stride = 0, rows = 1;
+    if (x.elements() == 0) return stride;
+    for (int d = x.dimensions - 2; d >= 0; --d) {
+        if (x.shape[d] == 1) continue;
+        if (rows == 1) stride = x.strides[d];
+        if (x.strides[d] != rows * stride)
+            refuse(name, "of rows at one stride",
+                   "shape " + text(x.shape, x.dimensions) + ", strides " + text(x.strides, x.dimensions));
+        rows *= x.shape[d];
+    }
+    return stride;
 }
 
 // (batch, channels, height, width), dense in NHWC memory order if `channels_last`, else NCHW.
@@ -393,6 +413,15 @@ void qk_norm_rope(const Tensor& out, const Tensor& x, const Tensor& weight, cons
          tables,
          {batch, tokens, parts, heads, static_cast<int>(size), x.strides[0], x.strides[1], token_major, split, eps},
          threads);
+}
+
+void geglu(Address out, const Tensor& value, const Tensor& gate, int threads) {
+    const std::int64_t value_stride = expect_rows("value", value), gate_stride = expect_rows("gate", gate);
+    expect_like("gate", gate, value);
+    expect_dtype("gate", gate, value.dtype);
+    const std::int64_t width = value.shape[value.dimensions - 1];
+    call(&msdd_fast::geglu, pointer<void>(out), {operand_of(value), value_stride}, {operand_of(gate), gate_stride},
+         width == 0 ? 0 : value.elements() / width, width, threads);
 }
 
 void swiglu(Address out, const Tensor& a, const Tensor& b, int threads) {
@@ -850,6 +879,8 @@ PYBIND11_MODULE(_C, m) {
     m.def("sde_step", &sde_step, no_gil, py::arg("out"), py::arg("x"), py::arg("v"), py::arg("noise"), py::arg("seeds"),
           py::arg("t"), py::arg("t_next"), py::arg("stage"), py::arg("patch"), py::arg("clamp"), py::arg("threads") = 1,
           "x - t * v, then noise; seeds (0, 0) for none, patch 0 for an image v; see sde_step.h.");
+    m.def("geglu", &geglu, no_gil, py::arg("out"), py::arg("value"), py::arg("gate"), py::arg("threads") = 1,
+          "value * gelu(gate); see geglu.h.");
     m.def("swiglu", &swiglu, no_gil, py::arg("out"), py::arg("a"), py::arg("b"), py::arg("threads") = 1,
           "silu(a) * b; see swiglu.h.");
     m.def("linear", &linear, no_gil, py::arg("out"), py::arg("x"), py::arg("packed"), py::arg("bias"),

@@ -15,6 +15,7 @@ from msdd_fast.ops.context_attention import context_attention
 from msdd_fast.ops.euler_step import euler_step
 from msdd_fast.ops.final_step import final_step
 from msdd_fast.ops.gate_residual_norm_modulate import gate_residual_norm_modulate
+from msdd_fast.ops.geglu import geglu
 from msdd_fast.ops.group_norm_modulate_silu import group_norm_modulate_silu
 from msdd_fast.ops.linear import linear
 from msdd_fast.ops.norm_modulate import norm_modulate
@@ -38,6 +39,7 @@ __all__ = [
     "euler_step",
     "final_step",
     "gate_residual_norm_modulate",
+    "geglu",
     "group_norm_modulate_silu",
     "linear",
     "norm_modulate",
@@ -65,6 +67,7 @@ class Ops:
     euler_step: Final = staticmethod(euler_step)
     final_step: Final = staticmethod(final_step)
     gate_residual_norm_modulate: Final = staticmethod(gate_residual_norm_modulate)
+    geglu: Final = staticmethod(geglu)
     group_norm_modulate_silu: Final = staticmethod(group_norm_modulate_silu)
     linear: Final = staticmethod(linear)
     norm_modulate: Final = staticmethod(norm_modulate)

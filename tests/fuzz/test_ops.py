@@ -89,6 +89,10 @@ def swiglu(d):
     return d.values(shape, dtype), d.values(shape, dtype)
 
 
+def geglu(d):
+    return swiglu(d)
+
+
 def linear(d):
     dtype, width, out, glu = d.dtype(), d.choice([1, 7, 32, 65]), d.choice([2, 6, 16, 66]), d.random() < 0.3
     weight = d.values((out, width), dtype).contiguous()
@@ -178,7 +182,7 @@ def start_noise(d):
 
 CASES = (
     *(norm_modulate, gate_residual_norm_modulate, qk_norm_rope, swiglu, linear, attention, context_attention),
-    *(window_attention, group_norm_modulate_silu, euler_step, cfg_combine, cfg_euler, renoise_upsample),
+    *(geglu, window_attention, group_norm_modulate_silu, euler_step, cfg_combine, cfg_euler, renoise_upsample),
     *(stage_transition, final_step, start_noise),
 )
 

@@ -321,6 +321,17 @@ REFUSED = {
         (dict(a=tensor(4, 6, strides=(1, 4))), "a must be contiguous in its last dimension"),
         (dict(a=(0, 0, (4, 6), (6, 1))), "a is missing"),
     ),
+    "geglu": (
+        dict(out=16, value=tensor(2, 3, 6), gate=tensor(2, 3, 6)),
+        (dict(gate=tensor(2, 3, 5)), r"gate must be of shape \(2, 3, 6\), got \(2, 3, 5\)"),
+        (dict(gate=tensor(2, 3, 6, dtype=2)), "gate must be float32, got float16"),
+        (dict(value=tensor(2, 3, 6, strides=(18, 1, 3))), "value must be contiguous in its last dimension"),
+        (dict(gate=tensor(2, 3, 6, strides=(6, 12, 1))), r"gate must be of rows at one stride, got .* \(6, 12, 1\)"),
+        (dict(value=tensor(2, 3, 6, strides=(24, 12, 1))), r"value must be of rows at one stride, got .*"),
+        (dict(value=tensor(), gate=tensor()), r"value must be of one dimension or more, got shape \(\)"),
+        (dict(gate=(0, 0, (2, 3, 6), (18, 6, 1))), "gate is missing"),
+        (dict(out=0), "out, value or gate is missing"),
+    ),
     "linear": (
         dict(out=tensor(3, 6), x=tensor(3, 8), packed=LINE, bias=tensor(6), features=6, swiglu=False, level="plain"),
         (dict(packed=tensor(127)), r"packed must be of shape \(128\), got \(127\)"),

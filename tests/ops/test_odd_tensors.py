@@ -126,6 +126,8 @@ ONES = {
     "sde_step of pixels of tokens": (rows(1, 3, 1, 4), rows(4, 1, 1, 3), *PLAIN[2:], None, None, 0, None, 1, True),
     "swiglu": (rows(1, 1, 64), rows(1, 1, 64)),
     "swiglu of one column": (rows(3, 1), rows(3, 1)),
+    "geglu": (rows(1, 1, 64), rows(1, 1, 64)),
+    "geglu of one column": (rows(3, 1, 1), rows(3, 1, 1)),
     "qk_norm_rope": (rows(1, 1, 2, 1, 16), rows(1, 1, 16), rows(1, 1, 16), rows(1, 8), rows(1, 8), None),
     "attention": (rows(1, 1, 1, 16),) * 3,
     "context_attention": (rows(1, 1, 1, 16),) * 4,
@@ -177,7 +179,7 @@ def test_tensors_of_another_kind_are_refused_by_name(name):
     if torch.backends.mkldnn.is_available() and first.dtype == torch.float32:
         kinds.append(first.to_mkldnn())
     for kind in kinds:
-        with pytest.raises(InputError, match=r"^(x|q|qkv|a|v_cond) must "):
+        with pytest.raises(InputError, match=r"^(x|q|qkv|a|v_cond|value) must "):
             function(kind, *arguments[1:])
 
 
