@@ -347,14 +347,18 @@ void stage_transition(Address out, const Tensor& x, const Tensor& v, const Tenso
          seeds_of(seeds, shape[1]), {scalar("alpha", alpha), scalar("beta", beta), stage, correlation}, threads);
 }
 
+msdd_fast::PixelType pixel_type(int code) {
+    expect(code >= 0 && code <= 3, "type must be 0 to 3, got " + std::to_string(code));
+    return static_cast<msdd_fast::PixelType>(code);
+}
+
 void final_step_at(void* out, msdd_fast::PixelType type, bool channels_last, const EndOfStage& end, int threads) {
     msdd_fast::final_step(out, type, channels_last, end.x, end.v, end.v_uncond, end.grid, end.euler(), threads);
 }
 
 void final_step(Address out, int type, bool channels_last, const Tensor& x, const Tensor& v, const Tensor& v_uncond,
                 const PatchShape& shape, Address dt, Address scale, int threads) {
-    expect(type >= 0 && type <= 3, "type must be 0 to 3, got " + std::to_string(type));
-    call(&final_step_at, pointer<void>(out), static_cast<msdd_fast::PixelType>(type), channels_last,
+    call(&final_step_at, pointer<void>(out), pixel_type(type), channels_last,
          end_of_stage(x, v, v_uncond, shape, dt, scale), threads);
 }
 
@@ -777,8 +781,10 @@ void window_attention(const Tensor& out, const Tensor& q, const Tensor& k, const
          {batch, height, width, heads, size, window}, threads);
 }
 
+// Bytes of pixels, too, if `out` is of uint8 and there is an x.
 void copy(const Tensor& out, const Tensor& x, int threads) {
-    expect_present("out", out);
+    const msdd_fast::PixelType type = pixel_type(out.dtype);
+    if (out.address == 0 && out.elements() != 0) throw std::invalid_argument("out is missing");
     msdd_fast::CopyShape shape;
     shape.dimensions = out.dimensions;
     if (x.address != 0) {
@@ -792,7 +798,7 @@ void copy(const Tensor& out, const Tensor& x, int threads) {
         shape.to[d] = out.strides[d];
         shape.from[d] = x.address == 0 || (x.shape[d] == 1 && out.shape[d] != 1) ? 0 : x.strides[d];
     }
-    call(&msdd_fast::copy, pointer<void>(out.address), dtype_of(out.dtype), pointer<const void>(x.address),
+    call(&msdd_fast::copy, pointer<void>(out.address), type, pointer<const void>(x.address),
          dtype_of(x.dtype), shape, threads);
 }
 

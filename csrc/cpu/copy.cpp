@@ -12,17 +12,30 @@ namespace {
 
 constexpr std::int64_t COPY_GRAIN_ELEMENTS = 1 << 14;
 
+template <class To>
+To converted(float value) {
+    if constexpr (std::is_same_v<To, std::uint8_t>)
+        return to_byte(value);
+    else
+        return from_float<To>(value);
+}
+
+constexpr std::int64_t bytes_of(PixelType type) {
+    return type == PixelType::uint8 ? 1 : size_of(static_cast<DType>(type));
+}
+
 template <class To, class From>
 void copy_row(To* __restrict to, const From* __restrict from, std::int64_t count, std::int64_t to_stride,
               std::int64_t from_stride) {
-    for (std::int64_t i = 0; i < count; ++i) to[i * to_stride] = from_float<To>(to_float(from[i * from_stride]));
+    for (std::int64_t i = 0; i < count; ++i) to[i * to_stride] = converted<To>(to_float(from[i * from_stride]));
 }
 
 struct Job {
     char* out;
     const char* x;
-    int out_size, x_size;
-    DType out_dtype, x_dtype;
+    std::int64_t out_size, x_size;
+    PixelType out_type;
+    DType x_dtype;
     CopyShape shape;
 
     // One run of the innermost dimension.
@@ -35,27 +48,30 @@ struct Job {
                 std::memset(target, 0, static_cast<std::size_t>(count * out_size));
                 return;
             }
-            for (std::int64_t i = 0; i < count; ++i) std::memset(target + i * to_stride * out_size, 0, out_size);
+            for (std::int64_t i = 0; i < count; ++i) std::memset(target + i * to_stride * out_size, 0, static_cast<std::size_t>(out_size));
             return;
         }
         const char* const source = x + from * x_size;
-        if (out_dtype == x_dtype) {
+        if (out_type == static_cast<PixelType>(x_dtype)) {
             if (to_stride == 1 && from_stride == 1) {
                 std::memcpy(target, source, static_cast<std::size_t>(count * out_size));
                 return;
             }
             for (std::int64_t i = 0; i < count; ++i)
-                std::memcpy(target + i * to_stride * out_size, source + i * from_stride * x_size, out_size);
+                std::memcpy(target + i * to_stride * out_size, source + i * from_stride * x_size,
+                            static_cast<std::size_t>(out_size));
             return;
         }
-        with_type(out_dtype, [&](auto* to_type) {
-            with_type(x_dtype, [&](auto* from_type) {
+        const auto from_type = [&](auto* to_type) {
+            with_type(x_dtype, [&](auto* type) {
                 using To = std::remove_pointer_t<decltype(to_type)>;
-                using From = std::remove_pointer_t<decltype(from_type)>;
+                using From = std::remove_pointer_t<decltype(type)>;
                 copy_row(reinterpret_cast<To*>(target), reinterpret_cast<const From*>(source), count, to_stride,
                          from_stride);
             });
-        });
+        };
+        if (out_type == PixelType::uint8) return from_type(static_cast<std::uint8_t*>(nullptr));
+        with_type(static_cast<DType>(out_type), from_type);
     }
 
     template <class Body>
@@ -112,14 +128,14 @@ CopyShape simplified(const CopyShape& shape) {
 
 }  // namespace
 
-void copy(void* out, DType out_dtype, const void* x, DType x_dtype, const CopyShape& shape, int threads) {
+void copy(void* out, PixelType out_type, const void* x, DType x_dtype, const CopyShape& shape, int threads) {
     expect_threads(threads);
     expect(shape.dimensions >= 0 && shape.dimensions <= MAX_COPY_DIMENSIONS, "tensors must have at most 8 dimensions");
     for (int d = 0; d < shape.dimensions; ++d)
         if (shape.sizes[d] == 0) return;
     expect(out != nullptr, "out is missing");
     Job job{
-        static_cast<char*>(out), static_cast<const char*>(x), size_of(out_dtype), size_of(x_dtype), out_dtype, x_dtype,
+        static_cast<char*>(out), static_cast<const char*>(x), bytes_of(out_type), size_of(x_dtype), out_type, x_dtype,
         simplified(shape)};
     CopyShape& s = job.shape;
     // One long run is cut, so that threads can share it.

@@ -34,12 +34,7 @@ MSDD_INLINE void read_row(const PatchRows& rows, std::int64_t offset, std::int64
 }
 
 MSDD_INLINE void quantise(const float* source, std::int64_t count, std::uint8_t* target) {
-    for (std::int64_t i = 0; i < count; ++i) {
-        float value = source[i] * 127.5f + 128.0f;
-        value = value > 0.0f ? value : 0.0f;  // NaN, too
-        value = value < 255.0f ? value : 255.0f;
-        target[i] = static_cast<std::uint8_t>(static_cast<std::int32_t>(value));
-    }
+    for (std::int64_t i = 0; i < count; ++i) target[i] = to_byte(source[i]);
 }
 
 MSDD_INLINE void to_pixels(const float* source, float* target) { std::memcpy(target, source, LANES * sizeof(float)); }

@@ -180,6 +180,8 @@ class GraphCache:
         if self._exact and threads > 1 and batch >= IMAGES_PER_THREAD * threads:
             return self._capture_parallel(request, threads)
         self._recorder = self._recorder or self._new_recorder()
+        if isinstance(self._recorder, ProgramRecorder):
+            self._recorder.reserve(self._program.activations(request))
         with self._replaying:  # the graphs' pool is in use while one is captured
             return graphs.Graph(
                 self._recorder,
@@ -191,6 +193,10 @@ class GraphCache:
     def _capture_parallel(self, request: Request, parts: int) -> ParallelDecode:
         while len(self._part_recorders) < parts:
             self._part_recorders.append(ProgramRecorder(CHUNK // parts))  # together they waste no more than one arena
+        batch = request.shape[0]
+        for i, recorder in enumerate(self._part_recorders[:parts]):
+            images = batch * (i + 1) // parts - batch * i // parts
+            recorder.reserve(self._program.activations(request.with_batch(images)))
         with self._replaying:
             return ParallelDecode(
                 self._part_recorders[:parts],

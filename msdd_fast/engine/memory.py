@@ -12,6 +12,7 @@ import torch
 from msdd_fast.diffusion.config import Config
 from msdd_fast.errors import InputError
 from msdd_fast.layers.request import WHOLE, DecodeProgram, Request, Way
+from msdd_fast.native.program import room_for
 
 MEBIBYTE = 2**20
 CPU_SLACK = 1.8
@@ -64,7 +65,7 @@ class Budget:
         activations = self.program.activations(request.with_batch(at_once))
         is_graph = recorded and self.granule and request.way == WHOLE
         if is_graph:
-            activations = -(-activations // self.granule) * self.granule
+            activations = room_for(activations, self.granule) if self.granule > 1 else activations
         # What a graph, or a part of the batch, leaves is copied.
         return self.fixed + activations + (size * batch if is_graph or at_once < batch else 0)
 

@@ -50,6 +50,10 @@ class ProgramRecorder:
         with _native_attention():
             return record(run, self._arena)
 
+    def reserve(self, activations: int) -> None:
+        """Make room for what is recorded next, whose tensors take so many bytes at once."""
+        self._arena.reserve(activations)
+
     def memory(self) -> int:
         """Bytes of the arena."""
         return self._arena.memory()

@@ -1,10 +1,22 @@
-"""The engine's convolutions: channels-last maps in, channels-last maps out; cuDNN on a GPU, oneDNN on a CPU."""
+"""The engine's convolutions: channels-last maps in, channels-last maps out; cuDNN on a GPU, oneDNN or the extension on
+a CPU.
+
+``Separate`` and ``Fused`` are a convolution with the norm before it and the sum behind it: step by step, and in one.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from msdd_fast import native
+from msdd_fast.backends.extension import cpu_level, extension_status
+from msdd_fast.layers.linear.native import MEASURED_LEVELS, wanted
+from msdd_fast.ops import Ops
 
 
 class Convolution:
@@ -70,6 +82,133 @@ class Shortcut:
         return self.weight_t.nbytes
 
 
+class Norm(NamedTuple):
+    """A GroupNorm, and what modulates it; the arguments of ``ops.group_norm_modulate_silu`` without the activation.
+
+    Attributes:
+        weight, bias: (C,) or None.
+        scale, shift: (B, C, h, w) or None.
+    """
+
+    groups: int
+    eps: float
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+
+
+class Convolve(Protocol):
+    """convolution(silu(norm(maps))) + what is added.
+
+    Attributes:
+        in_channels, out_channels: of all maps together, and of the result.
+        description: who computes it, and why.
+    """
+
+    in_channels: int
+    out_channels: int
+    description: str
+
+    def __call__(
+        self, maps: Sequence[Tensor], norm: Norm | None = None, silu: bool = False, added: Sequence[Tensor] = ()
+    ) -> Tensor:
+        """Of one map or two (B, C, H, W), which are joined along the channels. ``added`` is a map like the result; or,
+        where the convolution has a shortcut, one or two whose 1 x 1 convolution is."""
+        ...
+
+    def memory(self) -> int:
+        """Bytes of the weights."""
+        ...
+
+
+class Separate:
+    """By PyTorch and the op ``group_norm_modulate_silu``, one after the other."""
+
+    def __init__(
+        self, convolution: Convolution | UpsampleConvolution, shortcut: Shortcut | None, ops: Ops, shape: torch.Size
+    ) -> None:
+        """``shape`` of the weight (out, in, 3, 3). The bias of the shortcut is in that of ``convolution``."""
+        self.convolution, self.shortcut, self.ops = convolution, shortcut, ops
+        self.out_channels, self.in_channels = shape[:2]
+        self.description = convolution.description
+
+    def __call__(
+        self, maps: Sequence[Tensor], norm: Norm | None = None, silu: bool = False, added: Sequence[Tensor] = ()
+    ) -> Tensor:
+        x = maps[0] if len(maps) == 1 else channels_last(torch.cat(list(maps), dim=1))
+        if norm is not None:
+            x = self.ops.group_norm_modulate_silu(x, *norm, silu)
+        elif silu:
+            x = F.silu(x)
+        h = self.convolution(x)
+        self.add_to(h, added)
+        return h
+
+    def add_to(self, h: Tensor, added: Sequence[Tensor]) -> None:
+        """h += the sum of the maps ``added``, or of the shortcut's convolution."""
+        at = 0
+        for x in added:
+            if self.shortcut is None:
+                h.add_(x)
+            else:
+                self.shortcut(x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]), rows(h), slice(at, at + x.shape[1]))
+            at += x.shape[1]
+
+    def memory(self) -> int:
+        return self.convolution.memory() + (0 if self.shortcut is None else self.shortcut.memory())
+
+
+class Fused:
+    """By the extension, in one pass (ops/convolution.py): nothing is joined or normalised in memory."""
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        kind: str,
+        shortcut: Tensor | None,
+        description: str,
+    ) -> None:
+        """``weight`` (out, in, 3, 3) and ``shortcut`` (out, also) float32; ``bias`` that of both."""
+        self.out_channels, self.in_channels = weight.shape[:2]
+        self.description, self._kind = description, kind
+        self._has_data = type(weight) is Tensor  # ``explain`` has none
+        self._packed = native.pack_convolution(weight, kind, dtype, shortcut) if self._has_data else weight
+        self._bias, self._has_shortcut = bias, shortcut is not None
+
+    def __call__(
+        self, maps: Sequence[Tensor], norm: Norm | None = None, silu: bool = False, added: Sequence[Tensor] = ()
+    ) -> Tensor:
+        x, more = maps if len(maps) == 2 else (maps[0], None)
+        if not self._has_data:
+            return x.new_empty(len(x), self.out_channels, *native.result_size(*x.shape[2:], self._kind))
+        first, second = (*added, None, None)[:2]
+        groups, eps, *of_norm = (0, 0.0, None, None, None, None) if norm is None else norm
+        of_call = (self.out_channels, self._kind, groups, eps, silu, *of_norm, first, second, self._has_shortcut)
+        return native.convolution(x, more, self._packed, self._bias, *of_call)
+
+    def memory(self) -> int:
+        return self._packed.nbytes + (0 if self._bias is None else self._bias.nbytes)
+
+
+def fuses(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
+    """Whether convolutions are ``Fused``, and why: as ``layers.linear.native.products`` decides on products."""
+    if device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
+        return False, f"{str(dtype).removeprefix('torch.')} on {device.type}"
+    loaded, status = extension_status()
+    choice = wanted()
+    if not loaded:
+        return False, f"msdd_fast._C {status}"
+    if choice != "auto":
+        return choice == "1", f"MSDD_FAST_NATIVE_LINEAR={choice}"
+    level = cpu_level("linear_level")
+    if level in MEASURED_LEVELS:
+        return True, f"faster with {level}"
+    return False, f"the extension's are not known to be faster with {level}"
+
+
 def _fold(weight: Tensor, dim: int) -> Tensor:
     """Taps a, b, c along ``dim`` to c, b + c, a + b, a.
 
@@ -83,6 +222,14 @@ def _fold(weight: Tensor, dim: int) -> Tensor:
 def channels_last(x: Tensor) -> Tensor:
     """``x``, copied only if it lies otherwise."""
     return x.contiguous(memory_format=torch.channels_last)
+
+
+def repeated(x: Tensor, times: int) -> Tensor:
+    """Every pixel of a map (B, C, H, W) ``times`` times in both directions: F.interpolate's "nearest", channels-last."""
+    b, c, height, width = x.shape
+    cells = x.permute(0, 2, 3, 1)[:, :, None, :, None]
+    wide = cells.expand(b, height, times, width, times, c).reshape(b, times * height, times * width, c)
+    return wide.permute(0, 3, 1, 2)
 
 
 def rows(x: Tensor) -> Tensor:

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from msdd_fast.layers.convolution import Convolution, Shortcut, UpsampleConvolution
+from msdd_fast.layers.convolution import Convolution, Convolve, Fused, Separate, Shortcut, UpsampleConvolution, fuses
 from msdd_fast.layers.linear.base import Linear, MakeLinear, Swiglu
 from msdd_fast.layers.linear.dense import DenseLinear
+from msdd_fast.ops import Ops
 
 
 class Packer:
@@ -56,19 +57,36 @@ class Packer:
         """A dense linear of a weight (out, in) and a bias."""
         return DenseLinear(self.tensor(weight), self.tensor(bias))
 
-    def convolution(self, module: nn.Conv2d, also: nn.Conv2d | None = None) -> Convolution:
-        """A convolution, with the bias of ``also`` added to its own."""
-        bias = bias_of(module) if also is None else bias_of(module).float() + bias_of(also).float()
+    def convolution(self, module: nn.Conv2d) -> Convolution:
+        """A convolution of PyTorch."""
         replicated = module.padding_mode == "replicate"
-        return Convolution(self.tensor(module.weight), self.tensor(bias), module.stride[0], replicated)
+        return Convolution(self.tensor(module.weight), self.tensor(bias_of(module)), module.stride[0], replicated)
 
-    def shortcut(self, module: nn.Conv2d) -> Shortcut:
-        """A 1 x 1 convolution without its bias."""
-        return Shortcut(self.tensor(module.weight))
+    def convolve(self, module: nn.Conv2d, ops: Ops, shortcut: nn.Conv2d | None = None, up: bool = False) -> Convolve:
+        """A 3 x 3 convolution with the norm before it and, with ``shortcut``, a 1 x 1 one added to it; ``up`` behind a
+        nearest upsampling. In one where that is faster."""
+        return self.convolve_of(
+            *(module.weight, bias_of(module) if shortcut is None else bias_of(module) + bias_of(shortcut), ops),
+            None if shortcut is None else shortcut.weight,
+            "up" if up else "down" if module.stride[0] == 2 else "same",
+        )
 
-    def upsample(self, module: nn.Conv2d) -> UpsampleConvolution:
-        """A convolution behind a nearest upsampling, in one."""
-        return UpsampleConvolution(self.tensor(module.weight, torch.float32), self.tensor(bias_of(module)))
+    def convolve_of(
+        self, weight: Tensor, bias: Tensor | None, ops: Ops, shortcut: Tensor | None = None, kind: str = "same"
+    ) -> Convolve:
+        """The same of a weight (out, in, 3, 3), the bias of both and a shortcut's weight (out, also, 1, 1)."""
+        whole = self.tensor(weight, torch.float32)
+        bias = None if bias is None else self.tensor(bias)
+        fused, reason = fuses(self.device, self.dtype)
+        if fused:
+            also = None if shortcut is None else self.tensor(shortcut.flatten(1), torch.float32)
+            described = f"convolutions of the extension: {reason}"
+            return Fused(whole, bias, self.dtype, kind, also, described)
+        if kind == "up":
+            assert bias is not None
+            return Separate(UpsampleConvolution(whole, bias), None, ops, weight.shape)
+        convolution = Convolution(self.tensor(weight), bias, 2 if kind == "down" else 1)
+        return Separate(convolution, None if shortcut is None else Shortcut(self.tensor(shortcut)), ops, weight.shape)
 
     def _joined(self, modules: Sequence[Any]) -> tuple[Tensor, Tensor | None]:
         weights = [m.weight.flatten(1) for m in modules]

@@ -8,7 +8,10 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from msdd_fast import native
+from msdd_fast.backends.extension import extension_status
 from msdd_fast.diffusion.config import Config
+from msdd_fast.ops._checks import FLOAT_DTYPES
 from msdd_fast.ops._patches import to_uint8
 
 
@@ -159,5 +162,11 @@ def ways_of(program: DecodeProgram, request: Request) -> list[Way]:
 
 
 def convert(images: Tensor, dtype: torch.dtype) -> Tensor:
-    """Images in [-1, 1] in another dtype; uint8 is clamped and quantised."""
-    return to_uint8(images) if dtype == torch.uint8 else images.to(dtype)
+    """Images in [-1, 1] in another dtype; uint8 is clamped and quantised.
+
+    On a CPU by the extension, if it is there: a program records that.
+    """
+    if dtype != torch.uint8:
+        return images.to(dtype)
+    native_one = images.device.type == "cpu" and images.dtype in FLOAT_DTYPES and extension_status()[0]
+    return native.to_pixels(images) if native_one else to_uint8(images)

@@ -6,7 +6,7 @@ A function that takes results and arguments in the op's order needs no file here
 
 from msdd_fast.native.attention import attention
 from msdd_fast.native.cfg_euler import cfg_euler
-from msdd_fast.native.convolution import convolution, pack_convolution
+from msdd_fast.native.convolution import convolution, pack_convolution, result_size
 from msdd_fast.native.final_step import final_step
 from msdd_fast.native.gate_residual_norm_modulate import gate_residual_norm_modulate
 from msdd_fast.native.group_norm_modulate_silu import group_norm_modulate_silu
@@ -19,6 +19,7 @@ from msdd_fast.native.sde_step import sde_step
 from msdd_fast.native.stage_transition import stage_transition
 from msdd_fast.native.start_noise import start_noise
 from msdd_fast.native.swiglu import swiglu
+from msdd_fast.native.to_pixels import to_pixels
 from msdd_fast.native.window_attention import window_attention
 
 __all__ = [
@@ -36,9 +37,11 @@ __all__ = [
     "pack_linear_int8",
     "qk_norm_rope",
     "renoise_upsample",
+    "result_size",
     "sde_step",
     "stage_transition",
     "start_noise",
     "swiglu",
+    "to_pixels",
     "window_attention",
 ]

@@ -29,6 +29,8 @@ from msdd_fast.native._call import operand
 T = TypeVar("T")
 CHUNK = 1 << 22
 ALIGNMENT = 64
+SPARE = 1 / 16
+"""Of an arena: what lies unused between tensors of many sizes."""
 
 
 class NotRecordableError(MsddFastError, RuntimeError):
@@ -65,6 +67,13 @@ class Arena:
             b, c, h, w = shape
             return flat.view(b, h, w, c).permute(0, 3, 1, 2)
         return flat.view(torch.Size(shape))
+
+    def reserve(self, size: int) -> None:
+        """Make room in one piece for tensors of ``size`` bytes that are alive at once: in pieces more would lie unused."""
+        self._collect()
+        room = room_for(size, self._chunk)
+        if room > self._chunk and all(n < room for _, n in self._free):
+            self._add_chunk(room)
 
     def memory(self) -> int:
         """Bytes of all chunks."""
@@ -105,6 +114,11 @@ class Arena:
             self._free[i - 1] = (before, n + size)
         else:
             self._free.insert(i, (address, size))
+
+
+def room_for(size: int, chunk: int = CHUNK) -> int:
+    """Bytes of an arena in which tensors of ``size`` bytes, alive at once, find room."""
+    return -(-int(size * (1 + SPARE)) // chunk) * chunk
 
 
 def _release(released: deque[tuple[int, int]], address: int, size: int, _: object) -> None:

@@ -1,12 +1,10 @@
 // The last Euler step on patch rows, on the CPU: to the pixels of an image.
 #pragma once
 
+#include "msdd_fast/detail/pixels.h"
 #include "msdd_fast/patch_rows.h"
 
 namespace msdd_fast {
-
-// Pixel type of the image. uint8 is floor(clamp(127.5 E + 128, 0, 255)), and 0 for NaN (docs/spec.md#quantise-pixels).
-enum class PixelType : int { float32 = 0, bfloat16 = 1, float16 = 2, uint8 = 3 };
 
 // E as an image (batch, channels, grid * patch, grid * patch), in NHWC memory order if `channels_last`, else NCHW.
 void final_step(void* out, PixelType type, bool channels_last, const PatchRows& x, const PatchRows& v,

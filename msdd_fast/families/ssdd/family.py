@@ -89,7 +89,7 @@ class SSDDFamily:
         ops: Ops,
         make: MakeLinear,
     ) -> SSDDProgram:
-        weights, dec = pack_ssdd(decoder, dtype, device), self.config.decoder
+        weights, dec = pack_ssdd(decoder, dtype, device, ops), self.config.decoder
         network = SSDDNetwork(weights, dec.groups, dec.heads, self.config.factor, ops)
         return SSDDProgram(network, tables, self.config)
 

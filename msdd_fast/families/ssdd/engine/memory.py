@@ -14,24 +14,31 @@ from msdd_fast.layers.request import WHOLE, Way
 from msdd_fast.layers.tiles import largest_tile
 
 
-def activation_bytes(config: SSDDConfig, cells: tuple[int, int], batch: int, itemsize: int, way: Way) -> int:
-    """Most bytes that a decode of ``batch`` latents of ``cells`` (h, w) holds at once, its images included."""
+def activation_bytes(
+    config: SSDDConfig, cells: tuple[int, int], batch: int, itemsize: int, way: Way, fused: bool
+) -> int:
+    """Most bytes that a decode of ``batch`` latents of ``cells`` (h, w) holds at once, its images included.
+
+    ``fused``: the extension convolves, without joined and normalised maps.
+    """
     pixel = 3 * batch * config.factor**2
     state = 4 * pixel * cells[0] * cells[1]
     if not way.tile:
-        decode = _Decode(config, cells, batch, itemsize, way.parts)
+        decode = _Decode(config, cells, batch, itemsize, way.parts, fused)
         velocity = itemsize * pixel * cells[0] * cells[1]
         return max(state + decode.context() + max(decode.velocity(), velocity + state), 2 * state)
     rows, columns = largest_tile(cells, way.tile // config.factor)
-    decode = _Decode(config, (rows, columns), batch, itemsize, WHOLE.parts)
+    decode = _Decode(config, (rows, columns), batch, itemsize, WHOLE.parts, fused)
     part = pixel * rows * columns  # of the state, which is copied, then of the velocity, times its weights
     tile = decode.context() + max(4 * part + decode.velocity(), (itemsize + 4 + 4) * part)
     return 2 * state + max(tile, state)
 
 
 class _Decode:
-    def __init__(self, config: SSDDConfig, cells: tuple[int, int], batch: int, itemsize: int, parts: int) -> None:
-        self.config, self.parts, self.itemsize = config, parts, itemsize
+    def __init__(
+        self, config: SSDDConfig, cells: tuple[int, int], batch: int, itemsize: int, parts: int, fused: bool
+    ) -> None:
+        self.config, self.parts, self.itemsize, self.fused = config, parts, itemsize, fused
         self.height, self.width, self.batch = cells[0] * config.factor, cells[1] * config.factor, batch
         self.widths = config.decoder.widths
 
@@ -65,7 +72,9 @@ class _Decode:
         for i, (level, cin, cout) in enumerate(up_blocks(self.widths)):
             skip = skips.pop()
             joined = (cin - skip // self.map(level, 1), skip // self.map(level, 1))
-            if self.parts == 1:
+            if self.fused:
+                yield sum(skips) + skip + h + self._block(level, joined, cout)
+            elif self.parts == 1:
                 yield sum(skips) + skip + h + self.map(level, cin)
                 yield sum(skips) + h + self.map(level, cin) + self._block(level, (cin,), cout)
             else:
@@ -81,11 +90,15 @@ class _Decode:
 
     def _block(self, level: int, inputs: tuple[int, ...], cout: int) -> int:
         """A residual block beside its inputs."""
+        if self.fused:
+            return self.map(level, 2 * cout)
         if self.parts == 1:
             return max(self.map(level, sum(inputs)) + self.map(level, cout), self.map(level, 3 * cout))
         return self.map(level, cout) + max(self._strip(level, inputs, cout), self._strip(level, (cout,), cout))
 
     def _last(self) -> int:
+        if self.fused:
+            return self.map(0, 3)
         if self.parts == 1:
             return self.map(0, self.widths[0] + 3)
         return self.map(0, 3) + self._strip(0, (self.widths[0],), 3)

@@ -1,23 +1,22 @@
-"""SSDD's velocity network over packed weights and channels-last maps. Same arithmetic as models/ssdd.py.
+"""SSDD's velocity network over packed weights and channels-last maps. Same arithmetic as decoder.py.
 
 What depends on the latents alone is computed once per image (``context``). Its modulations stay at the latents'
-resolution: the norms read them there. A shortcut's product is added to the convolution's result where it lies.
+resolution: the norms read them there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from msdd_fast import profiling
 from msdd_fast.families.ssdd.decoder import MID_NORM_EPS, NORM_EPS
 from msdd_fast.families.ssdd.engine.tables import SSDDStep
 from msdd_fast.families.ssdd.engine.weights import ResWeights, SSDDWeights, TransformerWeights
-from msdd_fast.layers.convolution import as_map, channels_last, rows
+from msdd_fast.layers.convolution import Norm, as_map, channels_last, repeated, rows
 from msdd_fast.ops import Ops
 
 
@@ -42,21 +41,21 @@ class SSDDNetwork:
         self.w, self.groups, self.heads, self.factor, self.ops = weights, groups, heads, factor, ops
         width = weights.mid.proj_in.out_features
         blocks = [b for level in (*weights.down, *weights.up) for b in level.blocks]
-        self._widths = [2 * b.conv1.weight.shape[1] for b in blocks]
-        self._ones = torch.ones(1, width, device=weights.mid.proj_in.device)
+        self._widths = [2 * b.conv1.in_channels for b in blocks]
+        device, channels = weights.mid.proj_in.device, weights.context[1].out_channels
+        self._ones, self._one = torch.ones(1, width, device=device), torch.ones((), device=device)
+        self._ones_of_context = torch.ones(1, channels, device=device, dtype=weights.dtype)
 
     def context(self, z: Tensor) -> SSDDContext:
         """Of latents (B, zc, h, w)."""
         z = channels_last(z.to(self.w.dtype))
-        height, width = (s * self.factor for s in z.shape[2:])
-        latents_in = self._latents_in(channels_last(F.interpolate(z, (height, width), mode="nearest")))
+        latents_in = self._latents_in(repeated(z, self.factor))
         first, second = self.w.context
-        c = second(F.silu(first(z)))
+        c = second((first((z,)),), silu=True)
         modulations = as_map(self.w.modulations(rows(c)), c).split(self._widths, dim=1)
-        adaln = self.w.adaln(F.silu(rows(c)))
+        adaln = self.w.adaln(self.ops.swiglu(rows(c), self._ones_of_context.expand(len(rows(c)), -1)))  # SiLU
         if self.factor != 8:  # the transformer's tokens are pixels of the map at an eighth: each takes its cell's
-            cells = F.interpolate(as_map(adaln, c), (height // 8, width // 8), mode="nearest")
-            adaln = rows(channels_last(cells))
+            adaln = rows(repeated(as_map(adaln, c), self.factor // 8))
         shifts_scales = adaln.chunk(2 * len(self.w.mid.blocks), dim=1)
         return SSDDContext(
             latents_in,
@@ -71,55 +70,37 @@ class SSDDNetwork:
         skips = [h]
         for level in profiling.ranges(self.w.down, lambda i: f"down {i}"):
             for block in level.blocks:
-                h = self._residual(block, h, *next(norms))
+                h = self._residual(block, (h,), *next(norms))
                 skips.append(h)
             if level.resample is not None:
-                h = level.resample(h)
+                h = level.resample((h,))
                 skips.append(h)
         h = self._middle(h, context)
         for level in profiling.ranges(self.w.up, lambda i: f"up {i}"):
             for block in level.blocks:
-                h = self._joined(block, h, skips, *next(norms))
+                h = self._residual(block, (h, skips.pop()), *next(norms))
             if level.resample is not None:
-                h = level.resample(h)
+                h = level.resample((h,))
         return self._last(h)
 
     # What ``strips.SSDDStrips`` does otherwise.
 
     def _latents_in(self, z: Tensor) -> Tensor:
         """What is kept of latents at full size."""
-        return self.w.latents_in(z)
+        return self.w.latents_in((z,))
 
     def _first(self, x: Tensor, context: SSDDContext) -> Tensor:
-        h = self.w.image_in(channels_last(x.to(self.w.dtype)))
-        h += context.latents_in
-        return h
+        return self.w.image_in((channels_last(x.to(self.w.dtype)),), added=(context.latents_in,))
 
     def _last(self, h: Tensor) -> Tensor:
-        h = self.ops.group_norm_modulate_silu(h, self.groups, NORM_EPS, *self.w.norm_out)
-        return self.w.out(h)
-
-    def _joined(
-        self,
-        w: ResWeights,
-        h: Tensor,
-        skips: list[Tensor],
-        modulation: tuple[Tensor, Tensor],
-        norm: tuple[Tensor, Tensor],
-    ) -> Tensor:
-        """A residual block of h and the last of the skips, which is taken away."""
-        return self._residual(w, torch.cat([h, skips.pop()], dim=1), modulation, norm)
+        return self.w.out((h,), Norm(self.groups, NORM_EPS, *self.w.norm_out), silu=True)
 
     def _residual(
-        self, w: ResWeights, x: Tensor, modulation: tuple[Tensor, Tensor], norm: tuple[Tensor, Tensor]
+        self, w: ResWeights, maps: Sequence[Tensor], modulation: tuple[Tensor, Tensor], norm: tuple[Tensor, Tensor]
     ) -> Tensor:
-        x = channels_last(x)
-        h = w.conv1(self.ops.group_norm_modulate_silu(x, self.groups, NORM_EPS, None, None, *modulation))
-        h = w.conv2(self.ops.group_norm_modulate_silu(h, self.groups, NORM_EPS, *norm))
-        if w.shortcut is None:
-            return h.add_(x)
-        w.shortcut(rows(x), rows(h))
-        return h
+        """A residual block of one map or two, joined along the channels."""
+        h = w.conv1(maps, Norm(self.groups, NORM_EPS, None, None, *modulation), silu=True)
+        return w.conv2((h,), Norm(self.groups, NORM_EPS, *norm), silu=True, added=maps)
 
     def _middle(self, h: Tensor, context: SSDDContext) -> Tensor:
         w = self.w.mid
@@ -132,13 +113,17 @@ class SSDDNetwork:
             y = self._attention(block, a, h)
             x, a = self._add_and_norm(x, y, block.shift, block.scale)
             value, gate = block.value_gate(a).chunk(2, dim=1)
-            y = block.down(F.gelu(gate).mul_(value))
+            y = block.down(self.ops.geglu(value, gate))
             following = next(modulations, None)
             if following is None:
-                x = x.add_(y)
+                x = self._sum(x, y)
             else:
                 x, a = self._add_and_norm(x, y, *following)
-        return as_map(w.proj_out(x).add_(rows(h)), h)
+        return as_map(self._sum(w.proj_out(x), rows(h)), h)
+
+    def _sum(self, x: Tensor, y: Tensor) -> Tensor:
+        """x + y."""
+        return self.ops.euler_step(x, y, self._one)
 
     def _add_and_norm(self, x: Tensor, y: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         """x + y, and its norm; there is no gate, which is a gate of 1."""

@@ -27,14 +27,14 @@ class SSDDProgram:
     The state stays float32, as in the eager sampler: it has 3 channels among hundreds.
 
     Attributes:
-        not_recordable: why there is no recorded program on a CPU.
+        not_recordable: why there is no recorded program on a CPU; only there with PyTorch's convolutions.
     """
-
-    not_recordable = "SSDD's convolutions are PyTorch's, which a program cannot repeat"
 
     def __init__(self, network: SSDDNetwork, steps: Sequence[SSDDStep], config: SSDDConfig) -> None:
         self.network, self.steps, self.ops, self.config = network, steps, network.ops, config
         self.min_tile = MIN_TILE * config.factor
+        if not network.w.fused:
+            self.not_recordable = "SSDD's convolutions are PyTorch's, which a program cannot repeat"
 
     def decode(self, inputs: Inputs, request: Request, noise: Sequence[Tensor] | None = None) -> Tensor:
         """Images (B, 3, H, W) in ``request.out_dtype``; ``noise`` as in ``sampling.sample``."""
@@ -58,12 +58,15 @@ class SSDDProgram:
 
     def ways(self, request: Request) -> list[Way]:
         _, height, width = request.image_shape(self.config)
-        return parts_and_tiles(height, width, MIN_ROWS, self.min_tile)
+        ways = parts_and_tiles(height, width, MIN_ROWS, self.min_tile)
+        # The extension's convolutions hold nothing that strips would spare.
+        return [w for w in ways if w.parts == 1] if self.network.w.fused else ways
 
     def activations(self, request: Request) -> int:
         batch, _, *cells = request.shape
         itemsize = self.network.w.dtype.itemsize
-        return activation_bytes(self.config, (cells[0], cells[1]), batch, itemsize, request.way)
+        way, fused = request.way, self.network.w.fused
+        return activation_bytes(self.config, (cells[0], cells[1]), batch, itemsize, way, fused)
 
     def _velocity(self, z: Tensor, way: Way) -> Callable[[Tensor, SSDDStep], Tensor]:
         """The velocity of states and steps, for latents z."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from msdd_fast.families.ssdd.decoder import NORM_EPS
 from msdd_fast.families.ssdd.engine.network import SSDDContext, SSDDNetwork
 from msdd_fast.families.ssdd.engine.weights import ResWeights
-from msdd_fast.layers.convolution import rows
+from msdd_fast.layers.convolution import Convolution, Convolve, Separate
 
 MIN_ROWS = 4
 
@@ -42,61 +42,35 @@ class SSDDStrips(SSDDNetwork):
 
     def _first(self, x: Tensor, context: SSDDContext) -> Tensor:
         w, z = self.w, context.latents_in
-        h = _empty_map(z, w.image_in.weight.shape[0])
+        h = _empty_map(z, w.image_in.out_channels)
+        image_in, latents_in = _convolution(w.image_in), _convolution(w.latents_in)
         for begin, end in self._strips(h):
-            image = w.image_in.strip(_with_neighbours(x, begin, end).to(w.dtype))
-            h[:, :, begin:end] = image.add_(w.latents_in.strip(_with_neighbours(z, begin, end)))
+            image = image_in.strip(_with_neighbours(x, begin, end).to(w.dtype))
+            h[:, :, begin:end] = image.add_(latents_in.strip(_with_neighbours(z, begin, end)))
         return h
 
-    def _joined(
-        self,
-        w: ResWeights,
-        h: Tensor,
-        skips: list[Tensor],
-        modulation: tuple[Tensor, Tensor],
-        norm: tuple[Tensor, Tensor],
-    ) -> Tensor:
-        return self._block(w, (h, skips.pop()), modulation, norm)
-
-    def _residual(
-        self, w: ResWeights, x: Tensor, modulation: tuple[Tensor, Tensor], norm: tuple[Tensor, Tensor]
-    ) -> Tensor:
-        return self._block(w, (x,), modulation, norm)
-
     def _last(self, h: Tensor) -> Tensor:
-        statistics = self._statistics((h,))
+        statistics, out = self._statistics((h,)), _convolution(self.w.out)
         v = _empty_map(h, 3)
         for begin, end in self._strips(h):
-            v[:, :, begin:end] = self.w.out.strip(self._normalised((h,), statistics, begin, end, norm=self.w.norm_out))
+            v[:, :, begin:end] = out.strip(self._normalised((h,), statistics, begin, end, norm=self.w.norm_out))
         return v
 
-    def _block(
-        self,
-        w: ResWeights,
-        maps: Sequence[Tensor],
-        modulation: tuple[Tensor, Tensor],
-        norm: tuple[Tensor, Tensor],
+    def _residual(
+        self, w: ResWeights, maps: Sequence[Tensor], modulation: tuple[Tensor, Tensor], norm: tuple[Tensor, Tensor]
     ) -> Tensor:
-        """A residual block of ``maps`` joined along the channels."""
-        statistics = self._statistics(maps)
-        h = _empty_map(maps[0], w.conv1.weight.shape[0])
+        statistics, conv1, conv2 = self._statistics(maps), _convolution(w.conv1), _convolution(w.conv2)
+        h = _empty_map(maps[0], w.conv1.out_channels)
         for begin, end in self._strips(h):
-            h[:, :, begin:end] = w.conv1.strip(self._normalised(maps, statistics, begin, end, modulation=modulation))
+            h[:, :, begin:end] = conv1.strip(self._normalised(maps, statistics, begin, end, modulation=modulation))
         statistics, above = self._statistics((h,)), None
         for begin, end in self._strips(h):
             y = self._normalised((h,), statistics, begin, end, norm=norm)
             if above is not None:  # h has been overwritten there
                 y[:, :, :1] = above
             above = y[:, :, -2:-1].clone()
-            y = w.conv2.strip(y)
-            at = 0
-            for x in (m[:, :, begin:end] for m in maps):
-                if w.shortcut is None:
-                    y += x
-                else:
-                    flat = x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
-                    w.shortcut(flat, rows(y), slice(at, at + x.shape[1]))
-                at += x.shape[1]
+            y = conv2.strip(y)
+            w.conv2.add_to(y, [m[:, :, begin:end] for m in maps])  # type: ignore[attr-defined]
             h[:, :, begin:end] = y
         return h
 
@@ -151,6 +125,11 @@ class SSDDStrips(SSDDNetwork):
             inside[..., mine] = F.silu(y, inplace=True)
             at += x.shape[1]
         return out.permute(0, 3, 1, 2)
+
+
+def _convolution(convolve: Convolve) -> Convolution:
+    assert isinstance(convolve, Separate) and isinstance(convolve.convolution, Convolution)
+    return convolve.convolution
 
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,18 +9,18 @@ import torch
 from torch import Tensor
 
 from msdd_fast.families.ssdd.decoder import DownBlock, ResBlock, TransformerBlock, UpBlock, UViTDecoder
-from msdd_fast.layers.convolution import Convolution, Shortcut, UpsampleConvolution
+from msdd_fast.layers.convolution import Convolve, Fused
 from msdd_fast.layers.linear.dense import DenseLinear
 from msdd_fast.layers.packer import Packer, bias_of
+from msdd_fast.ops import Ops
 
 
 @dataclass(frozen=True)
 class ResWeights:
-    """A residual block. The bias of ``shortcut`` is in that of ``conv2``."""
+    """A residual block; its shortcut is in ``conv2``."""
 
-    conv1: Convolution
-    conv2: Convolution
-    shortcut: Shortcut | None
+    conv1: Convolve
+    conv2: Convolve
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class LevelWeights:
     """One level of the way down or up; ``resample`` leads to the next one, None at the end."""
 
     blocks: list[ResWeights]
-    resample: Convolution | UpsampleConvolution | None
+    resample: Convolve | None
 
 
 @dataclass(frozen=True)
@@ -60,21 +60,26 @@ class SSDDWeights:
     (shift, scale) of all transformer blocks. ``image_in`` and ``latents_in`` are the two parts of conv_in.
     """
 
-    image_in: Convolution
-    latents_in: Convolution
-    context: tuple[Convolution, Convolution]
+    image_in: Convolve
+    latents_in: Convolve
+    context: tuple[Convolve, Convolve]
     modulations: DenseLinear
     adaln: DenseLinear
     down: list[LevelWeights]
     mid: MidWeights
     up: list[LevelWeights]
     norm_out: tuple[Tensor, Tensor]
-    out: Convolution
+    out: Convolve
     dtype: torch.dtype
+
+    @property
+    def fused(self) -> bool:
+        """Whether the extension convolves (``layers.convolution.Fused``)."""
+        return isinstance(self.out, Fused)
 
     def memory(self) -> int:
         """Bytes of all matrices and kernels."""
-        parts: list[Convolution | UpsampleConvolution | Shortcut | DenseLinear] = [
+        parts: list[Convolve | DenseLinear] = [
             self.image_in,
             self.latents_in,
             *self.context,
@@ -87,7 +92,6 @@ class SSDDWeights:
             parts += [level.resample] if level.resample is not None else []
             for res in level.blocks:
                 parts += [res.conv1, res.conv2]
-                parts += [res.shortcut] if res.shortcut is not None else []
         return sum(p.memory() for p in parts) + sum(t.nbytes for t in tensors)
 
 
@@ -97,34 +101,33 @@ def res_blocks(decoder: UViTDecoder) -> list[ResBlock]:
 
 
 @torch.no_grad()
-def pack_ssdd(decoder: UViTDecoder, dtype: torch.dtype, device: torch.device) -> SSDDWeights:
+def pack_ssdd(decoder: UViTDecoder, dtype: torch.dtype, device: torch.device, ops: Ops) -> SSDDWeights:
     """Pack ``decoder``, which is not changed. Norms' vectors and bias tables stay float32."""
     packer, mid = Packer(device, dtype), decoder.mid_block
     conv_in, ctx = decoder.conv_in, decoder.ada_ctx_proj
     blocks: list[Any] = list(mid.transformer_blocks)
     return SSDDWeights(
-        image_in=Convolution(packer.tensor(conv_in.weight[:, :3]), None),
-        latents_in=Convolution(packer.tensor(conv_in.weight[:, 3:]), packer.tensor(bias_of(conv_in))),
-        context=(packer.convolution(ctx[0]), packer.convolution(ctx[2])),  # type: ignore[arg-type]
+        image_in=packer.convolve_of(conv_in.weight[:, :3], None, ops),
+        latents_in=packer.convolve_of(conv_in.weight[:, 3:], bias_of(conv_in), ops),
+        context=(packer.convolve(ctx[0], ops), packer.convolve(ctx[2], ops)),  # type: ignore[arg-type]
         modulations=packer.dense(*(block.norm1.ctx_proj for block in res_blocks(decoder))),
         adaln=packer.dense(*(block.norm1.linear for block in blocks)),
-        down=[_down(packer, level) for level in decoder.down_blocks],  # type: ignore[arg-type]
+        down=[_down(packer, ops, level) for level in decoder.down_blocks],  # type: ignore[arg-type]
         mid=MidWeights(
             norm=packer.pair32(mid.norm),
             proj_in=packer.dense(mid.proj_in),
             blocks=[_transformer(packer, b) for b in blocks],
             proj_out=packer.dense(mid.proj_out),
         ),
-        up=[_up(packer, level) for level in decoder.up_blocks],  # type: ignore[arg-type]
+        up=[_up(packer, ops, level) for level in decoder.up_blocks],  # type: ignore[arg-type]
         norm_out=packer.pair32(decoder.conv_norm_out),
-        out=packer.convolution(decoder.conv_out),
+        out=packer.convolve(decoder.conv_out, ops),
         dtype=dtype,
     )
 
 
-def _residual(packer: Packer, block: Any) -> ResWeights:
-    shortcut = None if block.conv_shortcut is None else packer.shortcut(block.conv_shortcut)
-    return ResWeights(packer.convolution(block.conv1), packer.convolution(block.conv2, block.conv_shortcut), shortcut)
+def _residual(packer: Packer, ops: Ops, block: Any) -> ResWeights:
+    return ResWeights(packer.convolve(block.conv1, ops), packer.convolve(block.conv2, ops, block.conv_shortcut))
 
 
 def _transformer(packer: Packer, block: TransformerBlock) -> TransformerWeights:
@@ -141,13 +144,13 @@ def _transformer(packer: Packer, block: TransformerBlock) -> TransformerWeights:
     )
 
 
-def _down(packer: Packer, level: DownBlock) -> LevelWeights:
+def _down(packer: Packer, ops: Ops, level: DownBlock) -> LevelWeights:
     downsamplers: list[Any] = list(level.downsamplers)
-    resample = [packer.convolution(d.conv) for d in downsamplers]
-    return LevelWeights([_residual(packer, r) for r in level.resnets], resample[0] if resample else None)
+    resample = [packer.convolve(d.conv, ops) for d in downsamplers]
+    return LevelWeights([_residual(packer, ops, r) for r in level.resnets], resample[0] if resample else None)
 
 
-def _up(packer: Packer, level: UpBlock) -> LevelWeights:
+def _up(packer: Packer, ops: Ops, level: UpBlock) -> LevelWeights:
     upsamplers: list[Any] = list(level.upsamplers)
-    resample = [packer.upsample(u.conv) for u in upsamplers]
-    return LevelWeights([_residual(packer, r) for r in level.resnets], resample[0] if resample else None)
+    resample = [packer.convolve(u.conv, ops, up=True) for u in upsamplers]
+    return LevelWeights([_residual(packer, ops, r) for r in level.resnets], resample[0] if resample else None)
