@@ -48,7 +48,7 @@ from msdd_fast.io.arguments import pick_device, positive_int, renamed
 from msdd_fast.io.files import require_writable
 from msdd_fast.io.json_files import write_json
 from msdd_fast.io.program import run_program
-from msdd_fast.layers.convolution import Convolution, Shortcut, UpsampleConvolution
+from msdd_fast.layers.convolution import Convolution, Fused, Shortcut, UpsampleConvolution
 from msdd_fast.layers.linear.dense import DenseLinear
 from msdd_fast.tokenizer import Tokenizer
 
@@ -56,16 +56,15 @@ SDPA = "attention=sdpa,context_attention=sdpa"
 
 
 def bare_products(engine: FastDecoder, z: Tensor) -> tuple[Callable[[], None], int]:
-    """A function that runs all matrix products and convolutions of one decode, and their FLOP.
+    """A function that runs all matrix products and convolutions of one decode, without norms and sums, and their FLOP.
 
-    ``engine`` has no graphs: a replay calls no layers. The FLOP of the linear layers are computed here, since PyTorch
-    counts its own products only.
-    Calls of equal shapes share their inputs, since those of a U-Net at full resolution are large.
+    ``engine`` has no graphs: a replay calls no layers. The FLOP of linear layers and of the extension's convolutions
+    are computed here, since PyTorch counts its own only. Calls of equal shapes share their inputs, since those of a U-Net at full resolution are large.
     """
-    calls: list[tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = []
+    calls: list[tuple[Callable[..., Tensor], tuple[Any, ...]]] = []
     flops = 0
     inputs: dict[Any, Tensor] = {}
-    kinds = (DenseLinear, Shortcut, Convolution, UpsampleConvolution)
+    kinds = (DenseLinear, Shortcut, Convolution, UpsampleConvolution, Fused)
     originals = [kind.__call__ for kind in kinds]
 
     def like(t: Tensor, use: str) -> Tensor:
@@ -82,8 +81,19 @@ def bare_products(engine: FastDecoder, z: Tensor) -> tuple[Callable[[], None], i
 
         return record
 
+    def record_fused(self: Fused, maps: Any, norm: Any = None, silu: bool = False, added: Any = ()) -> Tensor:
+        nonlocal flops
+        y = original_fused(self, maps, norm, silu, added)
+        added = added if self.has_shortcut else ()
+        taps = 4 if self.kind == "up" else 9
+        flops += 2 * y.numel() * (taps * self.in_channels + sum(x.shape[1] for x in added))
+        shared, also = ([like(x, f"map {i}") for i, x in enumerate(xs)] for xs in (maps, added))
+        calls.append((self, (shared, None, False, also)))
+        return y
+
+    original_fused = Fused.__call__
     for kind, original in zip(kinds, originals, strict=True):
-        kind.__call__ = recorder(original)  # type: ignore[method-assign]
+        kind.__call__ = record_fused if kind is Fused else recorder(original)  # type: ignore[method-assign, assignment]
     try:
         engine.decode(z, **conditions(engine.config))
     finally:
@@ -97,7 +107,7 @@ def bare_products(engine: FastDecoder, z: Tensor) -> tuple[Callable[[], None], i
 
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         for call, arguments in calls:
-            if not isinstance(call, DenseLinear):
+            if not isinstance(call, (DenseLinear, Fused)):
                 call(*arguments)
     return run, flops + int(counter.get_total_flops())
 

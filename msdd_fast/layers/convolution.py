@@ -173,20 +173,20 @@ class Fused:
     ) -> None:
         """``weight`` (out, in, 3, 3) and ``shortcut`` (out, also) float32; ``bias`` that of both."""
         self.out_channels, self.in_channels = weight.shape[:2]
-        self.description, self._kind = description, kind
+        self.description, self.kind = description, kind
         self._has_data = type(weight) is Tensor  # ``explain`` has none
         self._packed = native.pack_convolution(weight, kind, dtype, shortcut) if self._has_data else weight
-        self._bias, self._has_shortcut = bias, shortcut is not None
+        self._bias, self.has_shortcut = bias, shortcut is not None
 
     def __call__(
         self, maps: Sequence[Tensor], norm: Norm | None = None, silu: bool = False, added: Sequence[Tensor] = ()
     ) -> Tensor:
         x, more = maps if len(maps) == 2 else (maps[0], None)
         if not self._has_data:
-            return x.new_empty(len(x), self.out_channels, *native.result_size(*x.shape[2:], self._kind))
+            return x.new_empty(len(x), self.out_channels, *native.result_size(x.shape[2], x.shape[3], self.kind))
         first, second = (*added, None, None)[:2]
         groups, eps, *of_norm = (0, 0.0, None, None, None, None) if norm is None else norm
-        of_call = (self.out_channels, self._kind, groups, eps, silu, *of_norm, first, second, self._has_shortcut)
+        of_call = (self.out_channels, self.kind, groups, eps, silu, *of_norm, first, second, self.has_shortcut)
         return native.convolution(x, more, self._packed, self._bias, *of_call)
 
     def memory(self) -> int:
@@ -225,7 +225,7 @@ def channels_last(x: Tensor) -> Tensor:
 
 
 def repeated(x: Tensor, times: int) -> Tensor:
-    """Every pixel of a map (B, C, H, W) ``times`` times in both directions: F.interpolate's "nearest", channels-last."""
+    """A map (B, C, H, W) with every pixel ``times`` times in both directions, channels-last."""
     b, c, height, width = x.shape
     cells = x.permute(0, 2, 3, 1)[:, :, None, :, None]
     wide = cells.expand(b, height, times, width, times, c).reshape(b, times * height, times * width, c)

@@ -69,7 +69,7 @@ class Arena:
         return flat.view(torch.Size(shape))
 
     def reserve(self, size: int) -> None:
-        """Make room in one piece for tensors of ``size`` bytes that are alive at once: in pieces more would lie unused."""
+        """Make room in one piece for tensors of ``size`` bytes, alive at once: in pieces more would lie unused."""
         self._collect()
         room = room_for(size, self._chunk)
         if room > self._chunk and all(n < room for _, n in self._free):
