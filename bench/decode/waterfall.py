@@ -59,7 +59,8 @@ def bare_products(engine: FastDecoder, z: Tensor) -> tuple[Callable[[], None], i
     """A function that runs all matrix products and convolutions of one decode, without norms and sums, and their FLOP.
 
     ``engine`` has no graphs: a replay calls no layers. The FLOP of linear layers and of the extension's convolutions
-    are computed here, since PyTorch counts its own only. Calls of equal shapes share their inputs, since those of a U-Net at full resolution are large.
+    are computed here, since PyTorch counts its own only. Calls of equal shapes share their inputs, since those of a
+    U-Net at full resolution are large.
     """
     calls: list[tuple[Callable[..., Tensor], tuple[Any, ...]]] = []
     flops = 0
