@@ -12,6 +12,7 @@ from msdd_fast.ops.attention import attention
 from msdd_fast.ops.cfg_combine import cfg_combine
 from msdd_fast.ops.cfg_euler import cfg_euler
 from msdd_fast.ops.context_attention import context_attention
+from msdd_fast.ops.convolution import convolution
 from msdd_fast.ops.euler_step import euler_step
 from msdd_fast.ops.final_step import final_step
 from msdd_fast.ops.gate_residual_norm_modulate import gate_residual_norm_modulate
@@ -36,6 +37,7 @@ __all__ = [
     "cfg_combine",
     "cfg_euler",
     "context_attention",
+    "convolution",
     "euler_step",
     "final_step",
     "gate_residual_norm_modulate",
@@ -64,6 +66,7 @@ class Ops:
     cfg_combine: Final = staticmethod(cfg_combine)
     cfg_euler: Final = staticmethod(cfg_euler)
     context_attention: Final = staticmethod(context_attention)
+    convolution: Final = staticmethod(convolution)
     euler_step: Final = staticmethod(euler_step)
     final_step: Final = staticmethod(final_step)
     gate_residual_norm_modulate: Final = staticmethod(gate_residual_norm_modulate)

@@ -25,14 +25,20 @@ from msdd_fast import native
 from msdd_fast.backends.choice import Verdict
 from msdd_fast.backends.triton import TRITON
 from msdd_fast.diffusion.checks import check_bool
-from msdd_fast.errors import InputError
 from msdd_fast.layout import dense, memory_order
-from msdd_fast.ops._checks import FLOAT_DTYPES, check_device, check_eps, check_floating
+from msdd_fast.ops._checks import check_eps
 from msdd_fast.ops._example import normals
 from msdd_fast.ops._native import register_native
-from msdd_fast.ops._registry import Op
-
-MAX_CHANNELS = 4096
+from msdd_fast.ops._norm import (
+    as_cells,
+    channels_fit,
+    check_channels,
+    check_groups,
+    check_map,
+    check_modulation,
+    float_dtypes_fit,
+)
+from msdd_fast.ops._registry import Op, all_of
 
 
 def group_norm_modulate_silu(
@@ -59,38 +65,16 @@ def group_norm_modulate_silu(
 
     Raises InputError for anything else.
     """
-    check_floating("x", x)
-    if x.ndim != 4 or 0 in x.shape[1:]:
-        raise InputError(f"x must be a tensor (B, C, H, W), got {tuple(x.shape)}")
-    if isinstance(groups, bool) or not isinstance(groups, int) or groups < 1 or x.shape[1] % groups:
-        raise InputError(f"groups must be an int that divides the {x.shape[1]} channels of x, got {groups!r}")
+    check_map("x", x)
+    channels = x.shape[1]
+    check_groups(groups, channels)
     eps = check_eps(eps)
-    for name, t in (("weight", weight), ("bias", bias)):
-        if t is not None:
-            check_floating(name, t)
-            check_device(name, t, "x", x)
-            if t.shape != x.shape[1:2]:
-                raise InputError(f"{name} must be ({x.shape[1]},), got {tuple(t.shape)}")
-    if (scale is None) != (shift is None):
-        raise InputError("scale and shift must be given or left out together")
-    if scale is not None and shift is not None:
-        _check_table("scale", scale, x)
-        _check_table("shift", shift, x)
-        if shift.shape != scale.shape:
-            raise InputError(f"shift must have the shape of scale, {tuple(scale.shape)}, got {tuple(shift.shape)}")
+    check_channels("weight", weight, channels, x)
+    check_channels("bias", bias, channels, x)
+    check_modulation(scale, shift, channels, x)
     check_bool("silu", silu)
     out: Tensor = OP(x, groups, eps, weight, bias, scale, shift, silu, backend=backend)
     return out
-
-
-def _check_table(name: str, t: Tensor, x: Tensor) -> None:
-    check_floating(name, t)
-    check_device(name, t, "x", x)
-    b, c, height, width = x.shape
-    fits = t.ndim in (2, 4) and t.shape[:2] == (b, c)
-    if not fits or (t.ndim == 4 and (0 in t.shape[2:] or height % t.shape[2] or width % t.shape[3])):
-        expected = f"({b}, {c}) or ({b}, {c}, h, w) with h and w dividing {height} and {width}"
-        raise InputError(f"{name} must be {expected}, got {tuple(t.shape)}")
 
 
 def group_norm_modulate_silu_eager(
@@ -119,11 +103,6 @@ def _to_pixels(table: Tensor, x: Tensor) -> Tensor:
     return table if table.shape[2:] == x.shape[2:] else F.interpolate(table, x.shape[2:], mode="nearest")
 
 
-def _cells(table: Tensor | None) -> Tensor | None:
-    """(B, C, h, w)."""
-    return table[:, :, None, None] if table is not None and table.ndim == 2 else table
-
-
 def _contiguous(
     x: Tensor,
     groups: int,
@@ -136,7 +115,7 @@ def _contiguous(
 ) -> tuple[Any, ...]:
     """The arguments as the kernels read them; copies only what is laid out otherwise."""
     weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
-    return dense(x), groups, eps, weight, bias, _cells(scale), _cells(shift), silu
+    return dense(x), groups, eps, weight, bias, as_cells(scale), as_cells(shift), silu
 
 
 def _triton(*args: Any) -> Tensor:
@@ -146,14 +125,9 @@ def _triton(*args: Any) -> Tensor:
 
 
 def _kernels_fit(x: Tensor, *others: Any) -> Verdict:
-    for t in (x, *others):
-        if isinstance(t, Tensor) and t.dtype not in FLOAT_DTYPES:
-            return False, f"works in float32, bfloat16 and float16, got {t.dtype}"
-    if x.shape[1] > MAX_CHANNELS:
-        return False, f"takes at most {MAX_CHANNELS} channels, got {x.shape[1]}"
-    if x.shape[2] * x.shape[3] > 2**30:
-        return False, f"takes at most 2^30 pixels, got {x.shape[2]} x {x.shape[3]}"
-    return True, ""
+    height, width = x.shape[2:]
+    pixels = height * width <= 2**30, f"takes at most 2^30 pixels, got {height} x {width}"
+    return all_of(float_dtypes_fit((x, *others)), channels_fit(x.shape[1]), pixels)
 
 
 def _example() -> tuple[Any, ...]:
