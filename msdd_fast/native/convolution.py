@@ -10,7 +10,7 @@ from torch import Tensor
 
 from msdd_fast.backends.extension import load_extension
 from msdd_fast.errors import InputError
-from msdd_fast.native._call import DTYPES, Native, dense_layout, entry, metadata, optional_metadata
+from msdd_fast.native._call import DTYPES, Native, dense_layout, entry, metadata, optional_metadata, refused
 
 KINDS = ("same", "down", "up")
 _BY_CODE = {code: dtype for dtype, code in DTYPES.items()}
@@ -30,9 +30,18 @@ def pack_convolution(
 
     ``shortcut`` (out, also) of kind "same": the 1 x 1 convolution that is added. Sums of taps (kind "up") are made in
     float32 and rounded once. bfloat16 stays so where the machine multiplies pairs of it; all else becomes float32.
-    ``level`` (convolution.h) is for tests.
+    ``level`` (convolution.h) is for tests. Raises InputError for other shapes, kinds and dtypes.
     """
-    panel, per_word, code = load_extension().convolution_layout(DTYPES[dtype], level)
+    if weight.ndim != 4 or weight.shape[2:] != (3, 3) or kind not in KINDS or dtype not in DTYPES:
+        got = f"{tuple(weight.shape)}, {kind!r}, {dtype}"
+        raise InputError(f"weight must be (out, in, 3, 3), kind one of {', '.join(KINDS)}, dtype a float, got {got}")
+    if shortcut is not None and (kind != "same" or shortcut.ndim != 2 or len(shortcut) != len(weight)):
+        got = f"{tuple(shortcut.shape)}, {kind!r}"
+        raise InputError(f"shortcut must be ({len(weight)}, also) of a convolution of kind 'same', got {got}")
+    try:
+        panel, per_word, code = load_extension().convolution_layout(DTYPES[dtype], level)
+    except ValueError as error:
+        raise refused("convolution_layout", error) from None
     weight = weight.detach().float()
     matrices = [_matrix(w, per_word) for w in (_folded(weight) if kind == "up" else [weight])]
     if shortcut is not None:
