@@ -716,13 +716,13 @@ void group_norm_modulate_silu(Address out, const Tensor& x, const Tensor& weight
 }
 
 // One or two channels-last maps of the size of the first.
-msdd_fast::JoinedMaps maps_of(const char* name, const Tensor& x, const Tensor& more, int dtype) {
+msdd_fast::JoinedMaps maps_of(const char* name, const Tensor& x, const char* name_more, const Tensor& more, int dtype) {
     expect_image(name, x, true);
     expect_dtype(name, x, dtype);
     if (more.address == 0) return {{pointer<const void>(x.address), nullptr}, {x.shape[1], 0}};
-    expect_image(name, more, true);
-    expect_dtype(name, more, dtype);
-    expect_shape(name, more, {x.shape[0], more.shape[1], x.shape[2], x.shape[3]});
+    expect_image(name_more, more, true);
+    expect_dtype(name_more, more, dtype);
+    expect_shape(name_more, more, {x.shape[0], more.shape[1], x.shape[2], x.shape[3]});
     return {{pointer<const void>(x.address), pointer<const void>(more.address)}, {x.shape[1], more.shape[1]}};
 }
 
@@ -731,15 +731,15 @@ void convolution(Address out, const Tensor& x, const Tensor& more, const Tensor&
                  const Tensor& added, const Tensor& added_more, std::int64_t channels, int kind, std::int64_t groups,
                  bool silu, float eps, bool shortcut, const std::string& level, int threads) {
     expect(kind >= 0 && kind <= 2, "kind must be 0 to 2, got " + std::to_string(kind));
-    const msdd_fast::JoinedMaps maps = maps_of("x", x, more, x.dtype);
+    const msdd_fast::JoinedMaps maps = maps_of("x", x, "more", more, x.dtype);
     const std::int64_t batch = x.shape[0], height = x.shape[2], width = x.shape[3];
     const auto sized = [&](std::int64_t size) { return kind == 1 ? (size + 1) / 2 : kind == 2 ? 2 * size : size; };
     expect_channels("bias", bias, channels);
-    expect_channels("weight", weight, maps.all());
-    expect_channels("offset", offset, maps.all());
+    expect_channels("norm_weight", weight, maps.all());
+    expect_channels("norm_bias", offset, maps.all());
     msdd_fast::ConvolutionSum sum{{}, shortcut};
     if (added.address != 0) {
-        sum.maps = maps_of("added", added, added_more, x.dtype);
+        sum.maps = maps_of("added", added, "added_more", added_more, x.dtype);
         expect_shape("added", added, {batch, added.shape[1], sized(height), sized(width)});
         if (!shortcut) expect_shape("added", added, {batch, channels, sized(height), sized(width)});
     } else {

@@ -1,4 +1,4 @@
-"""Arguments of a group norm with affine and modulation, which ``group_norm_modulate_silu`` and ``convolution`` share."""
+"""Arguments of a group norm with affine and modulation: ``group_norm_modulate_silu`` and ``convolution`` share them."""
 
 from __future__ import annotations
 

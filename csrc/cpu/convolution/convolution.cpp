@@ -73,6 +73,7 @@ void convolution(void* out, DType dtype, const JoinedMaps& maps, const void* pac
     expect_threads(threads);
     const ConvolutionLevel found = level_of(level, dtype);
     if (batch == 0 || height == 0 || width == 0 || columns == 0) return;
+    expect(out != nullptr && maps.data[0] != nullptr && packed != nullptr, "out, maps or packed is missing");
 
     std::vector<GroupNorm> norms(static_cast<std::size_t>(batch * norm.groups));
     if (norm.groups > 0) {
