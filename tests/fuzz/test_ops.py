@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from msdd_fast import ops
 from msdd_fast.backends import extension_status
 from msdd_fast.ops import get_op
+from msdd_fast.ops.convolution import pack_convolution
 from msdd_fast.ops.linear import pack_linear
 from tests.fuzz.law import obeys
 
@@ -139,6 +140,29 @@ def group_norm_modulate_silu(d):
     return x, groups, 1e-5, *affine, *modulation, d.random() < 0.5
 
 
+def convolution(d):
+    dtype, kind, out = d.dtype(), d.choice(["same", "down", "up"]), d.choice([1, 3, 16, 33])
+    b, c, more, size = d.size(3), d.choice([1, 3, 8]), d.choice([0, 0, 4]), (d.choice([1, 3, 4]), d.choice([1, 2, 6]))
+    channels, groups = c + more, d.choice([0, 1, c + more])
+
+    def a_map(count, size=size):
+        return d.values((b, count, *size), dtype)
+
+    cells = (b, channels, *d.choice([(), size, (1, 1), (1, size[1])]))
+    affine = [d.table(channels) if groups and d.random() < 0.5 else None for _ in range(2)]
+    modulation = [None, None] if not groups or d.random() < 0.4 else [d.values(cells, dtype) for _ in range(2)]
+    added = added_more = shortcut = None
+    if d.random() < 0.3:
+        added = a_map(out, {"same": size, "down": [(n + 1) // 2 for n in size], "up": [2 * n for n in size]}[kind])
+    elif kind == "same" and d.random() < 0.6:
+        added, added_more = a_map(5), d.choice([None, a_map(2)])
+        shortcut = d.values((out, 5 if added_more is None else 7), dtype) * 0.2
+    weight = d.values((out, channels, 3, 3), dtype) * (0.3 * (9 * channels) ** -0.5)
+    maps = [a_map(c), weight, d.choice([None, d.table(out)]), a_map(more) if more else None]
+    sums = [added, added_more, shortcut, pack_convolution(weight, kind, shortcut)]
+    return *maps, kind, groups, 1e-5, d.random() < 0.5, *affine, *modulation, *sums
+
+
 def euler_step(d):
     shape, dtype = [d.size() for _ in range(d.choice([1, 2, 4]))], d.dtype()
     return d.values(shape, dtype), d.values(shape, d.choice([dtype, torch.float32])), d.scalar()
@@ -183,7 +207,7 @@ def start_noise(d):
 CASES = (
     *(norm_modulate, gate_residual_norm_modulate, qk_norm_rope, swiglu, linear, attention, context_attention),
     *(geglu, window_attention, group_norm_modulate_silu, euler_step, cfg_combine, cfg_euler, renoise_upsample),
-    *(stage_transition, final_step, start_noise),
+    *(stage_transition, final_step, start_noise, convolution),
 )
 
 
@@ -247,7 +271,7 @@ def test_ops(case, seed, is_spoiled):
             return op(*arguments, backend="cpu"), op(*arguments, backend="eager")
 
     # A weight and what was packed of another one contradict each other, which nobody can see.
-    trusts = case is linear and is_spoiled
+    trusts = case in (linear, convolution) and is_spoiled
     # The reference rounds after every operation, to the dtype of whichever argument it has.
     rounding = max((ROUNDING.get(a.dtype, 0) for a in arguments if isinstance(a, torch.Tensor)), default=0)
     obeys("ops", run, lambda pair: trusts or near(*pair, rounding))

@@ -205,6 +205,7 @@ def tensor(*shape, strides=None, dtype=0):
 SCALAR = ONE.data_ptr()  # read before the checks
 LINE = (64, 0, (128,), (1,))  # a packed weight of 8 x 16, at an aligned address
 IMAGE, HEADS = tensor(2, 4, 8, 8), tensor(1, 4, 2, 16)
+MAP = tensor(2, 4, 8, 8, strides=(256, 1, 32, 4))  # channels-last
 REFUSED = {
     "renoise_upsample": (
         dict(out=16, x=IMAGE, channels_last=False, seeds=(16, 2), alpha=SCALAR, beta=SCALAR, stage=1, correlation=0.0),
@@ -344,6 +345,30 @@ REFUSED = {
         (dict(bias=tensor(6, strides=(2,))), "bias must be contiguous"),
         (dict(features=-6), "sizes must not be negative"),
         (dict(x=None), "x is missing"),
+    ),
+    "convolution": (
+        dict(out=16, x=MAP, more=None, packed=(64, 0, (576,), (1,)), bias=tensor(6), weight=tensor(4), offset=tensor(4))
+        | dict(scale=tensor(2, 4, 2, 2), shift=tensor(2, 4, 2, 2), added=tensor(2, 6, 8, 8, strides=(384, 1, 48, 6)))
+        | dict(added_more=None, channels=6, kind=0, groups=2, silu=True, eps=1e-6, shortcut=False, level="plain"),
+        (dict(x=IMAGE), r"x must be channels-last, got shape \(2, 4, 8, 8\), strides \(256, 64, 8, 1\)"),
+        (dict(x=None), "x is missing"),
+        (dict(more=tensor(2, 4, 8, 7, strides=(224, 1, 28, 4))), r"more must be of shape \(2, 4, 8, 8\), got"),
+        (dict(more=MAP), r"norm_weight must be of shape \(8\), got \(4\)"),
+        (dict(packed=tensor(576)), "packed must be aligned to 64 bytes"),
+        (dict(packed=(64, 0, (575,), (1,))), r"packed must be of shape \(576\), got \(575\)"),
+        (dict(packed=(64, 1, (576,), (1,))), "packed must be float32, got bfloat16"),
+        (dict(channels=17, bias=None, added=None), r"packed must be of shape \(1152\), got \(576\)"),
+        (dict(bias=tensor(6, strides=(2,))), "bias must be contiguous"),
+        (dict(offset=tensor(3)), r"norm_bias must be of shape \(4\), got \(3\)"),
+        (dict(shift=tensor(2, 4, 1, 2)), r"shift must be of shape \(2, 4, 2, 2\), got \(2, 4, 1, 2\)"),
+        (dict(scale=None, shift=tensor(2, 4, 3, 2)), "must divide height and width"),
+        (dict(groups=3), "groups must divide channels"),
+        (dict(kind=1), r"added must be of shape \(2, 6, 4, 4\), got \(2, 6, 8, 8\)"),
+        (dict(kind=3), "kind must be 0 to 2, got 3"),
+        (dict(kind=-1), "kind must be 0 to 2, got -1"),
+        (dict(channels=-6, bias=None, added=None), "packed must be of shape|must not be negative"),
+        (dict(level="sse9"), "level must be plain"),
+        (dict(out=0), "out, maps or packed is missing"),
     ),
     "linear_pack": (
         dict(packed=LINE, weight=tensor(6, 8), swiglu=False, level="plain"),

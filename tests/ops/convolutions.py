@@ -31,8 +31,8 @@ def operands(
     mean=0.0,
     seed=0,
 ):
-    """Keyword arguments of ``ops.convolution``, all maps channels-last; ``cells`` (h, w) of the modulation, ``shortcut``
-    the channels of the one or two maps that it reads.
+    """Keyword arguments of ``ops.convolution``, all maps channels-last. ``cells`` is (h, w) of the modulation,
+    ``shortcut`` the channels of the one or two maps that it reads.
     """
     generator = torch.Generator().manual_seed(seed)
 

@@ -1,4 +1,7 @@
-"""convolution on every backend against its formula in float64; tests/native/test_convolution.py has every SIMD level."""
+"""convolution on every backend against its formula in float64.
+
+tests/native/test_convolution.py tests every SIMD level of the C++ function.
+"""
 
 import pytest
 import torch
@@ -195,7 +198,9 @@ def test_auto_takes_what_is_packed():
     packed = pack_convolution(given["weight"])
     assert OP.select(*in_order(given, packed)) == "cpu"
     assert OP.select(*in_order(given)) == "eager"
-    with pytest.raises(BackendUnavailableError, match="cpu: needs the weight in its own layout: packed=pack_convolution"):
+    with pytest.raises(
+        BackendUnavailableError, match="cpu: needs the weight in its own layout: packed=pack_convolution"
+    ):
         ops.convolution(**given, backend="cpu")
     given["weight"].requires_grad_()
     assert OP.select(*in_order(given, packed)) == "eager"
@@ -260,7 +265,10 @@ SHORTCUT = dict(added=X, shortcut=torch.zeros(3, 4))
         (dict(norm_weight=torch.zeros(4)), "norm_weight needs a norm: groups must be at least 1, got 0"),
         (dict(scale=TABLE, shift=TABLE), "scale needs a norm: groups must be at least 1, got 0"),
         (dict(groups=2, norm_weight=torch.zeros(3)), r"norm_weight must be \(4,\), got \(3,\)"),
-        (dict(groups=2, norm_bias=torch.zeros(4, device="meta")), "norm_bias must be on the device of x, cpu, got meta"),
+        (
+            dict(groups=2, norm_bias=torch.zeros(4, device="meta")),
+            "norm_bias must be on the device of x, cpu, got meta",
+        ),
         (dict(groups=2, scale=TABLE), "scale and shift must be given or left out together"),
         (dict(groups=2, scale=TABLE[..., :1], shift=TABLE), r"shift must have the shape of scale, \(2, 4, 3, 1\)"),
         (dict(groups=2, scale=torch.zeros(2, 4, 4, 2), shift=TABLE), "scale must be .* dividing 6 and 8"),

@@ -7,6 +7,7 @@ from msdd_fast import native, ops
 from msdd_fast.errors import InputError
 from msdd_fast.ops._heads import kernels_fit
 from msdd_fast.ops._registry import can_bypass_dispatcher, get_op, on_its_device
+from msdd_fast.ops.convolution import pack_convolution
 from msdd_fast.ops.linear import pack_linear
 from tests.ops.test_op_layer import ARGUMENTS
 
@@ -113,6 +114,7 @@ def rows(*shape):
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
+CONV = rows(1, 2, 3, 3)
 PLAIN = (rows(1, 1, 12), rows(1, 1, 12), torch.tensor(-0.5))
 ONES = {
     "norm_modulate": (rows(1, 1, 96), *tables(96), None, 1e-6),
@@ -132,6 +134,14 @@ ONES = {
     "attention": (rows(1, 1, 1, 16),) * 3,
     "context_attention": (rows(1, 1, 1, 16),) * 4,
     "window_attention": (*(rows(1, 1, 1, 16),) * 3, rows(1, 1, 1), 1, 1),
+    "convolution": (
+        *(rows(1, 1, 1, 1), CONV, rows(1), rows(1, 1, 1, 1), "same", 1, 1e-6, True, rows(2), rows(2)),
+        *(*(rows(1, 2, 1, 1),) * 2, rows(1, 1, 1, 1), None, rows(1, 1), pack_convolution(CONV, shortcut=rows(1, 1))),
+    ),
+    "convolution of one line": (
+        *(rows(1, 2, 1, 5), CONV, None, None, "up", 0, 1e-6, False),
+        *(*(None,) * 7, pack_convolution(CONV, "up")),
+    ),
     "group_norm_modulate_silu": (rows(1, 4, 1, 1), 1, 1e-6, rows(4), rows(4), *(rows(1, 4, 1, 1),) * 2, True),
     "group_norm_modulate_silu of one channel": (rows(1, 1, 1, 5), 1, 1e-6, rows(1), rows(1), None, None, True),
     "euler_step": (rows(1, 3, 1, 4), rows(1, 3, 1, 4), torch.tensor(-0.5)),
