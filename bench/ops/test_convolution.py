@@ -59,5 +59,5 @@ def _op(
     packed: Tensor | None,
     backend: str | None = None,
 ) -> Tensor:
-    norm = dict(groups=GROUPS, eps=EPS, silu=True, scale=scale, shift=shift)
-    return ops.convolution(x, weight, bias, **norm, added=added, packed=packed, backend=backend)
+    norm = "same", GROUPS, EPS, True, None, None, scale, shift
+    return ops.convolution(x, weight, bias, None, *norm, added, packed=packed, backend=backend)

@@ -102,13 +102,13 @@ def convolution(
     _check_weight("weight", weight, (channels, 3, 3), x)
     features = len(weight)
     check_channels("bias", bias, features, x)
-    if isinstance(groups, bool) or groups != 0:
-        check_groups(groups, channels, "x" if more is None else "x and more")
-    else:
+    if type(groups) is int and groups == 0:
         tables = {"norm_weight": norm_weight, "norm_bias": norm_bias, "scale": scale, "shift": shift}
         given = next((name for name, t in tables.items() if t is not None), None)
         if given is not None:
             raise InputError(f"{given} needs a norm: groups must be at least 1, got 0")
+    else:
+        check_groups(groups, channels, "x" if more is None else "x and more")
     eps = check_eps(eps)
     check_bool("silu", silu)
     check_channels("norm_weight", norm_weight, channels, x)
@@ -239,11 +239,12 @@ def _native_arguments(
     packed: Tensor | None,
 ) -> tuple[Any, ...]:
     """The arguments as the C++ kernel reads them: the packed weight in place of weight and shortcut."""
-    x, more, added, added_more = (None if t is None else _channels_last(t) for t in (x, more, added, added_more))
+    more, added, added_more = (None if t is None else _channels_last(t) for t in (more, added, added_more))
     bias, norm_weight, norm_bias = (None if t is None else t.contiguous() for t in (bias, norm_weight, norm_bias))
     tables = norm_weight, norm_bias, as_cells(scale), as_cells(shift)
     sums = added, added_more, shortcut is not None
-    return x, more, packed, bias, len(weight), kind, groups, eps, silu, *tables, *sums, ""  # the machine's SIMD level
+    numbers = len(weight), kind, groups, eps, silu
+    return _channels_last(x), more, packed, bias, *numbers, *tables, *sums, ""  # the machine's SIMD level
 
 
 def _kernel_fits(*args: Any) -> Verdict:

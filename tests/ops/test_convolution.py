@@ -259,6 +259,7 @@ SHORTCUT = dict(added=X, shortcut=torch.zeros(3, 4))
         (dict(groups=3), "groups must be an int that divides the 4 channels of x, got 3"),
         (dict(more=X, weight=W.repeat(1, 2, 1, 1), groups=3), "divides the 8 channels of x and more, got 3"),
         (dict(groups=-1), "groups must be an int that divides the 4 channels of x, got -1"),
+        (dict(groups=torch.zeros(2)), r"groups must be an int that divides the 4 channels of x, got tensor\(\[0"),
         (dict(groups=False), "groups must be an int that divides the 4 channels of x, got False"),
         (dict(eps=-1.0), r"eps must be a finite number >= 0, got -1\.0"),
         (dict(silu=1), "silu must be"),
