@@ -798,8 +798,8 @@ void copy(const Tensor& out, const Tensor& x, int threads) {
         shape.to[d] = out.strides[d];
         shape.from[d] = x.address == 0 || (x.shape[d] == 1 && out.shape[d] != 1) ? 0 : x.strides[d];
     }
-    call(&msdd_fast::copy, pointer<void>(out.address), type, pointer<const void>(x.address),
-         dtype_of(x.dtype), shape, threads);
+    call(&msdd_fast::copy, pointer<void>(out.address), type, pointer<const void>(x.address), dtype_of(x.dtype), shape,
+         threads);
 }
 
 // A program that is recorded stays alive: the ops of this thread write to it.

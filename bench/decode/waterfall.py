@@ -94,7 +94,7 @@ def bare_products(engine: FastDecoder, z: Tensor) -> tuple[Callable[[], None], i
 
     original_fused = Fused.__call__
     for kind, original in zip(kinds, originals, strict=True):
-        kind.__call__ = record_fused if kind is Fused else recorder(original)  # type: ignore[method-assign, assignment]
+        kind.__call__ = record_fused if kind is Fused else recorder(original)  # type: ignore[method-assign]
     try:
         engine.decode(z, **conditions(engine.config))
     finally:

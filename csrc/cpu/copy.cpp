@@ -48,7 +48,8 @@ struct Job {
                 std::memset(target, 0, static_cast<std::size_t>(count * out_size));
                 return;
             }
-            for (std::int64_t i = 0; i < count; ++i) std::memset(target + i * to_stride * out_size, 0, static_cast<std::size_t>(out_size));
+            for (std::int64_t i = 0; i < count; ++i)
+                std::memset(target + i * to_stride * out_size, 0, static_cast<std::size_t>(out_size));
             return;
         }
         const char* const source = x + from * x_size;

@@ -15,8 +15,8 @@ struct CopyShape {
     std::int64_t sizes[MAX_COPY_DIMENSIONS] = {}, to[MAX_COPY_DIMENSIONS] = {}, from[MAX_COPY_DIMENSIONS] = {};
 };
 
-// out[i] = x[i], rounded to out's dtype or made a pixel's byte, for every index i; `to` and `from` are the strides of out and x in elements
-// (0 in `from` repeats x). A null x stands for zeros. The two must not overlap.
+// out[i] = x[i], rounded to out's dtype or made a pixel's byte, for every index i; `to` and `from` are the strides of
+// out and x in elements (0 in `from` repeats x). A null x stands for zeros. The two must not overlap.
 void copy(void* out, PixelType out_type, const void* x, DType x_dtype, const CopyShape& shape, int threads);
 
 }  // namespace msdd_fast
