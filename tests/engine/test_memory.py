@@ -150,6 +150,19 @@ def test_the_prediction_of_recorded_programs(batch, threads, recorded):
     assert abs(engine.memory_for(side, side, batch) / measured - 1) < 0.15
 
 
+@fused
+@pytest.mark.parametrize(("batch", "height", "width"), [(1, 128, 128), (1, 192, 128), (2, 128, 160)])
+def test_the_prediction_of_convolutions_of_the_extension(batch, height, width, recorded):
+    tokenizer, z = Tokenizer.from_config("ssdd-xs-f8c4"), random_latents(batch, 4, height // 8, width // 8)
+    plain = accelerate(tokenizer, dtype=torch.float32, steps=1, graphs=False)
+    measured = plain._budget.fixed + peak(lambda: plain.decode(z))
+    assert abs(plain.memory_for(height, width, batch) / measured - 1) < 0.05
+    engine = accelerate(tokenizer, dtype=torch.float32, steps=1)
+    engine.decode(z)  # records
+    measured = engine._budget.fixed + sum(engine.graph_memory().values()) + peak(lambda: engine.decode(z))
+    assert abs(engine.memory_for(height, width, batch) / measured - 1) < 0.15
+
+
 def test_batches_that_do_not_run_at_once(ssdd):
     """Their images are copied to the result."""
     engine = ssdd.make(batch_sizes=2)
