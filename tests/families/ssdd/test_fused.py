@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from msdd_fast import Tokenizer, accelerate
+from msdd_fast import Tokenizer, accelerate, explain
 from msdd_fast.backends import extension_status
 from msdd_fast.engine.batching import Chunk
 from msdd_fast.layers.convolution import Fused, Separate, channels_last, repeated
@@ -86,8 +86,10 @@ def test_bytes_and_streams(tok):
 
 
 def test_what_is_reported(tok, monkeypatch):
-    lines = str(accelerate(tok, dtype=torch.float32).report())
-    assert "51 convolutions of the extension: MSDD_FAST_NATIVE_LINEAR=1" in lines
+    report = accelerate(tok, dtype=torch.float32, steps=2).report()
+    assert "51 convolutions of the extension: MSDD_FAST_NATIVE_LINEAR=1" in str(report)
+    told = {c.op: (c.backend, c.calls) for c in explain(tok, 1, torch.float32, steps=2).ops}
+    assert told == {c.op: (c.backend, c.calls) for c in report.ops}
     monkeypatch.setenv("MSDD_FAST_NATIVE_LINEAR", "0")
     engine = accelerate(tok, dtype=torch.float32)
     assert isinstance(engine.program.network.w.out, Separate) and not engine.graphs
