@@ -65,23 +65,23 @@ class Packer:
     def convolve(self, module: nn.Conv2d, ops: Ops, shortcut: nn.Conv2d | None = None, up: bool = False) -> Convolve:
         """A 3 x 3 convolution with the norm before it and, with ``shortcut``, a 1 x 1 one added to it; ``up`` behind a
         nearest upsampling. In one where that is faster."""
-        return self.convolve_of(
-            *(module.weight, bias_of(module) if shortcut is None else bias_of(module) + bias_of(shortcut), ops),
-            None if shortcut is None else shortcut.weight,
-            "up" if up else "down" if module.stride[0] == 2 else "same",
-        )
+        bias, also = bias_of(module), None
+        if shortcut is not None:
+            bias, also = bias.float() + bias_of(shortcut).float(), shortcut.weight
+        kind = "up" if up else "down" if module.stride[0] == 2 else "same"
+        return self.convolve_of(module.weight, bias, ops, also, kind)
 
     def convolve_of(
         self, weight: Tensor, bias: Tensor | None, ops: Ops, shortcut: Tensor | None = None, kind: str = "same"
     ) -> Convolve:
         """The same of a weight (out, in, 3, 3), the bias of both and a shortcut's weight (out, also, 1, 1)."""
         whole = self.tensor(weight, torch.float32)
-        bias = None if bias is None else self.tensor(bias)
         fused, reason = fuses(self.device, self.dtype)
         if fused:
+            bias = None if bias is None else self.tensor(bias, torch.float32)
             also = None if shortcut is None else self.tensor(shortcut.flatten(1), torch.float32)
-            described = f"convolutions of the extension: {reason}"
-            return Fused(whole, bias, self.dtype, kind, also, described)
+            return Fused(whole, bias, self.dtype, kind, also, f"convolutions of the extension: {reason}")
+        bias = None if bias is None else self.tensor(bias)
         if kind == "up":
             assert bias is not None
             return Separate(UpsampleConvolution(whole, bias), None, ops, weight.shape)
