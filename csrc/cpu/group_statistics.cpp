@@ -40,7 +40,16 @@ MSDD_INLINE void piece_moments(const float* x, std::int64_t count, std::int64_t 
     for (std::int64_t c = 0; c < channels; ++c) means[c] *= share;
     std::fill(squares, squares + channels, 0.0f);
     std::fill(rest, rest + channels, 0.0f);
-    for (p = 0; p < count; ++p)
+    for (p = 0; p + 4 <= count; p += 4) {
+        const float* r = x + p * channels;
+        for (std::int64_t c = 0; c < channels; ++c) {
+            const float mean = means[c], first = r[c] - mean, second = r[channels + c] - mean;
+            const float third = r[2 * channels + c] - mean, fourth = r[3 * channels + c] - mean;
+            rest[c] += (first + second) + (third + fourth);
+            squares[c] += (first * first + second * second) + (third * third + fourth * fourth);
+        }
+    }
+    for (; p < count; ++p)
         for (std::int64_t c = 0; c < channels; ++c) {
             const float centred = x[p * channels + c] - means[c];
             rest[c] += centred;
