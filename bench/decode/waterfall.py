@@ -73,11 +73,11 @@ def bare_products(engine: FastDecoder, z: Tensor) -> tuple[Callable[[], None], i
         return inputs.setdefault(key, torch.randn_like(t))
 
     def recorder(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def record(self: Any, x: Tensor, out: Tensor | None = None) -> Tensor:
+        def record(self: Any, x: Tensor, out: Tensor | None = None, *more: Any) -> Tensor:
             nonlocal flops
-            y = original(self, x) if out is None else original(self, x, out)
+            y = original(self, x) if out is None else original(self, x, out, *more)
             flops += 2 * x.numel() * self.features if isinstance(self, DenseLinear) else 0
-            calls.append((self, (like(x, "x"),) if out is None else (like(x, "x"), like(y, "out"))))
+            calls.append((self, (like(x, "x"),) if out is None else (like(x, "x"), like(y, "out"), *more)))
             return y
 
         return record
