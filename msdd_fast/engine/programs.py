@@ -15,7 +15,7 @@ from msdd_fast.backends import extension_status, use_backend
 from msdd_fast.backends.choice import is_automatic
 from msdd_fast.engine.graphs import buffers, fill
 from msdd_fast.layers.request import Inputs
-from msdd_fast.native.program import CHUNK, Arena, Recorded, record, replay_together
+from msdd_fast.native.program import CHUNK, Arena, Recorded, record, replay_together, trim_heap
 
 T = TypeVar("T")
 
@@ -26,6 +26,7 @@ class ProgramRecorder:
     def __init__(self, chunk: int = CHUNK) -> None:
         """``chunk``: bytes in whose multiples the arena grows."""
         self._arena = Arena(chunk)
+        self._room = 0
 
     @contextmanager
     def stream(self) -> Iterator[None]:
@@ -36,6 +37,7 @@ class ProgramRecorder:
         """Let every op choose its backend, which asks for values that a recording must not read."""
         with _native_attention():
             run()
+        trim_heap()  # or its tensors would lie beside the arena
 
     def record(self, run: Callable[[], T]) -> tuple[Callable[[], None], T]:
         """(replay, result of ``run``), the latter in memory that every replay overwrites.
@@ -47,12 +49,13 @@ class ProgramRecorder:
 
     def program(self, run: Callable[[], T]) -> tuple[Recorded, T]:
         """As ``record``, with the program itself."""
+        self._arena.reserve(self._room)  # not before the warm-up
         with _native_attention():
             return record(run, self._arena)
 
     def reserve(self, activations: int) -> None:
-        """Make room for what is recorded next, whose tensors take so many bytes at once."""
-        self._arena.reserve(activations)
+        """Make room, when the next program is recorded, for its tensors, which take so many bytes at once."""
+        self._room = activations
 
     def memory(self) -> int:
         """Bytes of the arena."""

@@ -121,6 +121,16 @@ def room_for(size: int, chunk: int = CHUNK) -> int:
     return -(-int(size * (1 + SPARE)) // chunk) * chunk
 
 
+def trim_heap() -> None:
+    """Give what the C library's heap keeps of freed memory back to the system, where there is a way (glibc)."""
+    try:
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    except (OSError, TypeError):  # no such library: Windows
+        return
+    if trim is not None:
+        trim(0)
+
+
 def _release(released: deque[tuple[int, int]], address: int, size: int, _: object) -> None:
     released.append((address, size))
 

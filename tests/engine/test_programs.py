@@ -9,6 +9,7 @@ import torch
 
 from msdd_fast import Tokenizer, accelerate
 from msdd_fast.backends import extension_status, load_extension, use_backend
+from msdd_fast.engine import programs
 from msdd_fast.engine.graph_cache import MAX_GRAPHS
 from msdd_fast.engine.programs import ProgramRecorder
 from msdd_fast.errors import BackendUnavailableError
@@ -244,6 +245,18 @@ def test_convolutions_of_pytorch_are_in_the_way(monkeypatch):
     assert not fast.graphs and fast.graphs_reason == "SSDD's convolutions are PyTorch's, which a program cannot repeat"
     with pytest.raises(BackendUnavailableError, match="graphs=True cannot be had: SSDD's convolutions are PyTorch's"):
         accelerate(tok, graphs=True)
+
+
+def test_no_arena_beside_the_tensors_of_the_warm_up(monkeypatch):
+    """Else a decode takes twice the memory that was predicted, the first time."""
+    seen = []
+    monkeypatch.setattr(programs, "trim_heap", lambda: seen.append("trimmed"))
+    recorder = ProgramRecorder()
+    recorder.reserve(10 * CHUNK)
+    recorder.warm_up(lambda: seen.append(recorder.memory()))
+    assert seen == [0, "trimmed"]
+    recorder.record(lambda: torch.empty(1))
+    assert recorder.memory() >= 10 * CHUNK
 
 
 def test_threads_share_an_engine(cross):

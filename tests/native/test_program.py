@@ -22,7 +22,7 @@ from msdd_fast.ops.linear import pack_linear
 if not backends.extension_status()[0]:
     pytest.skip(f"msdd_fast._C {backends.extension_status()[1]}", allow_module_level=True)
 
-from msdd_fast.native.program import CHUNK, Arena, NotRecordableError, record
+from msdd_fast.native.program import CHUNK, SPARE, Arena, NotRecordableError, record, trim_heap
 
 
 def randn(*shape, dtype=torch.float32):
@@ -408,3 +408,21 @@ for _ in range(10_000):
 sys.exit(resident() > before + 2**20)
 """
     assert in_a_process(code) == (0, "")
+
+
+def test_an_arena_in_one_piece():
+    """Tensors of many sizes, each freed before the next: in pieces of their sizes none would fit another's."""
+    arena, size = Arena(), 8 * CHUNK
+    arena.reserve(size)
+    room = arena.memory()
+    assert size * (1 + SPARE) <= room < size * (1 + SPARE) + 2 * CHUNK
+    for part in (3, 5, 7):
+        tensor = arena.empty((part * size // 8,), torch.uint8)
+        del tensor
+    assert arena.memory() == room
+    arena.reserve(size)  # there already
+    assert arena.memory() == room
+
+
+def test_trim_heap_may_always_be_called():
+    trim_heap()
