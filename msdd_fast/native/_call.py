@@ -24,7 +24,7 @@ R = TypeVar("R")
 _address = Tensor.data_ptr  # mapped over tensors, which is faster than calling the method of each
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in csrc/include/msdd_fast/dtype.h
-PIXEL_TYPES = {**DTYPES, torch.uint8: 3}  # as in csrc/include/msdd_fast/final_step.h
+PIXEL_TYPES = {**DTYPES, torch.uint8: 3}  # as in csrc/include/msdd_fast/detail/pixels.h
 
 Metadata = tuple[int, tuple[int, ...], tuple[int, ...]]
 """Code of the dtype, shape, strides. An operand of the extension is (address, *metadata), or None if it is absent."""
