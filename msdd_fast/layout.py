@@ -79,6 +79,11 @@ def with_contiguous_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
+def channels_last(x: Tensor) -> Tensor:
+    """A map (B, C, H, W), copied only if it lies otherwise."""
+    return x.contiguous(memory_format=torch.channels_last)
+
+
 def flat_rows(x: Tensor) -> Tensor:
     """``x`` (*, I) as (R, I) with adjacent elements in a row; copies only what strides cannot express."""
     x = x if x.ndim == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])

@@ -16,6 +16,7 @@ from torch import Tensor
 from msdd_fast import native
 from msdd_fast.backends.extension import cpu_level, extension_status
 from msdd_fast.layers.linear.native import MEASURED_LEVELS, wanted
+from msdd_fast.layout import channels_last as channels_last
 from msdd_fast.ops import Ops
 
 
@@ -217,11 +218,6 @@ def _fold(weight: Tensor, dim: int) -> Tensor:
     """
     a, b, c = weight.unbind(dim)
     return torch.stack([c, b + c, a + b, a], dim)
-
-
-def channels_last(x: Tensor) -> Tensor:
-    """``x``, copied only if it lies otherwise."""
-    return x.contiguous(memory_format=torch.channels_last)
 
 
 def repeated(x: Tensor, times: int) -> Tensor:

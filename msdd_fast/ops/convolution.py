@@ -35,6 +35,7 @@ from msdd_fast.backends.choice import Verdict
 from msdd_fast.backends.extension import extension_status
 from msdd_fast.diffusion.checks import check_bool
 from msdd_fast.errors import InputError
+from msdd_fast.layout import channels_last
 from msdd_fast.native.convolution import KINDS, result_size
 from msdd_fast.ops._checks import check_device, check_eps, check_floating
 from msdd_fast.ops._example import normals
@@ -208,16 +209,11 @@ def convolution_eager(
     if added is not None:
         a = _joined(added, added_more)
         out = out + (a if shortcut is None else F.conv2d(a, shortcut[:, :, None, None]))
-    return _channels_last(out)
+    return channels_last(out)
 
 
 def _joined(x: Tensor, more: Tensor | None) -> Tensor:
     return x if more is None else torch.cat([x, more], dim=1)
-
-
-def _channels_last(x: Tensor) -> Tensor:
-    """Copied only if it lies otherwise."""
-    return x.contiguous(memory_format=torch.channels_last)
 
 
 def _native_arguments(
@@ -239,12 +235,12 @@ def _native_arguments(
     packed: Tensor | None,
 ) -> tuple[Any, ...]:
     """The arguments as the C++ kernel reads them: the packed weight in place of weight and shortcut."""
-    more, added, added_more = (None if t is None else _channels_last(t) for t in (more, added, added_more))
+    more, added, added_more = (None if t is None else channels_last(t) for t in (more, added, added_more))
     bias, norm_weight, norm_bias = (None if t is None else t.contiguous() for t in (bias, norm_weight, norm_bias))
     tables = norm_weight, norm_bias, as_cells(scale), as_cells(shift)
     sums = added, added_more, shortcut is not None
     numbers = len(weight), kind, groups, eps, silu
-    return _channels_last(x), more, packed, bias, *numbers, *tables, *sums, ""  # the machine's SIMD level
+    return channels_last(x), more, packed, bias, *numbers, *tables, *sums, ""  # the machine's SIMD level
 
 
 def _kernel_fits(*args: Any) -> Verdict:
@@ -263,7 +259,7 @@ def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, more: Tensor | None, k
 
 def _example() -> tuple[Any, ...]:
     maps = [(2, 2, 4, 6), (2, 1, 4, 6), (2, 2, 4, 6), (2, 1, 4, 6)]
-    x, more, added, added_more = map(_channels_last, normals(*maps))
+    x, more, added, added_more = map(channels_last, normals(*maps))
     weight, shortcut, *tables = normals((5, 3, 3, 3), (5, 3), (5,), (3,), (3,), (2, 3, 2, 3), (2, 3, 2, 3))
     bias, *norm = tables
     packed = pack_if_built(weight, shortcut=shortcut)
