@@ -1,6 +1,6 @@
-// The only pybind11 file. A tensor is a tuple of its address, dtype, shape and strides: no torch headers, so one build
-// serves every torch version. Dtypes, shapes and strides are checked here; that a tensor is on the right device, and
-// that its memory is as large as its shape and strides say, is up to the caller (msdd_fast/native).
+// The module. A tensor is a tuple of its address, dtype, shape and strides: no torch headers, so one build serves every
+// torch version. Dtypes, shapes and strides are checked here; that a tensor is on the right device, and that its memory
+// is as large as its shape and strides say, is up to the caller (msdd_fast/native).
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -14,6 +14,8 @@
 #include <type_traits>
 #include <utility>
 
+#include "binding/prepared.h"
+#include "binding/tensor.h"
 #include "msdd_fast/attention.h"
 #include "msdd_fast/cfg_euler.h"
 #include "msdd_fast/check.h"
@@ -42,51 +44,12 @@ namespace py = pybind11;
 
 namespace {
 
-constexpr int MAX_DIMENSIONS = 8;
-
-// A tensor as Python passes it: (address, dtype, shape, strides in elements), or None where it is absent.
-struct Tensor {
-    std::uintptr_t address = 0;  // 0: absent, or empty
-    int dtype = 0, dimensions = 0;
-    std::int64_t shape[MAX_DIMENSIONS] = {}, strides[MAX_DIMENSIONS] = {};
-
-    std::int64_t elements() const {
-        std::int64_t count = 1;
-        for (int i = 0; i < dimensions; ++i) count *= shape[i];
-        return count;
-    }
-};
-
-bool read_integers(PyObject* tuple, std::int64_t* to, int count) {
-    if (!PyTuple_Check(tuple) || PyTuple_GET_SIZE(tuple) != count) return false;
-    for (int i = 0; i < count; ++i) to[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(tuple, i));
-    return true;
-}
-
-}  // namespace
-
-template <>
-struct pybind11::detail::type_caster<Tensor> {
-    PYBIND11_TYPE_CASTER(Tensor, const_name("tuple[int, int, tuple[int, ...], tuple[int, ...]] | None"));
-
-    bool load(handle source, bool) {
-        if (source.is_none()) return true;
-        PyObject* const tuple = source.ptr();
-        if (!PyTuple_Check(tuple) || PyTuple_GET_SIZE(tuple) != 4) return false;
-        PyObject* const shape = PyTuple_GET_ITEM(tuple, 2);
-        if (!PyTuple_Check(shape) || PyTuple_GET_SIZE(shape) > MAX_DIMENSIONS) return false;
-        value.address = PyLong_AsSize_t(PyTuple_GET_ITEM(tuple, 0));
-        value.dtype = static_cast<int>(PyLong_AsLong(PyTuple_GET_ITEM(tuple, 1)));
-        value.dimensions = static_cast<int>(PyTuple_GET_SIZE(shape));
-        const bool read = read_integers(shape, value.shape, value.dimensions) &&
-                          read_integers(PyTuple_GET_ITEM(tuple, 3), value.strides, value.dimensions);
-        if (PyErr_Occurred() == nullptr) return read;
-        PyErr_Clear();
-        return false;
-    }
-};
-
-namespace {
+using binding::Address;
+using binding::define;
+using binding::MAX_DIMENSIONS;
+using binding::Rows;
+using binding::Seeds;
+using binding::Tensor;
 
 // Keeps a parameter out of template argument deduction.
 template <class T>
@@ -97,7 +60,6 @@ template <class T>
 using Same = typename Identity<T>::type;
 
 using msdd_fast::expect;
-using Address = std::uintptr_t;
 
 template <class T>
 T* pointer(Address address) {
@@ -216,8 +178,6 @@ void expect_image(const char* name, const Tensor& x, bool channels_last) {
            "shape " + text(x.shape, 4) + ", strides " + text(x.strides, 4));
 }
 
-using Seeds = std::tuple<Address, std::int64_t>;  // address and count
-
 const std::int64_t* seeds_of(const Seeds& seeds, std::int64_t batch) {
     const auto& [address, count] = seeds;
     expect(batch < 0 || count == batch,
@@ -237,13 +197,13 @@ void call(void (*function)(Parameters...), Same<std::decay_t<Parameters>>... arg
 
 // --- The ops. Results come as addresses where their shape and order follow from the operands: dense, no gaps. ---
 
-void start_noise(Address out, int dtype, const Seeds& seeds, std::int64_t batch, std::int64_t channels,
+void start_noise(Address out, const Seeds& seeds, int dtype, std::int64_t batch, std::int64_t channels,
                  std::int64_t height, std::int64_t width, int threads) {
     call(&msdd_fast::start_noise, pointer<void>(out), dtype_of(dtype), seeds_of(seeds, batch), batch, channels, height,
          width, threads);
 }
 
-void start_noise_rows(Address out, int dtype, const Seeds& seeds, std::int64_t batch, std::int64_t channels,
+void start_noise_rows(Address out, const Seeds& seeds, int dtype, std::int64_t batch, std::int64_t channels,
                       std::int64_t height, std::int64_t width, std::int64_t patch, int threads) {
     call(&msdd_fast::start_noise_rows, pointer<void>(out), dtype_of(dtype), seeds_of(seeds, batch), batch, channels,
          height, width, patch, threads);
@@ -274,7 +234,7 @@ void renoise_upsample_at(void* out, const void* x, msdd_fast::DType dtype, bool 
                                 threads);
 }
 
-void renoise_upsample(Address out, const Tensor& x, bool channels_last, const Seeds& seeds, Address alpha, Address beta,
+void renoise_upsample(Address out, const Tensor& x, Address alpha, Address beta, const Seeds& seeds, bool channels_last,
                       std::int64_t stage, double correlation, int threads) {
     expect_image("x", x, channels_last);
     const auto* s = x.shape;
@@ -283,17 +243,14 @@ void renoise_upsample(Address out, const Tensor& x, bool channels_last, const Se
          {scalar("alpha", alpha), scalar("beta", beta), stage, correlation}, threads);
 }
 
-// Rows of a tensor: address (0: absent), dtype, stride between rows, elements of the tensor.
-using Rows = std::tuple<Address, int, std::int64_t, std::int64_t>;
-
 void cfg_euler_at(void* out, msdd_fast::DType dtype, const std::array<msdd_fast::Rows, 3>& operands, std::int64_t rows,
                   std::int64_t columns, Scalar scale, Scalar dt, int threads) {
     msdd_fast::cfg_euler(out, dtype, operands[0], operands[1], operands[2], rows, columns, value(scale), value(dt),
                          threads);
 }
 
-void cfg_euler(Address out, int dtype, const Rows& x, const Rows& v_cond, const Rows& v_uncond, std::int64_t rows,
-               std::int64_t columns, Address scale, Address dt, int threads) {
+void cfg_euler(Address out, const Rows& x, const Rows& v_cond, const Rows& v_uncond, Address scale, Address dt,
+               int dtype, std::int64_t rows, std::int64_t columns, int threads) {
     const auto rows_of = [&](const char* name, const Rows& operand) -> msdd_fast::Rows {
         const auto& [address, kind, stride, elements] = operand;
         if (address != 0 && (elements != rows * columns || stride < 0))
@@ -340,9 +297,9 @@ void stage_transition_at(void* out, const EndOfStage& end, const std::int64_t* s
                                 threads);
 }
 
-void stage_transition(Address out, const Tensor& x, const Tensor& v, const Tensor& v_uncond, const PatchShape& shape,
-                      Address dt, Address scale, const Seeds& seeds, Address alpha, Address beta, std::int64_t stage,
-                      double correlation, int threads) {
+void stage_transition(Address out, const Tensor& x, const Tensor& v, Address dt, Address alpha, Address beta,
+                      const Seeds& seeds, const Tensor& v_uncond, Address scale, const PatchShape& shape,
+                      std::int64_t stage, double correlation, int threads) {
     call(&stage_transition_at, pointer<void>(out), end_of_stage(x, v, v_uncond, shape, dt, scale),
          seeds_of(seeds, shape[1]), {scalar("alpha", alpha), scalar("beta", beta), stage, correlation}, threads);
 }
@@ -356,14 +313,14 @@ void final_step_at(void* out, msdd_fast::PixelType type, bool channels_last, con
     msdd_fast::final_step(out, type, channels_last, end.x, end.v, end.v_uncond, end.grid, end.euler(), threads);
 }
 
-void final_step(Address out, int type, bool channels_last, const Tensor& x, const Tensor& v, const Tensor& v_uncond,
-                const PatchShape& shape, Address dt, Address scale, int threads) {
+void final_step(Address out, const Tensor& x, const Tensor& v, Address dt, const Tensor& v_uncond, Address scale,
+                const PatchShape& shape, int type, bool channels_last, int threads) {
     call(&final_step_at, pointer<void>(out), pixel_type(type), channels_last,
          end_of_stage(x, v, v_uncond, shape, dt, scale), threads);
 }
 
-void norm_modulate(Address h, Address x_new, const Tensor& x, const Tensor& y, const Tensor& gate, const Tensor& shift,
-                   const Tensor& scale, std::int64_t run, float eps, const Tensor& rms_weight, int threads) {
+void norm_modulate(Address x_new, Address h, const Tensor& x, const Tensor& y, const Tensor& gate, const Tensor& shift,
+                   const Tensor& scale, const Tensor& rms_weight, std::int64_t run, float eps, int threads) {
     expect_present("x", x);
     expect(x.dimensions >= 1, "x must have a dimension");
     expect_contiguous("x", x);
@@ -485,7 +442,7 @@ void expect_quantized(const Tensor& values, const Tensor& scales, std::int64_t r
     const std::int64_t padded = (width + depth - 1) / depth * depth;
     const bool fits = values.dimensions == 2 && values.shape[0] == rows && values.shape[1] == padded;
     if (!fits) refuse("values", text(std::array{rows, padded}.data(), 2), text(values.shape, values.dimensions));
-    expect(values.strides[1] == 1 && values.strides[0] == padded, "values must be contiguous");
+    expect_contiguous("values", values);
     expect_shape("scales", scales, {rows});
     expect_dtype("scales", scales, 0);
     expect_contiguous("scales", scales);
@@ -633,8 +590,8 @@ void sde_step_at(void* out, const std::array<msdd_fast::Operand, 3>& operands, c
         {value(scalars.t), value(scalars.t_next), scalars.stage, scalars.t_next != nullptr, scalars.clamp}, threads);
 }
 
-void sde_step(Address out, const Tensor& x, const Tensor& v, const Tensor& noise, const Seeds& seeds, Address t,
-              Address t_next, std::int64_t stage, std::int64_t patch, bool clamp, int threads) {
+void sde_step(Address out, const Tensor& x, const Tensor& v, Address t, Address t_next, const Seeds& seeds,
+              const Tensor& noise, std::int64_t stage, std::int64_t patch, bool clamp, int threads) {
     expect_dimensions("x", x, 4);
     expect_contiguous("x", x);
     const auto* s = x.shape;
@@ -843,6 +800,7 @@ PYBIND11_MODULE(_C, m) {
     m.doc() = "Compiled kernels of msdd-fast. Call them through msdd_fast.native or the ops, not directly.";
     // pybind11 turns std::invalid_argument into ValueError, after the GIL is taken back.
     const py::call_guard<py::gil_scoped_release> no_gil;
+    m.attr("GIVEN") = binding::GIVEN;
 
     py::class_<msdd_fast::Program>(m, "Program", "Calls of this module, recorded to be replayed; see program.h.")
         .def(py::init<>())
@@ -855,87 +813,87 @@ PYBIND11_MODULE(_C, m) {
     m.def("copy", &copy, no_gil, py::arg("out"), py::arg("x"), py::arg("threads") = 1,
           "out[...] = x, broadcast and rounded to out's dtype; None for x is zero; see copy.h.");
     m.def("philox", &philox, py::arg("counter"), py::arg("key"), "The four words of Philox4x32-10.");
-    m.def("start_noise", &start_noise, no_gil, py::arg("out"), py::arg("dtype"), py::arg("seeds"), py::arg("batch"),
-          py::arg("channels"), py::arg("height"), py::arg("width"), py::arg("threads") = 1,
-          "White normals into (batch, channels, height, width) at address `out`; see start_noise.h.");
-    m.def("start_noise_rows", &start_noise_rows, no_gil, py::arg("out"), py::arg("dtype"), py::arg("seeds"),
-          py::arg("batch"), py::arg("channels"), py::arg("height"), py::arg("width"), py::arg("patch"),
-          py::arg("threads") = 1, "The numbers of start_noise as patch rows; see start_noise.h.");
-    m.def("renoise_upsample", &renoise_upsample, no_gil, py::arg("out"), py::arg("x"), py::arg("channels_last"),
-          py::arg("seeds"), py::arg("alpha"), py::arg("beta"), py::arg("stage"), py::arg("correlation"),
-          py::arg("threads") = 1, "alpha * nearest_x2(x) + beta * noise into `out`; see renoise_upsample.h.");
-    m.def("norm_modulate", &norm_modulate, no_gil, py::arg("h"), py::arg("x_new"), py::arg("x"), py::arg("y"),
-          py::arg("gate"), py::arg("shift"), py::arg("scale"), py::arg("run"), py::arg("eps"),
-          py::arg("rms_weight") = py::none(), py::arg("threads") = 1,
-          "LayerNorm or RMSNorm and adaLN of x, or of x + gate * y; see norm_modulate.h.");
-    m.def("qk_norm_rope", &qk_norm_rope, no_gil, py::arg("out"), py::arg("x"), py::arg("weight"), py::arg("bias"),
-          py::arg("cos"), py::arg("sin"), py::arg("split"), py::arg("eps"), py::arg("threads") = 1,
-          "Per-head LayerNorm and rotary embedding of all parts of x but the last; see qk_norm_rope.h.");
-    m.def("sigma_gate", &sigma_gate, no_gil, py::arg("x_new"), py::arg("h"), py::arg("x"), py::arg("y"),
-          py::arg("offset"), py::arg("shift"), py::arg("scale"), py::arg("rms_weight"), py::arg("logit"),
-          py::arg("weight"), py::arg("run"), py::arg("eps"), py::arg("threads") = 1,
-          "x + sigmoid(logit + offset) * y, then RMSNorm and adaLN; see sigma_gate.h.");
-    m.def("pixel_modulate", &pixel_modulate, no_gil, py::arg("out"), py::arg("x"), py::arg("s"), py::arg("packed"),
-          py::arg("bias"), py::arg("rms_weight"), py::arg("eps"), py::arg("level") = "", py::arg("threads") = 1,
-          "RMSNorm and adaLN of pixels by a layer of their tokens' features; see pixel_block.h.");
-    m.def("pixel_block", &pixel_block, no_gil, py::arg("out"), py::arg("x"), py::arg("y"), py::arg("s"),
-          py::arg("packed"), py::arg("bias"), py::arg("rms_weight"), py::arg("fc1_weight"), py::arg("fc1_bias"),
-          py::arg("fc2_weight"), py::arg("fc2_bias"), py::arg("eps"), py::arg("level") = "", py::arg("threads") = 1,
-          "Two gated residuals of pixels, modulated likewise; see pixel_block.h.");
-    m.def("sde_step", &sde_step, no_gil, py::arg("out"), py::arg("x"), py::arg("v"), py::arg("noise"), py::arg("seeds"),
-          py::arg("t"), py::arg("t_next"), py::arg("stage"), py::arg("patch"), py::arg("clamp"), py::arg("threads") = 1,
-          "x - t * v, then noise; seeds (0, 0) for none, patch 0 for an image v; see sde_step.h.");
-    m.def("geglu", &geglu, no_gil, py::arg("out"), py::arg("value"), py::arg("gate"), py::arg("threads") = 1,
-          "value * gelu(gate); see geglu.h.");
-    m.def("swiglu", &swiglu, no_gil, py::arg("out"), py::arg("a"), py::arg("b"), py::arg("threads") = 1,
-          "silu(a) * b; see swiglu.h.");
-    m.def("linear", &linear, no_gil, py::arg("out"), py::arg("x"), py::arg("packed"), py::arg("bias"),
-          py::arg("features"), py::arg("swiglu"), py::arg("level") = "", py::arg("threads") = 1,
-          "x W^T + bias, or swiglu of its halves, of a packed weight; see linear.h.");
+    define(m, "start_noise", &start_noise, py::arg("out"), py::arg("seeds"), py::arg("dtype"), py::arg("batch"),
+           py::arg("channels"), py::arg("height"), py::arg("width"), py::arg("threads") = 1,
+           "White normals into (batch, channels, height, width) at address `out`; see start_noise.h.");
+    define(m, "start_noise_rows", &start_noise_rows, py::arg("out"), py::arg("seeds"), py::arg("dtype"),
+           py::arg("batch"), py::arg("channels"), py::arg("height"), py::arg("width"), py::arg("patch"),
+           py::arg("threads") = 1, "The numbers of start_noise as patch rows; see start_noise.h.");
+    define(m, "renoise_upsample", &renoise_upsample, py::arg("out"), py::arg("x"), py::arg("alpha"), py::arg("beta"),
+           py::arg("seeds"), py::arg("channels_last"), py::arg("stage"), py::arg("correlation"), py::arg("threads") = 1,
+           "alpha * nearest_x2(x) + beta * noise into `out`; see renoise_upsample.h.");
+    define(m, "norm_modulate", &norm_modulate, py::arg("x_new"), py::arg("h"), py::arg("x"), py::arg("y"),
+           py::arg("gate"), py::arg("shift"), py::arg("scale"), py::arg("rms_weight"), py::arg("run"), py::arg("eps"),
+           py::arg("threads") = 1, "LayerNorm or RMSNorm and adaLN of x, or of x + gate * y; see norm_modulate.h.");
+    define(m, "qk_norm_rope", &qk_norm_rope, py::arg("out"), py::arg("x"), py::arg("weight"), py::arg("bias"),
+           py::arg("cos"), py::arg("sin"), py::arg("split"), py::arg("eps"), py::arg("threads") = 1,
+           "Per-head LayerNorm and rotary embedding of all parts of x but the last; see qk_norm_rope.h.");
+    define(m, "sigma_gate", &sigma_gate, py::arg("x_new"), py::arg("h"), py::arg("x"), py::arg("y"), py::arg("offset"),
+           py::arg("shift"), py::arg("scale"), py::arg("rms_weight"), py::arg("logit"), py::arg("weight"),
+           py::arg("run"), py::arg("eps"), py::arg("threads") = 1,
+           "x + sigmoid(logit + offset) * y, then RMSNorm and adaLN; see sigma_gate.h.");
+    define(m, "pixel_modulate", &pixel_modulate, py::arg("out"), py::arg("x"), py::arg("s"), py::arg("packed"),
+           py::arg("bias"), py::arg("rms_weight"), py::arg("eps"), py::arg("level") = "", py::arg("threads") = 1,
+           "RMSNorm and adaLN of pixels by a layer of their tokens' features; see pixel_block.h.");
+    define(m, "pixel_block", &pixel_block, py::arg("out"), py::arg("x"), py::arg("y"), py::arg("s"), py::arg("packed"),
+           py::arg("bias"), py::arg("rms_weight"), py::arg("fc1_weight"), py::arg("fc1_bias"), py::arg("fc2_weight"),
+           py::arg("fc2_bias"), py::arg("eps"), py::arg("level") = "", py::arg("threads") = 1,
+           "Two gated residuals of pixels, modulated likewise; see pixel_block.h.");
+    define(m, "sde_step", &sde_step, py::arg("out"), py::arg("x"), py::arg("v"), py::arg("t"), py::arg("t_next"),
+           py::arg("seeds"), py::arg("noise"), py::arg("stage"), py::arg("patch"), py::arg("clamp"),
+           py::arg("threads") = 1,
+           "x - t * v, then noise; seeds (0, 0) for none, patch 0 for an image v; see sde_step.h.");
+    define(m, "geglu", &geglu, py::arg("out"), py::arg("value"), py::arg("gate"), py::arg("threads") = 1,
+           "value * gelu(gate); see geglu.h.");
+    define(m, "swiglu", &swiglu, py::arg("out"), py::arg("a"), py::arg("b"), py::arg("threads") = 1,
+           "silu(a) * b; see swiglu.h.");
+    define(m, "linear", &linear, py::arg("out"), py::arg("x"), py::arg("packed"), py::arg("bias"), py::arg("features"),
+           py::arg("swiglu"), py::arg("level") = "", py::arg("threads") = 1,
+           "x W^T + bias, or swiglu of its halves, of a packed weight; see linear.h.");
     m.def("linear_pack", &linear_pack, no_gil, py::arg("packed"), py::arg("weight"), py::arg("swiglu"),
           py::arg("level") = "", py::arg("threads") = 1, "Packs a weight for `linear`; see linear.h.");
     m.def("linear_packed_size", &linear_packed_size, py::arg("out"), py::arg("inputs"), py::arg("swiglu"),
           py::arg("dtype"), py::arg("level") = "", "Elements and dtype of a packed weight.");
     m.def("linear_level", &msdd_fast::linear_level, "The SIMD level that linear uses on this machine.");
-    m.def("quantize_rows", &quantize_rows, no_gil, py::arg("values"), py::arg("scales"), py::arg("x"),
-          py::arg("threads") = 1, "Rows in 8 bits with a scale each; see linear_int8.h.");
-    m.def("linear_int8", &linear_int8, no_gil, py::arg("out"), py::arg("values"), py::arg("scales"), py::arg("packed"),
-          py::arg("bias"), py::arg("features"), py::arg("inputs"), py::arg("swiglu"), py::arg("level") = "",
-          py::arg("threads") = 1, "`linear` of rows and a weight in 8 bits; see linear_int8.h.");
+    define(m, "quantize_rows", &quantize_rows, py::arg("values"), py::arg("scales"), py::arg("x"),
+           py::arg("threads") = 1, "Rows in 8 bits with a scale each; see linear_int8.h.");
+    define(m, "linear_int8", &linear_int8, py::arg("out"), py::arg("values"), py::arg("scales"), py::arg("packed"),
+           py::arg("bias"), py::arg("features"), py::arg("inputs"), py::arg("swiglu"), py::arg("level") = "",
+           py::arg("threads") = 1, "`linear` of rows and a weight in 8 bits; see linear_int8.h.");
     m.def("linear_int8_pack", &linear_int8_pack, no_gil, py::arg("packed"), py::arg("weight"), py::arg("swiglu"),
           py::arg("level") = "", py::arg("threads") = 1, "Rounds and packs a weight for `linear_int8`.");
     m.def("linear_int8_packed_words", &linear_int8_packed_words, py::arg("out"), py::arg("inputs"), py::arg("swiglu"),
           py::arg("level") = "", "32-bit words of a packed weight.");
     m.def("linear_int8_level", &msdd_fast::linear_int8_level, "The SIMD level of linear_int8 on this machine.");
-    m.def("attention", &attention, no_gil, py::arg("out"), py::arg("q"), py::arg("k"), py::arg("v"),
-          py::arg("accumulate"), py::arg("level") = "", py::arg("threads") = 1,
-          "softmax(q k^T / sqrt(d)) v (+ accumulate); see attention.h.");
+    define(m, "attention", &attention, py::arg("out"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("accumulate"),
+           py::arg("level") = "", py::arg("threads") = 1,
+           "softmax(q k^T / sqrt(d)) v (+ accumulate); see attention.h.");
     m.def("attention_level", &msdd_fast::attention_level, "The SIMD level that attention uses on this machine.");
-    m.def("group_norm_modulate_silu", &group_norm_modulate_silu, no_gil, py::arg("out"), py::arg("x"),
-          py::arg("weight"), py::arg("bias"), py::arg("scale"), py::arg("shift"), py::arg("groups"),
-          py::arg("channels_last"), py::arg("silu"), py::arg("eps"), py::arg("threads") = 1,
-          "GroupNorm, affine, modulation by cells, SiLU; see group_norm_modulate_silu.h.");
-    m.def("convolution", &convolution, no_gil, py::arg("out"), py::arg("x"), py::arg("more"), py::arg("packed"),
-          py::arg("bias"), py::arg("weight"), py::arg("offset"), py::arg("scale"), py::arg("shift"), py::arg("added"),
-          py::arg("added_more"), py::arg("channels"), py::arg("kind"), py::arg("groups"), py::arg("silu"),
-          py::arg("eps"), py::arg("shortcut"), py::arg("level"), py::arg("threads") = 1, "See convolution.h.");
+    define(m, "group_norm_modulate_silu", &group_norm_modulate_silu, py::arg("out"), py::arg("x"), py::arg("weight"),
+           py::arg("bias"), py::arg("scale"), py::arg("shift"), py::arg("groups"), py::arg("channels_last"),
+           py::arg("silu"), py::arg("eps"), py::arg("threads") = 1,
+           "GroupNorm, affine, modulation by cells, SiLU; see group_norm_modulate_silu.h.");
+    define(m, "convolution", &convolution, py::arg("out"), py::arg("x"), py::arg("more"), py::arg("packed"),
+           py::arg("bias"), py::arg("weight"), py::arg("offset"), py::arg("scale"), py::arg("shift"), py::arg("added"),
+           py::arg("added_more"), py::arg("channels"), py::arg("kind"), py::arg("groups"), py::arg("silu"),
+           py::arg("eps"), py::arg("shortcut"), py::arg("level"), py::arg("threads") = 1, "See convolution.h.");
     m.def("convolution_layout", &convolution_layout, py::arg("dtype"), py::arg("level"), "See convolution.h.");
-    m.def("window_attention", &window_attention, no_gil, py::arg("out"), py::arg("q"), py::arg("k"), py::arg("v"),
-          py::arg("table"), py::arg("height"), py::arg("width"), py::arg("threads") = 1,
-          "Attention over the window round each pixel, with a bias by displacement; see window_attention.h.");
-    m.def("cfg_euler", &cfg_euler, no_gil, py::arg("out"), py::arg("dtype"), py::arg("x"), py::arg("v_cond"),
-          py::arg("v_uncond"), py::arg("rows"), py::arg("columns"), py::arg("scale"), py::arg("dt"),
-          py::arg("threads") = 1,
-          "x + dt * (v_uncond + scale * (v_cond - v_uncond)); operands are (address or 0, dtype, row stride, "
-          "elements); see cfg_euler.h.");
-    m.def("stage_transition", &stage_transition, no_gil, py::arg("out"), py::arg("x"), py::arg("v"),
-          py::arg("v_uncond"), py::arg("shape"), py::arg("dt"), py::arg("scale"), py::arg("seeds"), py::arg("alpha"),
-          py::arg("beta"), py::arg("stage"), py::arg("correlation"), py::arg("threads") = 1,
-          "Euler step, upsampling and renoising of patch rows; shape is (grid, batch, channels, patch); see "
-          "stage_transition.h.");
-    m.def("final_step", &final_step, no_gil, py::arg("out"), py::arg("type"), py::arg("channels_last"), py::arg("x"),
-          py::arg("v"), py::arg("v_uncond"), py::arg("shape"), py::arg("dt"), py::arg("scale"), py::arg("threads") = 1,
-          "Euler step of patch rows to an image; type 3 is uint8; see final_step.h.");
+    define(m, "window_attention", &window_attention, py::arg("out"), py::arg("q"), py::arg("k"), py::arg("v"),
+           py::arg("table"), py::arg("height"), py::arg("width"), py::arg("threads") = 1,
+           "Attention over the window round each pixel, with a bias by displacement; see window_attention.h.");
+    define(m, "cfg_euler", &cfg_euler, py::arg("out"), py::arg("x"), py::arg("v_cond"), py::arg("v_uncond"),
+           py::arg("scale"), py::arg("dt"), py::arg("dtype"), py::arg("rows"), py::arg("columns"),
+           py::arg("threads") = 1,
+           "x + dt * (v_uncond + scale * (v_cond - v_uncond)); operands are (address or 0, dtype, row stride, "
+           "elements); see cfg_euler.h.");
+    define(m, "stage_transition", &stage_transition, py::arg("out"), py::arg("x"), py::arg("v"), py::arg("dt"),
+           py::arg("alpha"), py::arg("beta"), py::arg("seeds"), py::arg("v_uncond"), py::arg("scale"), py::arg("shape"),
+           py::arg("stage"), py::arg("correlation"), py::arg("threads") = 1,
+           "Euler step, upsampling and renoising of patch rows; shape is (grid, batch, channels, patch); see "
+           "stage_transition.h.");
+    define(m, "final_step", &final_step, py::arg("out"), py::arg("x"), py::arg("v"), py::arg("dt"), py::arg("v_uncond"),
+           py::arg("scale"), py::arg("shape"), py::arg("type"), py::arg("channels_last"), py::arg("threads") = 1,
+           "Euler step of patch rows to an image; type 3 is uint8; see final_step.h.");
 
 #ifdef MSDD_FAST_CUDA
     m.def("cuda_versions", &cuda_versions, "Versions of the driver (0: none) and of the linked runtime.");

@@ -52,7 +52,8 @@ def bare_call(call: Callable[[], Any]) -> Callable[[], Any] | None:
     def recorder(function: Callable[..., Any]) -> Callable[..., Any]:
         def record(*arguments: Any, **options: Any) -> Any:
             made.append(functools.partial(function, *arguments, **options))
-            return made[-1]()
+            result = made[-1]()
+            return recorder(result) if callable(result) else result  # a prepared function: its call is what counts
 
         return record
 

@@ -157,6 +157,11 @@ def current_choice() -> Choice:
     """The choice of the innermost ``use_backend`` block, else of MSDD_FAST_BACKEND."""
     if torch.compiler.is_compiling():
         return _traced.choice or _environment or read_environment()
+    return choice_of_context()
+
+
+def choice_of_context() -> Choice:
+    """``current_choice`` where torch.compile does not trace."""
     scopes = _scopes.get()
     return scopes[-1].choice if scopes else _environment or read_environment()
 

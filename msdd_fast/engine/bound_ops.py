@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from msdd_fast import ops
-from msdd_fast.backends.choice import Choice, check_ops, current_choice, parse_choice
+from msdd_fast.backends.choice import Choice, check_ops, choice_of_context, parse_choice
 from msdd_fast.ops import Ops
 from msdd_fast.ops._registry import Op, can_bypass_dispatcher, get_op, is_observed, observe
 
@@ -90,9 +90,10 @@ class BoundOp:
         if kind is None:
             return self._decide(args)
         tensors = kind.tensors(args)
-        for plan in kind.plans.get((tensors[0].shape, kind.others(args), current_choice()), ()):
-            if plan.matches(*tensors):
-                return plan.run(*tensors)
+        for plan in kind.plans.get((tensors[0].shape, kind.others(args), choice_of_context()), ()):
+            matches, run = plan
+            if matches(*tensors):
+                return run(*tensors)
         return self._decide(args)
 
     def _decide(self, args: tuple[Any, ...]) -> Any:
@@ -110,7 +111,7 @@ class BoundOp:
         if plan is None or types[0] is not Tensor or any(t is not Tensor and t not in _STATIC for t in types):
             return
         kind = self._kinds.setdefault(types, Kind(types))
-        key = (args[0].shape, kind.others(args), current_choice())
+        key = (args[0].shape, kind.others(args), choice_of_context())
         if len(kind.plans) >= MAX_PLANS:
             kind.plans.clear()
         kind.plans[key] = (plan, *kind.plans.get(key, ()))[:MAX_PLANS_OF_A_SHAPE]

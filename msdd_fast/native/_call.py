@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, Generic, ParamSpec, TypeVar
+from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,8 +26,23 @@ _address = Tensor.data_ptr  # mapped over tensors, which is faster than calling 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in csrc/include/msdd_fast/dtype.h
 PIXEL_TYPES = {**DTYPES, torch.uint8: 3}  # as in csrc/include/msdd_fast/detail/pixels.h
 
-Metadata = tuple[int, tuple[int, ...], tuple[int, ...]]
-"""Code of the dtype, shape, strides. An operand of the extension is (address, *metadata), or None if it is absent."""
+GIVEN = 1
+"""Stands for an address that a prepared function is given at every call; as in csrc/binding/tensor.h."""
+
+Metadata = tuple[int, int, tuple[int, ...], tuple[int, ...]]
+"""(GIVEN, code of the dtype, shape, strides), as the extension takes a tensor. None is an absent one."""
+
+
+class Result(NamedTuple):
+    """What a prepared function makes at every call: a tensor, dense in any order of the dimensions."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+
+    def metadata(self) -> Metadata:
+        """As the extension takes it, where it takes results with their layout."""
+        return GIVEN, PIXEL_TYPES[self.dtype], self.shape, self.strides
 
 
 class Native(Generic[P, R]):
@@ -55,47 +70,89 @@ def in_order(
         name: of the function.
         operands: names of the arguments that are tensors or None, in order. The others follow and are passed on as
             they are.
-        results: takes the same arguments and returns uninitialised results, contiguous, each of the dtype of one of the
-            operands. If none of them has an element, nothing is called.
+        results: takes the same arguments and returns tensors that lie as the results do. If none of them has an
+            element, nothing is called.
     """
 
     def prepare(*args: Any) -> Callable[..., Any]:
-        function, threads = getattr(load_extension(), name), torch.get_num_threads
-        numbers = args[len(operands) :]
         of = [optional_metadata(operand, t) for operand, t in zip(operands, args, strict=False)]
-        given = [t for t in args if isinstance(t, Tensor)]
+        arguments = *of, *args[len(operands) :]
         made = results(*args)
-        several = isinstance(made, tuple)
-        all_made = made if isinstance(made, tuple) else (made,)
-        makers = [_maker(r, given) for r in all_made]
-        empty = not any(r.numel() for r in all_made)
-        codes, shapes, strides = zip(*(m for m in of if m is not None), strict=True)
-        absent = [i for i, m in enumerate(of) if m is None]
-
-        def run(*tensors: Tensor) -> Any:
-            made = [make(tensors[i]) for i, make in makers]
-            if not empty:
-                operands: list[Any] = list(zip(map(_address, tensors), codes, shapes, strides, strict=True))
-                for i in absent:
-                    operands.insert(i, None)
-                try:  # as ``entry`` does: one call of a function less
-                    function(*map(_address, made), *operands, *numbers, threads())
-                except ValueError as error:
-                    raise refused(name, error) from None
-            return tuple(made) if several else made[0]
-
-        return run
+        if isinstance(made, tuple):
+            return prepared(name, tuple(map(result_like, made)), *[GIVEN] * len(made), *arguments)
+        return prepared(name, result_like(made), GIVEN, *arguments)
 
     return Native(prepare)
 
 
-def _maker(result: Tensor, given: Sequence[Tensor]) -> tuple[int, Callable[[Tensor], Tensor]]:
-    """From which of the tensors to make an uninitialised one like ``result``, and how: ``empty_like`` takes least."""
-    for i, t in enumerate(given):
-        if t.dtype == result.dtype and t.shape == result.shape and t.is_contiguous():
-            return i, torch.empty_like
-    shape = tuple(result.shape)
-    return [t.dtype for t in given].index(result.dtype), lambda t: t.new_empty(shape)
+def prepared(name: str, results: Result | tuple[Result, ...], *arguments: Any) -> Callable[..., Any]:
+    """A function of tensors that makes new results, calls a function of the extension and returns them.
+
+    Args:
+        name: of the extension's function (csrc/binding/prepared.h). Its parameters with an address are in order: the
+            results, then the tensors that are given at every call.
+        results: one, or a tuple of several. If none of them has an element, nothing is called.
+        arguments: of the extension's function, without the number of threads: torch's at the time of a call.
+
+    What the extension refuses becomes an InputError.
+    """
+    function = getattr(load_extension(), "prepare_" + name)(*arguments)
+    return _one(name, function, results) if isinstance(results, Result) else _several(name, function, results)
+
+
+def _one(name: str, function: Callable[..., None], result: Result) -> Callable[..., Tensor]:
+    (shape, strides, dtype), threads, empty = result, torch.get_num_threads, 0 in result.shape
+
+    def run(*tensors: Tensor) -> Tensor:
+        first = tensors[0]
+        if first.dtype is dtype:  # to name it takes longer
+            out = first.new_empty_strided(shape, strides)
+        else:
+            out = first.new_empty_strided(shape, strides, dtype=dtype)
+        if not empty:
+            try:
+                function(out.data_ptr(), *map(_address, tensors), threads())
+            except ValueError as error:
+                raise refused(name, error) from None
+        return out
+
+    return run
+
+
+def _several(name: str, function: Callable[..., None], results: tuple[Result, ...]) -> Callable[..., Any]:
+    threads, empty = torch.get_num_threads, all(0 in r.shape for r in results)
+
+    def run(*tensors: Tensor) -> tuple[Tensor, ...]:
+        first, made = tensors[0], []
+        of_first = first.dtype
+        for shape, strides, dtype in results:
+            if of_first is dtype:
+                made.append(first.new_empty_strided(shape, strides))
+            else:
+                made.append(first.new_empty_strided(shape, strides, dtype=dtype))
+        if not empty:
+            try:
+                function(*map(_address, made), *map(_address, tensors), threads())
+            except ValueError as error:
+                raise refused(name, error) from None
+        return tuple(made)
+
+    return run
+
+
+def prepared_into(name: str, *arguments: Any) -> Callable[..., Tensor]:
+    """``prepared`` for a result that is given at every call, behind the other tensors."""
+    function, threads = getattr(load_extension(), f"prepare_{name}")(*arguments), torch.get_num_threads
+
+    def run(*tensors: Tensor) -> Tensor:
+        *operands, out = map(_address, tensors)
+        try:
+            function(out, *operands, threads())
+        except ValueError as error:
+            raise refused(name, error) from None
+        return tensors[-1]
+
+    return run
 
 
 def entry(name: str) -> Callable[..., None]:
@@ -118,14 +175,15 @@ def refused(name: str, error: ValueError) -> InputError:
 
 def metadata(name: str, x: Tensor) -> Metadata:
     """Of a CPU tensor of a dtype that the extension knows: it sees an address, not the device. Raises InputError."""
-    if not isinstance(x, Tensor) or x.device.type != "cpu" or x.dtype not in DTYPES:
+    code = DTYPES.get(x.dtype) if isinstance(x, Tensor) and x.is_cpu else None
+    if code is None:
         got = f"{x.dtype} on {x.device}" if isinstance(x, Tensor) else type(x).__name__
         raise InputError(f"{name} must be a float32, bfloat16 or float16 tensor on the CPU, got {got}")
-    if x.layout != torch.strided or x.is_nested:
+    if x.layout is not torch.strided or x.is_nested:
         raise InputError(f"{name} must be a dense tensor, got the layout {x.layout}")
     if x.is_neg():
         raise InputError(f"{name} must hold its own values, got a lazy negation: use resolve_neg()")
-    return DTYPES[x.dtype], tuple(x.shape), x.stride()
+    return GIVEN, code, x.shape, x.stride()
 
 
 def optional_metadata(name: str, x: Tensor | None) -> Metadata | None:
@@ -133,16 +191,24 @@ def optional_metadata(name: str, x: Tensor | None) -> Metadata | None:
     return None if x is None else metadata(name, x)
 
 
-def dense_layout(
-    shape: Sequence[int], order: torch.memory_format = torch.contiguous_format
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """(shape, strides), for ``new_empty_strided``, the fastest way to make a result."""
-    return tuple(shape), torch.empty(tuple(shape), device="meta", memory_format=order).stride()
+def like(shape: Sequence[int], dtype: torch.dtype, order: torch.memory_format = torch.contiguous_format) -> Result:
+    """A dense result."""
+    strides, stride = [0] * len(shape), 1
+    for d in (1, 3, 2, 0) if order is torch.channels_last else reversed(range(len(shape))):
+        strides[d] = stride
+        stride *= shape[d] or 1
+    return Result(tuple(shape), tuple(strides), dtype)
 
 
-def operand(x: Tensor) -> tuple[int, int, tuple[int, ...], tuple[int, ...]]:
-    """A tensor as the extension takes it."""
-    return x.data_ptr(), *metadata("x", x)
+def result_like(x: Tensor) -> Result:
+    """A result that lies as ``x`` does, which is dense."""
+    return Result(x.shape, x.stride(), x.dtype)
+
+
+def operand(x: Tensor) -> Metadata:
+    """A tensor as the extension takes it: (address, code of the dtype, shape, strides)."""
+    _, code, shape, strides = metadata("x", x)
+    return x.data_ptr(), code, shape, strides
 
 
 def check_scalars(**scalars: Tensor | None) -> None:
@@ -152,12 +218,15 @@ def check_scalars(**scalars: Tensor | None) -> None:
             raise InputError(f"{name} must be one float32 on the CPU, got {x.dtype} {tuple(x.shape)} on {x.device}")
 
 
-def check_seeds(seeds: Tensor) -> int:
-    """The number of seeds, int64 (B,) on the CPU and contiguous. Raises InputError for anything else."""
+def check_seeds(seeds: Tensor) -> tuple[int, int]:
+    """(GIVEN, number of seeds), as the extension takes them: int64 (B,) on the CPU and contiguous.
+
+    Raises InputError for anything else.
+    """
     if not isinstance(seeds, Tensor) or seeds.dtype != torch.int64 or seeds.ndim != 1 or seeds.device.type != "cpu":
         is_tensor = isinstance(seeds, Tensor)
         got = f"{seeds.dtype} {tuple(seeds.shape)} on {seeds.device}" if is_tensor else type(seeds).__name__
         raise InputError(f"seeds must be an int64 tensor (B,) on the CPU, got {got}")
     if not seeds.is_contiguous():
         raise InputError(f"seeds must be contiguous, got strides {seeds.stride()}")
-    return len(seeds)
+    return GIVEN, len(seeds)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from msdd_fast.errors import InputError
 from msdd_fast.layout import RowLayout, memory_order, row_layout
-from msdd_fast.native._call import DTYPES, Native, check_scalars, entry, metadata
+from msdd_fast.native._call import DTYPES, GIVEN, Native, check_scalars, like, metadata, prepared
 
 _ABSENT = (0, 0, 0, 0)
 
@@ -26,30 +26,17 @@ def cfg_euler(
     if (x is None) != (dt is None) or (v_uncond is None) != (scale is None):
         raise InputError("x and dt, v_uncond and scale must be given or left out together")
     check_scalars(scale=scale, dt=dt)
-    call, given = entry("cfg_euler"), {"x": x, "v_cond": v_cond, "v_uncond": v_uncond}
-    codes = {name: metadata(name, t)[0] for name, t in given.items() if t is not None}
+    given = {"x": x, "v_cond": v_cond, "v_uncond": v_uncond}
+    codes = {name: metadata(name, t)[1] for name, t in given.items() if t is not None}
     first = v_cond if x is None else x
     layout = _common_layout(given)
-    # Per operand (dtype, row stride, elements). Where rows are apart, the dense result has none.
+    # Of each operand (GIVEN, dtype, row stride, elements). Where rows are apart, the dense result has none.
     strides = dict(zip(codes, layout.strides, strict=True))
-    of_x, of_cond, of_uncond = ((codes[n], strides[n], first.numel()) if n in codes else None for n in given)
-    order = torch.contiguous_format if layout.rows > 1 else torch.preserve_format
-    code, rows, columns, steps = DTYPES[first.dtype], layout.rows, layout.columns, x is not None
-    if not first.numel():  # the address of an empty tensor is 0, which would mean an absent one
-        return lambda first, *_: torch.empty_like(first, memory_format=order)
-
-    def run(first: Tensor, *others: Tensor) -> Tensor:
-        rest = iter(others)
-        x = (first.data_ptr(), *of_x) if of_x is not None else _ABSENT
-        v_cond = ((next(rest) if steps else first).data_ptr(), *of_cond)  # type: ignore[misc]
-        v_uncond = (next(rest).data_ptr(), *of_uncond) if of_uncond is not None else _ABSENT
-        scale = next(rest).data_ptr() if of_uncond is not None else 0
-        dt = next(rest).data_ptr() if steps else 0
-        out = torch.empty_like(first, memory_format=order)
-        call(out.data_ptr(), code, x, v_cond, v_uncond, rows, columns, scale, dt)
-        return out
-
-    return run
+    operands = [(GIVEN, codes[n], strides[n], first.numel()) if n in codes else _ABSENT for n in given]
+    scalars = 0 if scale is None else GIVEN, 0 if dt is None else GIVEN
+    out = like(first.shape, first.dtype, memory_order(first) if layout.rows == 1 else torch.contiguous_format)
+    sizes = layout.rows, layout.columns
+    return prepared("cfg_euler", out, GIVEN, *operands, *scalars, DTYPES[first.dtype], *sizes)
 
 
 def _common_layout(given: dict[str, Tensor | None]) -> RowLayout:

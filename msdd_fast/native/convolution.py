@@ -10,7 +10,7 @@ from torch import Tensor
 
 from msdd_fast.backends.extension import load_extension
 from msdd_fast.errors import InputError
-from msdd_fast.native._call import DTYPES, Native, dense_layout, entry, metadata, optional_metadata, refused
+from msdd_fast.native._call import DTYPES, GIVEN, Native, like, optional_metadata, prepared, refused
 
 KINDS = ("same", "down", "up")
 _BY_CODE = {code: dtype for dtype, code in DTYPES.items()}
@@ -107,21 +107,13 @@ def convolution(
     width, and its channels, or with ``shortcut`` those of the 1 x 1 convolution in ``packed``, which ``added_more`` may
     be joined to.
     """
-    call, given = entry("convolution"), {"x": x, "more": more, "packed": packed, "bias": bias}
-    given |= {"norm_weight": norm_weight, "norm_bias": norm_bias, "scale": scale, "shift": shift}
-    given |= {"added": added, "added_more": added_more}
-    of = [optional_metadata(name, t) for name, t in given.items()]
-    shape = metadata("x", x)[1]
+    given = {"x": x, "more": more, "packed": packed, "bias": bias, "norm_weight": norm_weight, "norm_bias": norm_bias}
+    given |= {"scale": scale, "shift": shift, "added": added, "added_more": added_more}
+    operands = [optional_metadata(name, t) for name, t in given.items()]
+    shape = tuple(x.shape)
     if len(shape) != 4 or kind not in KINDS:
         raise InputError(f"x must be (B, C, H, W) and kind one of {', '.join(KINDS)}, got {shape}, {kind!r}")
-    layout = dense_layout((shape[0], features, *result_size(shape[2], shape[3], kind)), torch.channels_last)
-    numbers = (features, KINDS.index(kind), groups, silu, eps, shortcut, level)
-    if not x.numel() or not features:  # the address of an empty tensor is 0, which would mean an absent one
-        return lambda x, *_: x.new_empty_strided(*layout)
-
-    def run(*tensors: Tensor) -> Tensor:
-        out, present = tensors[0].new_empty_strided(*layout), iter(tensors)
-        call(out.data_ptr(), *[None if m is None else (next(present).data_ptr(), *m) for m in of], *numbers)
-        return out
-
-    return run
+    size = result_size(shape[2], shape[3], kind)
+    out = like((shape[0], features, *size), x.dtype, torch.channels_last)
+    numbers = features, KINDS.index(kind), groups, silu, eps, shortcut, level
+    return prepared("convolution", out, GIVEN, *operands, *numbers)

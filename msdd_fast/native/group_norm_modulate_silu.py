@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from msdd_fast.layout import memory_order
-from msdd_fast.native._call import Native, entry, metadata, optional_metadata
+from msdd_fast.native._call import GIVEN, Native, like, metadata, optional_metadata, prepared
 
 
 @Native
@@ -26,17 +26,8 @@ def group_norm_modulate_silu(
 
     weight and bias (C,), contiguous; scale and shift (B, C, h, w) with any strides, h and w dividing H and W.
     """
-    call, order, of_x = entry("group_norm_modulate_silu"), memory_order(x), metadata("x", x)
-    last = order is torch.channels_last
+    order = memory_order(x)
     given = {"weight": weight, "bias": bias, "scale": scale, "shift": shift}
-    of_others = [optional_metadata(name, t) for name, t in given.items()]
-    if not x.numel():
-        return lambda x, *_: torch.empty_like(x, memory_format=order)
-
-    def run(x: Tensor, *others: Tensor) -> Tensor:
-        out, present = torch.empty_like(x, memory_format=order), iter(others)
-        operands = [None if of is None else (next(present).data_ptr(), *of) for of in of_others]
-        call(out.data_ptr(), (x.data_ptr(), *of_x), *operands, groups, last, silu, eps)
-        return out
-
-    return run
+    operands = [metadata("x", x), *(optional_metadata(name, t) for name, t in given.items())]
+    last, out = order is torch.channels_last, like(x.shape, x.dtype, order)
+    return prepared("group_norm_modulate_silu", out, GIVEN, *operands, groups, last, silu, eps)

@@ -9,7 +9,17 @@ from torch import Tensor
 
 from msdd_fast.backends.extension import load_extension
 from msdd_fast.errors import InputError
-from msdd_fast.native._call import DTYPES, PIXEL_TYPES, Metadata, Native, entry, metadata, operand, optional_metadata
+from msdd_fast.native._call import (
+    Native,
+    Result,
+    entry,
+    like,
+    metadata,
+    operand,
+    optional_metadata,
+    prepared,
+    prepared_into,
+)
 
 DEPTH = 64  # as QUANTIZED_DEPTH in csrc/include/msdd_fast/linear_int8.h
 
@@ -20,7 +30,7 @@ def pack_linear_int8(weight: Tensor, swiglu: bool = False, level: str = "") -> T
     Words in one dimension, which are no numbers. ``swiglu`` as in ``pack_linear``; ``level`` (linear_int8.h) is for
     tests.
     """
-    _, shape, strides = metadata("weight", weight)
+    (*_, strides), shape = metadata("weight", weight), tuple(weight.shape)
     if len(shape) != 2 or (strides[1] != 1 and shape[1] > 1):
         raise InputError(f"weight must be (out, in) with adjacent elements in a row, got {shape}, strides {strides}")
     try:
@@ -32,28 +42,19 @@ def pack_linear_int8(weight: Tensor, swiglu: bool = False, level: str = "") -> T
     return packed
 
 
-def _rounded(rows: int, width: int) -> tuple[Metadata, Metadata]:
-    """Metadata of values and scales."""
-    padded = -(-width // DEPTH) * DEPTH
-    return (PIXEL_TYPES[torch.uint8], (rows, padded), (padded, 1)), (DTYPES[torch.float32], (rows,), (1,))
+def _rounded(rows: int, width: int) -> tuple[Result, Result]:
+    """Values and scales."""
+    return like((rows, -(-width // DEPTH) * DEPTH), torch.uint8), like((rows,), torch.float32)
 
 
 @Native
 def quantize_rows(x: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
     """(values, scales) of rows x (R, in): uint8 (R, in padded to a multiple of DEPTH) about 128, and float32 (R,)."""
-    call = entry("quantize_rows")
     of_x = metadata("x", x)
-    if len(of_x[1]) != 2:
-        raise InputError(f"x must be (R, in), got {of_x[1]}")
-    of_values, of_scales = _rounded(*of_x[1])
-
-    def run(x: Tensor) -> tuple[Tensor, Tensor]:
-        values = x.new_empty(of_values[1], dtype=torch.uint8)
-        scales = x.new_empty(of_scales[1], dtype=torch.float32)
-        call((values.data_ptr(), *of_values), (scales.data_ptr(), *of_scales), (x.data_ptr(), *of_x))
-        return values, scales
-
-    return run
+    if x.ndim != 2:
+        raise InputError(f"x must be (R, in), got {tuple(x.shape)}")
+    rounded = _rounded(*x.shape)
+    return prepared("quantize_rows", rounded, *(r.metadata() for r in rounded), of_x)
 
 
 @Native
@@ -70,28 +71,12 @@ def linear_int8(
 
     The sums of the products are exact; scales, bias and ``swiglu`` are in float32, and the result is rounded once.
     """
-    call, quantize = entry("linear_int8"), quantize_rows.prepare(x)
-    of_x, of_packed, of_bias = metadata("x", x), metadata("packed", packed), optional_metadata("bias", bias)
-    rows, inputs = of_x[1]
-    width = features // 2 if swiglu else features
-    of_out = (of_x[0], (rows, width), (width, 1)) if out is None else metadata("out", out)
-    of_values, of_scales = _rounded(rows, inputs)
-    given = out is not None  # not the tensor itself, which would be kept
-
-    def run(x: Tensor, packed: Tensor, *rest: Tensor) -> Tensor:
-        to = rest[-1] if given else x.new_empty_strided(*of_out[1:])
-        values, scales = quantize(x)
-        call(
-            (to.data_ptr(), *of_out),
-            (values.data_ptr(), *of_values),
-            (scales.data_ptr(), *of_scales),
-            (packed.data_ptr(), *of_packed),
-            None if of_bias is None else (rest[0].data_ptr(), *of_bias),
-            features,
-            inputs,
-            swiglu,
-            level,
-        )
-        return to
-
-    return run
+    quantize, (rows, inputs) = quantize_rows.prepare(x), x.shape
+    of_packed, of_bias = metadata("packed", packed), optional_metadata("bias", bias)
+    arguments = *(r.metadata() for r in _rounded(rows, inputs)), of_packed, of_bias, features, inputs, swiglu, level
+    if out is not None:
+        multiply = prepared_into("linear_int8", metadata("out", out), *arguments)
+    else:
+        made = like((rows, features // 2 if swiglu else features), x.dtype)
+        multiply = prepared("linear_int8", made, made.metadata(), *arguments)
+    return lambda x, *others: multiply(*quantize(x), *others)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from msdd_fast.layout import empty_tokens
-from msdd_fast.native._call import Native, entry, metadata, optional_metadata
+from msdd_fast.native._call import Native, metadata, optional_metadata, prepared, result_like
 
 
 @Native
@@ -20,29 +20,12 @@ def qk_norm_rope(
     The inner (P, H, d) of qkv is contiguous; weight and bias (S, P - 1, d), cos and sin float32 (N, d / 2), all
     contiguous; S is 2 if ``split`` < N. RMSNorm if bias is None. weight and bias in 16 bits are widened at every call.
     """
-    _, _, parts, heads, d = qkv.shape
-    call = entry("qk_norm_rope")
-    of_out, of_qkv = metadata("out", empty_tokens(qkv, parts - 1, heads, d)), metadata("qkv", qkv)
-    widen = weight.dtype != torch.float32 or (bias is not None and bias.dtype != torch.float32)
-    has_bias, of_weight = bias is not None, metadata("weight", weight.float())
+    out = result_like(empty_tokens(qkv, qkv.shape[2] - 1, *qkv.shape[3:]))
+    of_weight = metadata("weight", weight.float())
     of_bias = None if bias is None else metadata("bias", bias.float())
-    of_cos, of_sin = metadata("cos", cos), optional_metadata("sin", sin)
-
-    def run(qkv: Tensor, weight: Tensor, *rest: Tensor) -> Tensor:
-        bias, (cos, *sin) = (rest[0], rest[1:]) if has_bias else (None, rest)
-        if widen:
-            weight, bias = weight.float(), None if bias is None else bias.float()
-        out = qkv.new_empty_strided(*of_out[1:])
-        call(
-            (out.data_ptr(), *of_out),
-            (qkv.data_ptr(), *of_qkv),
-            (weight.data_ptr(), *of_weight),
-            None if bias is None or of_bias is None else (bias.data_ptr(), *of_bias),
-            (cos.data_ptr(), *of_cos),
-            None if of_sin is None else (sin[0].data_ptr(), *of_sin),
-            split,
-            eps,
-        )
-        return out
-
-    return run
+    angles = metadata("cos", cos), optional_metadata("sin", sin)
+    call = prepared("qk_norm_rope", out, out.metadata(), metadata("qkv", qkv), of_weight, of_bias, *angles, split, eps)
+    tables = 1 if bias is None else 2
+    if all(t is None or t.dtype == torch.float32 for t in (weight, bias)):
+        return call
+    return lambda qkv, *rest: call(qkv, *[t.float() for t in rest[:tables]], *rest[tables:])

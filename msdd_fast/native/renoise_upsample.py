@@ -9,7 +9,7 @@ from torch import Tensor
 
 from msdd_fast.errors import InputError
 from msdd_fast.layout import memory_order
-from msdd_fast.native._call import Native, check_scalars, check_seeds, dense_layout, entry, metadata
+from msdd_fast.native._call import GIVEN, Native, check_scalars, check_seeds, like, metadata, prepared
 
 
 @Native
@@ -21,17 +21,10 @@ def renoise_upsample(
     x (B, C, H, W), contiguous or channels-last; alpha and beta of one element; seeds int64 (B,), contiguous.
     """
     check_scalars(alpha=alpha, beta=beta)
-    call, of_x, count = entry("renoise_upsample"), metadata("x", x), check_seeds(seeds)
+    of_x, of_seeds = metadata("x", x), check_seeds(seeds)
     if x.ndim != 4:
         raise InputError(f"x must be (B, C, H, W), got {tuple(x.shape)}")
     b, c, h, w = x.shape
     order = memory_order(x)
-    last, layout = order is torch.channels_last, dense_layout((b, c, 2 * h, 2 * w), order)
-
-    def run(x: Tensor, alpha: Tensor, beta: Tensor, seeds: Tensor) -> Tensor:
-        out = x.new_empty_strided(*layout)
-        noise = (alpha.data_ptr(), beta.data_ptr(), stage, correlation)
-        call(out.data_ptr(), (x.data_ptr(), *of_x), last, (seeds.data_ptr(), count), *noise)
-        return out
-
-    return run
+    last, out = order is torch.channels_last, like((b, c, 2 * h, 2 * w), x.dtype, order)
+    return prepared("renoise_upsample", out, GIVEN, of_x, GIVEN, GIVEN, of_seeds, last, stage, correlation)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from msdd_fast.errors import InputError
-from msdd_fast.native._call import DTYPES, Native, check_seeds, dense_layout, entry
+from msdd_fast.native._call import DTYPES, GIVEN, Native, check_seeds, like, prepared
 
 
 @Native
@@ -19,24 +19,15 @@ def start_noise(
 
     With ``patch_size`` the same numbers as patch rows (H/p * W/p, B, C*p*p), p even.
     """
-    count = check_seeds(seeds)
+    of_seeds = check_seeds(seeds)
     if dtype not in DTYPES:
         raise InputError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
     if min(channels, height, width) < 0:
         raise InputError(f"channels, height and width must not be negative, got {(channels, height, width)}")
-    sizes: tuple[int, ...] = (count, channels, height, width)
-    code, shape, call, arguments = DTYPES[dtype], sizes, entry("start_noise"), sizes
-    if patch_size is not None:
-        if patch_size < 2 or patch_size % 2 or height % patch_size or width % patch_size:
-            raise InputError(f"patch_size must be an even divisor of {height} and {width}, got {patch_size}")
-        shape = (height // patch_size * (width // patch_size), count, channels * patch_size**2)
-        call, arguments = entry("start_noise_rows"), (*sizes, patch_size)
-
-    layout = dense_layout(shape)
-
-    def run(seeds: Tensor) -> Tensor:
-        out = seeds.new_empty_strided(*layout, dtype=dtype)
-        call(out.data_ptr(), code, (seeds.data_ptr(), count), *arguments)
-        return out
-
-    return run
+    sizes = len(seeds), channels, height, width
+    if patch_size is None:
+        return prepared("start_noise", like(sizes, dtype), GIVEN, of_seeds, DTYPES[dtype], *sizes)
+    if patch_size < 2 or patch_size % 2 or height % patch_size or width % patch_size:
+        raise InputError(f"patch_size must be an even divisor of {height} and {width}, got {patch_size}")
+    rows = like((height // patch_size * (width // patch_size), len(seeds), channels * patch_size**2), dtype)
+    return prepared("start_noise_rows", rows, GIVEN, of_seeds, DTYPES[dtype], *sizes, patch_size)

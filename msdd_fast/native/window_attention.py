@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from msdd_fast.layout import attention_result
-from msdd_fast.native._call import Native, entry, metadata
+from msdd_fast.native._call import Native, metadata, prepared, result_like
 
 
 @Native
@@ -17,23 +17,6 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, table: Tensor, height: int
     q, k, v (B, N, heads, d): one dtype, any strides but the last, which is 1. table (2w - 1, 2w - 1, heads), any
     strides.
     """
-    call = entry("window_attention")
-    of_q, of_k, of_v = metadata("q", q), metadata("k", k), metadata("v", v)
-    of_table, of_out = metadata("table", table), metadata("out", attention_result(q))
-    if not q.numel():
-        return lambda q, *_: attention_result(q)
-
-    def run(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
-        out = q.new_empty_strided(*of_out[1:])
-        call(
-            (out.data_ptr(), *of_out),
-            (q.data_ptr(), *of_q),
-            (k.data_ptr(), *of_k),
-            (v.data_ptr(), *of_v),
-            (table.data_ptr(), *of_table),
-            height,
-            width,
-        )
-        return out
-
-    return run
+    out = result_like(attention_result(q))
+    operands = metadata("q", q), metadata("k", k), metadata("v", v), metadata("table", table)
+    return prepared("window_attention", out, out.metadata(), *operands, height, width)

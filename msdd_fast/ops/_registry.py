@@ -235,7 +235,8 @@ def all_of(*verdicts: Verdict) -> Verdict:
 
 def is_observed() -> bool:
     """Whether a call must go through ``Op``: an observer, a tracer, a mode or a profiler has to see it."""
-    return _is_traced() or profiling.enabled() or bool(_observers.get())
+    traced = _is_compiling() or _tracing_state() is not None or _modes() > 0  # _is_traced(), at less cost
+    return traced or profiling.enabled() or bool(_observers.get())
 
 
 def can_bypass_dispatcher(args: tuple[Any, ...]) -> bool:

@@ -58,7 +58,7 @@ def convert(x, dtype):
     """Through the extension: cfg_euler with nothing but v_cond."""
     x, out = x.contiguous(), torch.empty(x.shape, dtype=dtype)
     none, source = (0, 0, 0, 0), (x.data_ptr(), DTYPES[x.dtype], 0, x.numel())
-    backends.load_extension().cfg_euler(out.data_ptr(), DTYPES[dtype], none, source, none, 1, x.numel(), 0, 0)
+    backends.load_extension().cfg_euler(out.data_ptr(), none, source, none, 0, 0, DTYPES[dtype], 1, x.numel())
     return out
 
 
@@ -228,12 +228,8 @@ def work(threads):
     out, x, seeds = torch.zeros(4, 3, 128, 128), torch.ones(4, 3, 64, 64), torch.arange(4)
     alpha, beta = torch.tensor(0.5), torch.tensor(1.0)
     backends.load_extension().renoise_upsample(
-        *(out.data_ptr(), operand(x), False, (seeds.data_ptr(), len(seeds))),
-        alpha.data_ptr(),
-        beta.data_ptr(),
-        1,
-        0.0,
-        threads,
+        *(out.data_ptr(), operand(x), alpha.data_ptr(), beta.data_ptr(), (seeds.data_ptr(), len(seeds))),
+        *(False, 1, 0.0, threads),
     )
     return out
 

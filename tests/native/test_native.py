@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from msdd_fast import backends, native, ops
 from msdd_fast.backends.extension import load_extension
 from msdd_fast.diffusion import noise
 from msdd_fast.errors import InputError
-from msdd_fast.native._call import in_order, operand
+from msdd_fast.native._call import GIVEN, in_order, metadata, operand
 
 if not backends.extension_status()[0]:
     pytest.skip(f"msdd_fast._C {backends.extension_status()[1]}", allow_module_level=True)
@@ -97,8 +98,8 @@ def test_an_image_does_not_depend_on_batch_or_threads():
     for threads in (1, 3, 64):
         out = torch.empty_like(whole)
         backends.load_extension().renoise_upsample(
-            *(out.data_ptr(), operand(x), False, (SEEDS.data_ptr(), len(SEEDS))),
-            **dict(alpha=ZERO.data_ptr(), beta=ONE.data_ptr(), stage=2, correlation=-1 / 3, threads=threads),
+            *(out.data_ptr(), operand(x), ZERO.data_ptr(), ONE.data_ptr(), (SEEDS.data_ptr(), len(SEEDS))),
+            **dict(channels_last=False, stage=2, correlation=-1 / 3, threads=threads),
         )
         assert torch.equal(whole, out)
 
@@ -178,23 +179,23 @@ def test_the_extension_itself_refuses_what_it_cannot_do():
     """Before it touches memory: the null addresses here would crash otherwise."""
     extension, none, ones = backends.load_extension(), (0, 0, 0, 0), (ONE.data_ptr(), ONE.data_ptr())
     with pytest.raises(ValueError, match=r"even.*3x4"):
-        extension.start_noise(0, 0, (0, 1), 1, 1, 3, 4)
+        extension.start_noise(0, (0, 1), 0, 1, 1, 3, 4)
     with pytest.raises(ValueError, match="negative"):
-        extension.start_noise(0, 0, (0, 0), -1, 1, 4, 4)
+        extension.start_noise(0, (0, 0), 0, -1, 1, 4, 4)
     with pytest.raises(ValueError, match="threads must be at least 1, got 0"):
-        extension.start_noise(0, 0, (0, 1), 1, 1, 4, 4, threads=0)
+        extension.start_noise(0, (0, 1), 0, 1, 1, 4, 4, threads=0)
     with pytest.raises(ValueError, match=r"2\^32 blocks"):
-        extension.start_noise(0, 0, (0, 1), 1, 2**40, 2**20, 2**20)
+        extension.start_noise(0, (0, 1), 0, 1, 2**40, 2**20, 2**20)
     with pytest.raises(ValueError, match=r"dtype must be 0 .* got 3"):
-        extension.start_noise(0, 3, (0, 1), 1, 1, 4, 4)
+        extension.start_noise(0, (0, 1), 3, 1, 1, 4, 4)
     with pytest.raises(ValueError, match="stage"):
-        extension.renoise_upsample(0, (16, 0, (1, 1, 4, 4), (16, 16, 4, 1)), False, (0, 1), *ones, 2**32, 0.0)
+        extension.renoise_upsample(0, (16, 0, (1, 1, 4, 4), (16, 16, 4, 1)), *ones, (0, 1), False, 2**32, 0.0)
     with pytest.raises(ValueError, match="x is missing"):
-        extension.renoise_upsample(0, (0, 0, (1, 1, 4, 4), (16, 16, 4, 1)), False, (0, 1), *ones, 1, 0.0)
+        extension.renoise_upsample(0, (0, 0, (1, 1, 4, 4), (16, 16, 4, 1)), *ones, (0, 1), False, 1, 0.0)
     with pytest.raises(ValueError, match="v_cond is missing"):
-        extension.cfg_euler(0, 0, none, none, none, 1, 1, *ones)
+        extension.cfg_euler(0, none, none, none, *ones, 0, 1, 1)
     with pytest.raises(ValueError, match="negative"):
-        extension.cfg_euler(0, 0, none, none, none, -1, 1, *ones)
+        extension.cfg_euler(0, none, none, none, *ones, 0, -1, 1)
 
 
 def tensor(*shape, strides=None, dtype=0):
@@ -223,7 +224,7 @@ REFUSED = {
     ),
     "norm_modulate": (
         dict(h=16, x_new=16, x=tensor(6, 8), y=tensor(6, 8), gate=tensor(2, 8), shift=tensor(2, 8))
-        | dict(scale=tensor(2, 8), run=3, eps=1e-6),
+        | dict(scale=tensor(2, 8), rms_weight=None, run=3, eps=1e-6),
         (dict(x=tensor(6, 8, strides=(16, 1))), r"x must be contiguous, got shape \(6, 8\), strides \(16, 1\)"),
         (dict(y=tensor(5, 8)), r"y must be of shape \(6, 8\), got \(5, 8\)"),
         (dict(gate=tensor(1, 8)), r"gate must be of shape \(2, 8\), got \(1, 8\)"),
@@ -452,6 +453,52 @@ def test_constants_of_the_header_equal_those_of_noise_py():
     for name in ("LN_POLY", "SIN_POLY", "COS_POLY"):
         (numbers,) = re.findall(name + r"\[\] = \{([^}]*)\}", source)
         assert tuple(float(n) for n in numbers.split(",")) == getattr(noise, name), name
+
+
+def test_a_prepared_function_takes_the_addresses_that_are_given_later():
+    extension = load_extension()
+    assert extension.GIVEN == GIVEN
+    a, b = torch.randn(2, 3, 16, generator=torch.Generator().manual_seed(0)).unbind()
+    of_a, of_b = metadata("a", a), metadata("b", b)
+    expected, out = native.swiglu(a, b), torch.empty(3, 16)
+    call = extension.prepare_swiglu(GIVEN, of_a, of_b)
+    for _ in range(2):  # it keeps nothing of a call
+        assert call(out.zero_().data_ptr(), a.data_ptr(), b.data_ptr(), 1) is None
+        assert torch.equal(out, expected)
+    extension.prepare_swiglu(out.zero_().data_ptr(), of_a, operand(b))(a.data_ptr(), 1)  # the others are fixed
+    assert torch.equal(out, expected)
+
+
+def test_a_prepared_function_refuses_other_numbers_of_addresses_and_what_the_function_refuses():
+    extension, x = load_extension(), torch.zeros(4, 6)
+    call = extension.prepare_swiglu(GIVEN, metadata("a", x), metadata("b", x[:2]))
+    address = x.data_ptr()
+    with pytest.raises(TypeError, match="expected 3 addresses and the number of threads, got 3 arguments"):
+        call(address, address, address)
+    with pytest.raises(TypeError, match="integer"):
+        call(address, address, "1", 1)
+    with pytest.raises(OverflowError):
+        call(address, address, -1, 1)
+    with pytest.raises(ValueError, match=r"b must be of shape \(4, 6\), got \(2, 6\)"):
+        call(address, address, address, 1)
+    call = extension.prepare_swiglu(GIVEN, metadata("a", x), metadata("b", x))
+    with pytest.raises(ValueError, match="b is missing"):
+        call(address, address, 0, 1)
+    with pytest.raises(ValueError, match="threads must be at least 1, got 0"):
+        call(address, address, address, 0)
+
+
+def test_threads_share_a_prepared_function():
+    generator = torch.Generator().manual_seed(0)
+    pairs = [torch.randn(2, 64, 128, generator=generator) for _ in range(8)]
+    expected = [native.swiglu(*pair) for pair in pairs]
+    run = native.swiglu.prepare(*pairs[0])
+
+    def wrong(i):
+        return sum(not torch.equal(run(*pairs[i]), expected[i]) for _ in range(200))
+
+    with ThreadPoolExecutor(8) as pool:
+        assert sum(pool.map(wrong, range(8))) == 0
 
 
 def test_a_function_whose_arguments_are_in_order_needs_no_code():
