@@ -10,7 +10,7 @@ from msdd_fast.backends.extension import extension_status
 
 def can_use_cpu(x: Tensor) -> Verdict:
     """Whether the compiled C++ functions can work on ``x``."""
-    if x.device.type != "cpu":
+    if not x.is_cpu:
         return False, f"works on CPU tensors, got {x.device}"
     return extension_status()
 

@@ -34,6 +34,8 @@ def run(args: argparse.Namespace) -> None:
     from msdd_fast.tokenizer import Tokenizer
 
     check_json(args)
+    if not args.out.endswith((".pt2", ".onnx")):
+        raise InputError(f"--out must end in .pt2 or .onnx, got {args.out}")
     onnx = args.out.endswith(".onnx")
     mine: dict[str, Any] = {"steps": args.steps, "cfg_scale": args.cfg_scale, "aot": args.aot or None}
     other: dict[str, Any] = {"stage": args.stage}

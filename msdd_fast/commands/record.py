@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,23 @@ def decode_options(
         "dtype": dtype,
         "computed_in": str(computed_in).removeprefix("torch."),
     }
+
+
+@contextmanager
+def kept_with_results(file: Path, results: Sequence[Path]) -> Iterator[None]:
+    """Remove the record ``file`` written inside the block, and its folder if that was made there, if the block fails
+    before any of the results is there.
+    """
+    made = not file.parent.exists()
+    try:
+        yield
+    except BaseException:
+        if not any(path.exists() for path in results):
+            file.unlink(missing_ok=True)
+            if made:
+                with suppress(OSError):  # something else is in it
+                    file.parent.rmdir()
+        raise
 
 
 def claim(mine: dict[str, Any], file: Path, targets: list[Path], overwrite: bool) -> None:

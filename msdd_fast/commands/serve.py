@@ -11,7 +11,7 @@ import argparse
 from collections.abc import Callable
 
 from msdd_fast.commands.arguments import add_checkpoint, add_dtype, add_max_memory
-from msdd_fast.io.arguments import positive_int
+from msdd_fast.io.arguments import not_negative, positive_int
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,14 +27,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     # The defaults are those of integrations.serve.Settings, which is not imported here: PyTorch is behind it.
     limits: tuple[tuple[str, Callable[[str], float], float, str], ...] = (
         ("--max-batch", positive_int, 8, "images decoded together"),
-        ("--max-wait-ms", float, 2.0, "milliseconds that a request waits for its batch to fill"),
+        ("--max-wait-ms", not_negative, 2.0, "milliseconds that a request waits for its batch to fill"),
         ("--max-queue", positive_int, 256, "images that may wait; more are refused with 503"),
-        ("--max-images", positive_int, 64, "images of one request"),
         ("--max-pixels", positive_int, 2**22, "pixels of one image"),
-        ("--timeout", float, 30.0, "seconds that a request may take; then 504"),
+        ("--timeout", not_negative, 30.0, "seconds that a request may take; then 504"),
     )
     for name, kind, value, text in limits:
         parser.add_argument(name, type=kind, default=value, help=f"{text} (default: {value:g})")
+    parser.add_argument(
+        "--max-images", type=positive_int, help="images of one request (default: 64, or --max-queue if that is less)"
+    )
 
 
 def run(args: argparse.Namespace) -> None:

@@ -24,7 +24,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
     return Settings(
         max_wait=args.max_wait_ms / 1e3,
         max_queue=args.max_queue,
-        max_images=args.max_images,
+        max_images=min(Settings.max_images, args.max_queue) if args.max_images is None else args.max_images,
         max_pixels=args.max_pixels,
         timeout=args.timeout,
         token=os.environ.get(TOKEN),

@@ -212,10 +212,10 @@ def on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def run(*args: Any) -> Any:
-        device = args[0].device
-        if device.type != "cuda" or device.index == torch.cuda.current_device():
+        first = args[0]
+        if not first.is_cuda or first.device.index == torch.cuda.current_device():
             return function(*args)
-        with torch.cuda.device(device):
+        with torch.cuda.device(first.device):
             return function(*args)
 
     return run

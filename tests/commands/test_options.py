@@ -277,3 +277,15 @@ def test_what_help_knows_without_importing_it():
     assert set(eval_options.RESIZES) == set(RESIZE_FILTERS)
     assert set(eval_options.SSIMS) == set(SSIM_DATA_RANGES)
     assert settings_of(cli.build_parser("serve").parse_args(["serve"])) == Settings()
+
+
+def test_limits_of_serve(capsys):
+    parser = cli.build_parser("serve")
+    few = settings_of(parser.parse_args(["serve", "--max-queue", "4"]))
+    assert (few.max_queue, few.max_images) == (4, 4)
+    for option in ("--max-wait-ms", "--timeout"):
+        for value in ("-3", "nan", "inf"):
+            with pytest.raises(SystemExit):
+                parser.parse_args(["serve", option, value])
+            said = capsys.readouterr().err
+            assert f"argument {option}: must be a finite number >= 0, got {value}" in said

@@ -137,6 +137,11 @@ def test_bad_arguments(tok, tmp_path, function, name, options, message):
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
+def test_the_command_names_both_suffixes(tmp_path, capsys):
+    assert cli.main(["export", "msdd-nano", "-o", str(tmp_path / "decoder.txt")]) == 1
+    assert "--out must end in .pt2 or .onnx, got " in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
 def test_a_size_that_is_fixed(tmp_path):
     with pytest.raises(InputError, match="height must be 64, which this model has fixed, got 32"):
         export_decoder(perturbed(), tmp_path / "d.pt2", height=32)

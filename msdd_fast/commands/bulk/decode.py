@@ -12,7 +12,7 @@ from msdd_fast.commands.bulk.sources import list_latents
 from msdd_fast.commands.bulk.workers import DecodeWorker, Unit
 from msdd_fast.commands.common import DTYPES, pick_device
 from msdd_fast.commands.output import finish, say
-from msdd_fast.commands.record import claim, decode_options
+from msdd_fast.commands.record import claim, decode_options, kept_with_results
 from msdd_fast.commands.shards import RECORD
 from msdd_fast.diffusion.checks import check_guidance, check_latents, check_sampling
 from msdd_fast.diffusion.noise import resolve_seeds
@@ -62,9 +62,6 @@ def decode_on_ray(args: argparse.Namespace, options: RayOptions, record: str) ->
     else:
         outputs = [output] * len(parts)
         targets = [output / f"{name}.png" for name in source.names]
-    claim(mine, output / record, targets, args.overwrite)
-    if args.overwrite:
-        (output / MANIFEST).unlink(missing_ok=True)
     units = [
         Unit(first, n, str(file), source.names[first : first + n], [list(p) for p in source.part(first, first + n)])
         for (first, n), file in zip(parts, outputs, strict=True)
@@ -77,7 +74,11 @@ def decode_on_ray(args: argparse.Namespace, options: RayOptions, record: str) ->
         "cfg_scale": cfg_scale,
         "dtype": DTYPES[args.dtype],
     }
-    wrote = sum(line["count"] for line, new in run_units(DecodeWorker, arguments, units, output, options) if new)
+    with kept_with_results(output / record, targets):
+        claim(mine, output / record, targets, args.overwrite)
+        if args.overwrite:
+            (output / MANIFEST).unlink(missing_ok=True)
+        wrote = sum(line["count"] for line, new in run_units(DecodeWorker, arguments, units, output, options) if new)
     if wrote < count:
         say(args, f"{count - wrote} of {count} are already there")
     say(args, f"wrote {wrote} pictures to {args.out}")

@@ -16,7 +16,7 @@ from msdd_fast.commands.bulk.workers import EncodeWorker, Unit
 from msdd_fast.commands.common import DTYPES
 from msdd_fast.commands.inputs import ImageReader
 from msdd_fast.commands.output import finish, say
-from msdd_fast.commands.record import prepare_folder
+from msdd_fast.commands.record import kept_with_results, prepare_folder
 from msdd_fast.commands.shards import RECORD, names_in, shard_paths, shards_record
 from msdd_fast.errors import InputError
 from msdd_fast.io.files import require_writable
@@ -32,23 +32,24 @@ def encode_on_ray(args: argparse.Namespace, options: RayOptions) -> None:
     tokenizer = Tokenizer.from_pretrained(args.checkpoint)
     size = args.shard_size or SHARD_SIZE
     record = shards_record(tokenizer, names, DTYPES[args.dtype], size)
-    prepare_folder(output, RECORD, record, args.overwrite, files="shards", content="latents")
-    if args.overwrite:
-        (output / MANIFEST).unlink(missing_ok=True)
     units = [
         Unit(part.start, len(part), str(path), names[part.start : part.stop], [list(refs[i]) for i in part])
         for path, part in shard_paths(output, len(refs), size)
     ]
-    adopt(output, units, _facts)
     checkpoint = absolute_checkpoint(args.checkpoint)
     arguments = {"checkpoint": checkpoint, "dtype": DTYPES[args.dtype], "batch": args.batch_size}
     reader, shape = ImageReader(tokenizer.config.image_size), []
-    for line, _ in run_units(EncodeWorker, arguments, units, output, options):
-        reader.count += line["count"]
-        for file, reason in line["unreadable"]:
-            reader.pass_over(file, reason)
-        shape = line["shape"][1:]
-    reader.require_any()
+    with kept_with_results(output / RECORD, [Path(unit.output) for unit in units]):
+        prepare_folder(output, RECORD, record, args.overwrite, files="shards", content="latents")
+        if args.overwrite:
+            (output / MANIFEST).unlink(missing_ok=True)
+        adopt(output, units, _facts)
+        for line, _ in run_units(EncodeWorker, arguments, units, output, options):
+            reader.count += line["count"]
+            for file, reason in line["unreadable"]:
+                reader.pass_over(file, reason)
+            shape = line["shape"][1:]
+        reader.require_any()
     shape = [reader.count - len(reader.unreadable), *shape]
     say(args, f"wrote {output}/: {' x '.join(map(str, shape))}")
     unreadable = [str(file) for file, _ in reader.unreadable]

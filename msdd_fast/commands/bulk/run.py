@@ -74,7 +74,8 @@ def adopt(folder: Path, units: Sequence[Unit], facts: Callable[[Unit], dict[str,
         found = None if key in known else facts(unit)
         if found is not None:
             lines.append({**dict(zip(("first", "count", "output"), key, strict=True)), **found})
-    append_json_lines(folder / MANIFEST, lines)
+    if lines:
+        append_json_lines(folder / MANIFEST, lines)
 
 
 def sweep(units: Sequence[Unit]) -> None:

@@ -8,9 +8,10 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Annotated, Any
 
-from fastapi import FastAPI, Header, Query, Request, Response
+from fastapi import Depends, FastAPI, Header, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.security import HTTPBearer
 from fastapi_offline import FastAPIOffline
 
 from msdd_fast import __version__
@@ -75,7 +76,16 @@ def build_app(engine: FastDecoder, settings: Settings) -> FastAPI:
             return None
         return error(401, "the bearer token is missing or wrong", {"WWW-Authenticate": "Bearer"})
 
-    @app.post("/decode", response_class=Response, responses=_RESPONSES, openapi_extra={"requestBody": _BODY})
+    # For the page /docs, which then asks for the token; ``refuses`` checks it.
+    token = [] if settings.token is None else [Depends(HTTPBearer(auto_error=False))]
+
+    @app.post(
+        "/decode",
+        response_class=Response,
+        responses=_RESPONSES,
+        openapi_extra={"requestBody": _BODY},
+        dependencies=token,
+    )
     async def decode(
         request: Request,
         query: Annotated[DecodeQuery, Query()],
@@ -101,7 +111,7 @@ def build_app(engine: FastDecoder, settings: Settings) -> FastAPI:
         """200 while latents are decoded; 503 before the engine is warm and after it ended."""
         return JSONResponse(service.health(), 200 if service.batcher.alive else 503)
 
-    @app.get("/metrics", response_class=PlainTextResponse)
+    @app.get("/metrics", response_class=PlainTextResponse, dependencies=token)
     async def metrics(request: Request) -> Response:
         """Counters in the text format of Prometheus."""
         text = service.metrics.text(service.batcher.waiting, service.settings.max_queue)

@@ -69,8 +69,11 @@ def test_a_killed_decode_goes_on(run, ray, z_file, tmp_path, survive):
     out = tmp_path / "out"
     ray.survive, ray.done = survive, []
     killed(run, *args, "-o", out)
-    assert len(ray.done) == survive == len(read_json_lines(out / "manifest.jsonl"))
-    with open(out / "manifest.jsonl", "a") as f:
+    manifest = out / "manifest.jsonl"
+    assert len(ray.done) == survive and out.exists() == (survive > 0)
+    assert survive == (len(read_json_lines(manifest)) if out.exists() else 0)
+    out.mkdir(exist_ok=True)  # without a result there is none
+    with open(manifest, "a") as f:
         f.write('{"first": 0, "cou')  # a line that the kill cut off
     ray.survive = None
     (out / f".{'0' * 32}.tar").touch()  # what a killed worker was writing
@@ -141,6 +144,7 @@ def test_overwrite_does_everything_again(run, ray, z_file, photos, tmp_path):
 
 
 def test_one_bad_image_ends_the_run_with_one_line_and_what_is_done_stays(run, fails, ray, latents, tmp_path):
+    ray.runs = 3  # the order of the units that follows: the bad one is the second
     z = latents.z.clone()
     z[6, 0, 0] = float("nan")
     save_latents(Latents(z, latents.names), tmp_path / "z.safetensors")
@@ -157,8 +161,27 @@ def test_one_bad_image_ends_the_run_with_one_line_and_what_is_done_stays(run, fa
     )
     assert "latents must be finite, got NaN or Inf in item 6 (a/06)" in fails(*args)
     there = {p.name for p in (tmp_path / "out").iterdir()} - {"decode.json", "manifest.jsonl"}
-    assert "000001.tar" not in there and len(there) == len(read_json_lines(tmp_path / "out" / "manifest.jsonl"))
+    assert "000001.tar" not in there and len(there) == len(read_json_lines(tmp_path / "out" / "manifest.jsonl")) > 0
     assert not [p for p in there if not p.endswith(".tar")]
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_run_that_fails_before_its_first_result_leaves_nothing(
+    run, fails, ray, z_file, photos, latents, tmp_path, there
+):
+    bad = Latents(torch.full_like(latents.z, float("nan")), latents.names)
+    save_latents(bad, tmp_path / "z.safetensors")
+    out = tmp_path / "out"
+    if there:
+        out.mkdir()
+        (out / "mine.txt").write_text("x")
+    for shards in ((), ("--shards",)):
+        assert "latents must be finite" in fails("decode", tmp_path / "z.safetensors", "-o", out, "--ray", *shards)
+        assert [p.name for p in out.iterdir()] == ["mine.txt"] if there else not out.exists()
+    ray.survive = 0
+    for command, source in (("decode", z_file), ("encode", photos)):
+        killed(run, command, source, "-o", out, "--ray")
+        assert [p.name for p in out.iterdir()] == ["mine.txt"] if there else not out.exists()
 
 
 def test_other_options_are_refused(run, fails, ray, z_file, photos, tmp_path):

@@ -308,6 +308,18 @@ def test_a_token(engine, z):
     assert health[0] == 200 and allowed[0] == 200
 
 
+@pytest.mark.parametrize("token", [None, "secret"])
+def test_the_description_says_whether_a_token_is_needed(engine, token):
+    async def test(client):
+        return json.loads((await client("GET", "/openapi.json"))[2])
+
+    described = serve(engine, test, token=token)
+    paths, schemes = described["paths"], described.get("components", {}).get("securitySchemes", {})
+    assert schemes == ({} if token is None else {"HTTPBearer": {"type": "http", "scheme": "bearer"}})
+    needed = {path for path, ways in paths.items() if any("security" in way for way in ways.values())}
+    assert needed == (set() if token is None else {"/decode", "/metrics"})
+
+
 # --- Load, time and people who leave. ---
 
 
