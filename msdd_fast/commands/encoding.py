@@ -6,8 +6,6 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from safetensors import safe_open
-
 from msdd_fast.commands.arguments import SHARD_SIZE
 from msdd_fast.commands.bulk.encode import encode_on_ray
 from msdd_fast.commands.bulk.options import ray_options
@@ -19,6 +17,7 @@ from msdd_fast.errors import InputError
 from msdd_fast.io.files import as_path, require_writable
 from msdd_fast.io.images import find_image_files
 from msdd_fast.io.latents import save_latents, unique_names
+from msdd_fast.io.safetensors import open_safetensors
 
 MAX_FILE_BYTES = 2**30
 
@@ -98,7 +97,7 @@ def _write_shards(job: EncodeJob, shards: Sequence[tuple[Path, range]]) -> Seque
             if job.names[i] not in done:
                 job.reader.pass_over(job.files[i], f"{job.files[i]} was not readable in an earlier run")
         job.bar.update(len(part))
-        with safe_open(path, framework="pt") as f:
+        with open_safetensors(path) as f:
             shape = f.get_slice("latents").get_shape()
     job.reader.require_any()
     return shape

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
@@ -19,6 +19,7 @@ from msdd_fast.commands.record import ENCODE_RECORD, digest
 from msdd_fast.errors import InputError
 from msdd_fast.io.images import load_image
 from msdd_fast.io.latents import Latents
+from msdd_fast.io.safetensors import open_safetensors
 from msdd_fast.tokenizer import Tokenizer
 
 RECORD = ENCODE_RECORD
@@ -84,7 +85,7 @@ def shards_record(tokenizer: Tokenizer, names: list[str], dtype: torch.dtype, si
 def names_in(path: Path) -> list[str] | None:
     """The names in a shard; None if there is no such file, or it does not load."""
     try:
-        with safe_open(path, framework="pt") as f:
+        with open_safetensors(path) as f:
             if "latents" not in f.keys():  # noqa: SIM118 (not a dict)
                 return None
             names = json.loads((f.metadata() or {}).get("names", "null"))

@@ -14,12 +14,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from msdd_fast.errors import InputError
 from msdd_fast.io.files import as_path, parse_json
-from msdd_fast.io.safetensors import write_safetensors
+from msdd_fast.io.safetensors import open_safetensors, write_safetensors
 
 
 class Latents(NamedTuple):
@@ -77,7 +77,7 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
     try:
         if Path(path).exists() and not Path(path).is_file():
             raise ValueError("not a regular file")
-        with safe_open(path, framework="pt") as f:
+        with open_safetensors(path) as f:
             if "latents" not in f.keys():  # noqa: SIM118 (not a dict)
                 raise InputError(f"{path} must hold a tensor 'latents', got {', '.join(f.keys()) or 'nothing'}")
             yield f

@@ -17,6 +17,23 @@ from torch import Tensor
 from msdd_fast.errors import CheckpointError
 from msdd_fast.io.files import atomic_write
 
+LARGEST_SIZE = 2**63 - 1
+"""Of a dimension of a tensor of PyTorch. A file may say more, of tensors without elements."""
+
+
+@contextmanager
+def open_safetensors(path: str | os.PathLike[str]) -> Iterator[Any]:
+    """The one way to open a safetensors file.
+
+    Raises what ``safe_open`` does, and SafetensorError for shapes that no tensor has.
+    """
+    with safe_open(path, framework="pt") as f:
+        for name in f.keys():  # noqa: SIM118 (not a dict)
+            shape = f.get_slice(name).get_shape()
+            if any(size > LARGEST_SIZE for size in shape):
+                raise SafetensorError(f"{name} has the shape {tuple(shape)}")
+        yield f
+
 
 def read_safetensors(path: Path, names: Collection[str] | None = None) -> dict[str, Tensor]:
     """The tensors of one safetensors file, all or those of ``names``.
@@ -39,7 +56,7 @@ def _opened(path: Path) -> Iterator[Any]:
     try:
         if path.exists() and not path.is_file():
             raise ValueError("not a regular file")
-        with safe_open(path, framework="pt") as f:
+        with open_safetensors(path) as f:
             yield f
     except CheckpointError:
         raise

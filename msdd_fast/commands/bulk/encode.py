@@ -6,8 +6,6 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-
 from msdd_fast.commands.arguments import SHARD_SIZE
 from msdd_fast.commands.bulk.options import RayOptions, absolute_checkpoint
 from msdd_fast.commands.bulk.run import MANIFEST, adopt, run_units
@@ -20,6 +18,7 @@ from msdd_fast.commands.record import kept_with_results, prepare_folder
 from msdd_fast.commands.shards import RECORD, names_in, shard_paths, shards_record
 from msdd_fast.errors import InputError
 from msdd_fast.io.files import require_writable
+from msdd_fast.io.safetensors import open_safetensors
 from msdd_fast.tokenizer import Tokenizer
 
 
@@ -67,5 +66,5 @@ def _facts(unit: Unit) -> dict[str, Any] | None:
         raise InputError(f"{unit.output} holds other images: use --overwrite, or another folder")
     lost = [str(Ref(*r)) for r, name in zip(unit.inputs, unit.names, strict=True) if name not in there]
     reasons = [[name, f"{name} was not readable in an earlier run"] for name in lost]
-    with safe_open(unit.output, framework="pt") as f:
+    with open_safetensors(unit.output) as f:
         return {"shape": f.get_slice("latents").get_shape(), "unreadable": reasons}

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
@@ -22,7 +22,7 @@ from msdd_fast.commands.evaluation.sources import Source
 from msdd_fast.commands.evaluation.suite import Suite
 from msdd_fast.commands.record import EVAL_RECORD, prepare_folder
 from msdd_fast.errors import InputError
-from msdd_fast.io.safetensors import write_safetensors
+from msdd_fast.io.safetensors import open_safetensors, write_safetensors
 from msdd_fast.metrics.distances import frechet_distance, kernel_distance
 from msdd_fast.metrics.statistics import FeatureStatistics
 
@@ -82,7 +82,7 @@ class PartFolder:
 
     def _is_there(self, number: int) -> bool:
         try:
-            with safe_open(self.path(number), framework="pt") as f:
+            with open_safetensors(self.path(number)) as f:
                 return "rank" in (f.metadata() or {})
         except (OSError, SafetensorError):
             return False
@@ -90,7 +90,7 @@ class PartFolder:
     def read(self, number: int) -> Part | None:
         """None if there is none, or it does not load."""
         try:
-            with safe_open(self.path(number), framework="pt") as f:
+            with open_safetensors(self.path(number)) as f:
                 about = f.metadata() or {}
                 tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 (not a dict)
             index = tensors.pop("index").tolist()
