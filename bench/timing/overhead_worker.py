@@ -39,7 +39,7 @@ def calls_of(name: str, arguments: tuple[Any, ...]) -> dict[str, Callable[[], An
     def call() -> Any:
         return op(*arguments, backend=BACKEND)
 
-    return {"op": call, "bound": lambda: bound(*arguments), "C": bare_call(call)}
+    return {"op": call, "bound": functools.partial(bound, *arguments), "C": bare_call(call)}
 
 
 def bare_call(call: Callable[[], Any]) -> Callable[[], Any] | None:

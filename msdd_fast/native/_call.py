@@ -62,7 +62,7 @@ class Native(Generic[P, R]):
 
 
 def in_order(
-    name: str, operands: Sequence[str], results: Callable[..., Tensor | tuple[Tensor, ...]]
+    name: str, operands: Sequence[str], results: Callable[..., Tensor | tuple[Tensor, Tensor]]
 ) -> Native[..., Any]:
     """A function of the extension that takes the addresses of its results, then the arguments, as a native function.
 
@@ -70,8 +70,8 @@ def in_order(
         name: of the function.
         operands: names of the arguments that are tensors or None, in order. The others follow and are passed on as
             they are.
-        results: takes the same arguments and returns tensors that lie as the results do. If none of them has an
-            element, nothing is called.
+        results: takes the same arguments and returns a tensor, or two, that lie as the results do. If none of them has
+            an element, nothing is called.
     """
 
     def prepare(*args: Any) -> Callable[..., Any]:
@@ -79,25 +79,25 @@ def in_order(
         arguments = *of, *args[len(operands) :]
         made = results(*args)
         if isinstance(made, tuple):
-            return prepared(name, tuple(map(result_like, made)), *[GIVEN] * len(made), *arguments)
+            return prepared(name, (result_like(made[0]), result_like(made[1])), GIVEN, GIVEN, *arguments)
         return prepared(name, result_like(made), GIVEN, *arguments)
 
     return Native(prepare)
 
 
-def prepared(name: str, results: Result | tuple[Result, ...], *arguments: Any) -> Callable[..., Any]:
+def prepared(name: str, results: Result | tuple[Result, Result], *arguments: Any) -> Callable[..., Any]:
     """A function of tensors that makes new results, calls a function of the extension and returns them.
 
     Args:
         name: of the extension's function (csrc/binding/prepared.h). Its parameters with an address are in order: the
             results, then the tensors that are given at every call.
-        results: one, or a tuple of several. If none of them has an element, nothing is called.
+        results: one, or two. If none of them has an element, nothing is called.
         arguments: of the extension's function, without the number of threads: torch's at the time of a call.
 
     What the extension refuses becomes an InputError.
     """
     function = getattr(load_extension(), "prepare_" + name)(*arguments)
-    return _one(name, function, results) if isinstance(results, Result) else _several(name, function, results)
+    return _one(name, function, results) if isinstance(results, Result) else _two(name, function, results)
 
 
 def _one(name: str, function: Callable[..., None], result: Result) -> Callable[..., Tensor]:
@@ -119,23 +119,24 @@ def _one(name: str, function: Callable[..., None], result: Result) -> Callable[.
     return run
 
 
-def _several(name: str, function: Callable[..., None], results: tuple[Result, ...]) -> Callable[..., Any]:
+def _two(name: str, function: Callable[..., None], results: tuple[Result, Result]) -> Callable[..., Any]:
+    (shape, strides, dtype), (other_shape, other_strides, other_dtype) = results
     threads, empty = torch.get_num_threads, all(0 in r.shape for r in results)
 
-    def run(*tensors: Tensor) -> tuple[Tensor, ...]:
-        first, made = tensors[0], []
-        of_first = first.dtype
-        for shape, strides, dtype in results:
-            if of_first is dtype:
-                made.append(first.new_empty_strided(shape, strides))
-            else:
-                made.append(first.new_empty_strided(shape, strides, dtype=dtype))
+    def run(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+        first = tensors[0]
+        given = first.dtype
+        if given is dtype and given is other_dtype:
+            out, other = first.new_empty_strided(shape, strides), first.new_empty_strided(other_shape, other_strides)
+        else:
+            out = first.new_empty_strided(shape, strides, dtype=dtype)
+            other = first.new_empty_strided(other_shape, other_strides, dtype=other_dtype)
         if not empty:
             try:
-                function(*map(_address, made), *map(_address, tensors), threads())
+                function(out.data_ptr(), other.data_ptr(), *map(_address, tensors), threads())
             except ValueError as error:
                 raise refused(name, error) from None
-        return tuple(made)
+        return out, other
 
     return run
 
