@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"({', '.join(exporting)})",
     )
     parser.add_argument("output", help="directory to write; with --export a .safetensors file")
-    suffixes = ", ".join(f"{name} for {' and '.join(f.suffixes)}" for name, f in known.items())
+    suffixes = ", ".join(f"{name} for {' and '.join(f.suffixes)}" for name, f in known.items() if f.suffixes)
     parser.add_argument("--family", choices=tuple(known), default=None, help=f"default: {suffixes}")
     uses: dict[str, dict[str, Option]] = {}
     for name, released in known.items():
@@ -39,12 +39,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for option, by_family in uses.items():
         first = next(iter(by_family.values()))
         who = "" if len(by_family) == len(known) else f"{', '.join(by_family)}: "
+        choices = ", ".join(first.choices or ())
+        long = len(choices) > 40  # then not in the usage line
+        default = "" if first.default == "" else f" (default: {first.default})"
         parser.add_argument(
             _flag(option),
             type=type(first.default),
             choices=first.choices,
+            metavar=option.upper() if long else None,
             default=None,
-            help=f"{who}{first.help} (default: {first.default})",
+            help=f"{who}{first.help}{f': {choices}' if long else ''}{default}",
         )
     parser.add_argument("--export", action="store_true", help="from our checkpoint to a file in the authors' format")
     add_json(parser, "what was written")

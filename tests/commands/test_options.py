@@ -14,6 +14,8 @@ from msdd_fast.bench.report.text import COLUMNS
 from msdd_fast.commands import main as cli
 from msdd_fast.commands import output
 from msdd_fast.commands.evaluation import options as eval_options
+from msdd_fast.commands.evaluation.evaluate import _row
+from msdd_fast.commands.evaluation.sources import describe_crop
 from msdd_fast.commands.serving import settings_of
 from msdd_fast.integrations.serve import Settings
 from msdd_fast.io.arguments import byte_size, dtype_name, positive_int, renamed
@@ -277,6 +279,25 @@ def test_what_help_knows_without_importing_it():
     assert set(eval_options.RESIZES) == set(RESIZE_FILTERS)
     assert set(eval_options.SSIMS) == set(SSIM_DATA_RANGES)
     assert settings_of(cli.build_parser("serve").parse_args(["serve"])) == Settings()
+
+
+@pytest.mark.parametrize("command", ["convert", "decode", "encode", "eval", "serve", "table"])
+def test_help_of_commands_fits_80_columns(command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    text = cli.build_parser(command).format_help()
+    assert max(map(len, text.splitlines())) <= 80
+    assert "(default: )" not in text
+
+
+def test_a_report_fits_80_columns_and_breaks_no_path():
+    assert _row("seed", 3) == "seed             3"
+    crop = describe_crop("center", "auto") + ", to 128 px"
+    lines = _row("crop", crop).split("\n")
+    assert len(lines) == 2 and max(map(len, lines)) <= 80
+    assert lines[0].startswith("crop             largest") and lines[1].startswith(" " * 17)
+    assert " ".join(line[17:] for line in lines) == crop
+    path = "/" + "a-b/" * 30
+    assert _row("folder", path) == f"folder           {path}"
 
 
 def test_limits_of_serve(capsys):

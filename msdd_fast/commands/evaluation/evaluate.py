@@ -6,6 +6,7 @@ import argparse
 import math
 import os
 import tempfile
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -122,6 +123,13 @@ def evaluate(args: argparse.Namespace) -> None:
         on_rank0_and_broadcast(conclude)
 
 
+def _row(name: str, value: object) -> str:
+    """Of a table for a terminal of 80 columns; a path is not broken."""
+    indent = " " * 17
+    wrapped = textwrap.wrap(str(value), 80 - len(indent), break_long_words=False, break_on_hyphens=False)
+    return f"{name:16} " + f"\n{indent}".join(wrapped)
+
+
 def report(
     args: argparse.Namespace,
     job: Job,
@@ -144,7 +152,7 @@ def report(
         "mean": result.mean,
     }
     shown = {k: v for k, v in content.items() if k != "mean" and v is not None}
-    say(args, *(f"{name:16} {value}" for name, value in shown.items()))
+    say(args, *(_row(name, value) for name, value in shown.items()))
     say(args, *(f"{name:16} {value:.4f}" for name, value in result.mean.items()))
     content |= {"weights": job.suite.weights, "details": result.details}
     if speed:
