@@ -238,7 +238,7 @@ def test_kernels_run_on_the_device_of_their_tensors(monkeypatch):
             current[0] = self.before
 
     class OnSecond:
-        device = torch.device("cuda:1")
+        device, is_cuda = torch.device("cuda:1"), True
 
     monkeypatch.setattr(torch.cuda, "device", Device)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
