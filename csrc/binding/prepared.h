@@ -103,7 +103,7 @@ inline pybind11::object as_python(Prepared* prepared) {
     return pybind11::reinterpret_steal<pybind11::object>(PyCFunction_New(&method, owner.ptr()));
 }
 
-template <class... Args, std::size_t... I, class... Extra>
+template <class... Args, std::size_t... I>
 void define_prepare(pybind11::module_& m, const std::string& name, void (*function)(Args...),
                     std::index_sequence<I...>) {
     using Arguments = typename PreparedFunction<Args...>::Arguments;

@@ -94,16 +94,16 @@ def decode_options(
 
 @contextmanager
 def kept_with_results(file: Path, results: Sequence[Path]) -> Iterator[None]:
-    """Remove the record ``file`` written inside the block, and its folder if that was made there, if the block fails
-    before any of the results is there.
+    """Remove the record ``file`` if the block writes it and fails before any of the results is there, and its folder if
+    the block made that. A record that was there before stays: it may be another run's.
     """
-    made = not file.parent.exists()
+    new, new_folder = not file.exists(), not file.parent.exists()
     try:
         yield
     except BaseException:
-        if not any(path.exists() for path in results):
+        if new and not any(path.exists() for path in results):
             file.unlink(missing_ok=True)
-            if made:
+            if new_folder:
                 with suppress(OSError):  # something else is in it
                     file.parent.rmdir()
         raise

@@ -184,6 +184,16 @@ def test_a_run_that_fails_before_its_first_result_leaves_nothing(
         assert [p.name for p in out.iterdir()] == ["mine.txt"] if there else not out.exists()
 
 
+def test_a_refusal_leaves_the_record_of_another_run(run, fails, ray, photos, tmp_path):
+    out = tmp_path / "e"
+    run("encode", photos, "-o", out, "--shard-size", 4, "--ray")
+    for name in ("000000", "000001"):  # what is left has no name that the next run would write
+        (out / f"{name}.safetensors").unlink()
+    before = digests(out, ".json", ".jsonl", ".safetensors")
+    assert "other shard_size" in fails("encode", photos, "-o", out, "--shard-size", 6, "--ray")
+    assert digests(out, ".json", ".jsonl", ".safetensors") == before and "encode.json" in before
+
+
 def test_other_options_are_refused(run, fails, ray, z_file, photos, tmp_path):
     out = tmp_path / "d"
     run("decode", z_file, "-o", out, *DECODE, "--ray", "--shards", "--shard-size", 4)
