@@ -2,6 +2,8 @@
 // compared with the extension, which chooses its level itself.
 #include "msdd_fast/cfg_euler.h"
 #include "msdd_fast/final_step.h"
+#include "msdd_fast/norm_modulate.h"
+#include "msdd_fast/qk_norm_rope.h"
 #include "msdd_fast/renoise_upsample.h"
 #include "msdd_fast/sde_step.h"
 #include "msdd_fast/sigma_gate.h"
@@ -59,4 +61,23 @@ extern "C" void sigma_gate(void* x_new, void* h, const void* x, const void* y, c
         {x, type},      {y, type},          {{offset, type}, 1, false}, {},
         {weight, type}, {{shift, type}, 0}, {{scale, type}, 0},         {rms_weight, type}};
     msdd_fast::sigma_gate(x_new, h, operands, {rows, width, rows, 1, 1e-6f}, 1);
+}
+
+// With a gated residual, the same tables for all rows; RMSNorm if rms_weight is given.
+extern "C" void norm_modulate(void* x_new, void* h, const void* x, const void* y, const void* gate, const void* shift,
+                              const void* scale, const void* rms_weight, int dtype, std::int64_t rows,
+                              std::int64_t width) {
+    const auto type = static_cast<msdd_fast::DType>(dtype);
+    const auto table = [&](const void* data) { return msdd_fast::Table{{data, type}, width}; };
+    msdd_fast::norm_modulate(h, x_new, x, type, {y, type}, table(gate), table(shift), table(scale), table(rms_weight),
+                             {rows, width, rows, 1, 1e-6f}, 1);
+}
+
+// Of contiguous qkv (batch, tokens, 3, heads, size), with one entry of weights.
+extern "C" void qk_norm_rope(void* out, const void* x, const float* weight, const float* bias, const float* cos,
+                             const float* sin, int dtype, std::int64_t batch, std::int64_t tokens, std::int64_t heads,
+                             int size) {
+    msdd_fast::qk_norm_rope(
+        out, x, static_cast<msdd_fast::DType>(dtype), {weight, bias, cos, sin},
+        {batch, tokens, 2, heads, size, tokens * 3 * heads * size, 3 * heads * size, false, tokens, 1e-6f}, 1);
 }

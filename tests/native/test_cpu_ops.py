@@ -274,19 +274,37 @@ def supports(level):
     return "sse2" in flags and needed.get(level, {f"avx512{part}" for part in ("f", "bw", "cd", "dq", "vl")}) <= flags
 
 
+def strange_rows(dtype, width):
+    """x and y (8, width), gate, shift, scale and weight (width,): sums and results that are NaN, infinite or subnormal
+    are among them."""
+    x, y = randn(8, width, dtype=dtype), randn(8, width, dtype=dtype, seed=1)
+    gate, shift, scale, weight = (randn(width, dtype=dtype, seed=i) for i in range(2, 6))
+    x[1, 0], x[2, -1], y[3, 0] = math.nan, math.inf, -math.inf
+    x[4], y[4] = 1.5, 0.0  # h is shift
+    x[5] = y[5] = 0.0
+    shift[0], x[5, -1] = 1e-39, -3e-39
+    x[6] *= 1e-38
+    y[6] *= 1e-39
+    x[7] *= 1e30
+    return x, y, gate, shift, scale, weight
+
+
 @pytest.mark.parametrize("level", LEVELS)
-def test_every_simd_level_gives_the_same_bits(level, tmp_path):
+def test_every_simd_level_gives_the_same_bits(level, tmp_path, monkeypatch):
     """The sources built for one level against the extension, which took the best level of this machine."""
+    assert backends.load_extension().linear_level()  # the extension has read the variable now, at the latest
+    monkeypatch.setenv("MSDD_FAST_CPU_LEVEL", "plain")  # of the sources built here
     compiler = os.environ.get("CXX") or shutil.which("g++")
     if not compiler or not supports(level):
         pytest.skip(f"needs g++ and an x86 CPU of level {level}")
     (options,) = re.findall(r"-Wall -Wextra (-f[^>]*)>", (ROOT / "CMakeLists.txt").read_text())
     library = tmp_path / "one_level.so"
     ops = ("renoise_upsample", "stage_transition", "final_step", "cfg_euler", "sde_step", "sigma_gate")
-    names = (*ops, "runtime/dtype", "runtime/parallel")
-    sources = [*(ROOT / f"csrc/cpu/{name}.cpp" for name in names), ROOT / "csrc/tests/one_level.cpp"]
+    names = (*ops, "runtime/dtype", "runtime/levels", "runtime/parallel")
+    folders = [*(ROOT / "csrc/cpu/norm_modulate").glob("*.cpp"), *(ROOT / "csrc/cpu/qk_norm_rope").glob("*.cpp")]
+    sources = [*(ROOT / f"csrc/cpu/{name}.cpp" for name in names), *folders, ROOT / "csrc/tests/one_level.cpp"]
     options += f" -O3 -std=c++17 -fPIC -pthread -march={level} -DMSDD_SIMD_CLONES= -I{ROOT / 'csrc/include'}"
-    objects = {source: tmp_path / f"{source.stem}.o" for source in sources}
+    objects = {source: tmp_path / f"{source.parent.name}-{source.stem}.o" for source in sources}
     jobs = [[compiler, *options.split(), "-c", str(s), "-o", str(o)] for s, o in objects.items()]
     with ThreadPoolExecutor() as pool:
         list(pool.map(lambda job: subprocess.run(job, check=True, timeout=300), jobs))
@@ -300,6 +318,8 @@ def test_every_simd_level_gives_the_same_bits(level, tmp_path):
     one.final_step.argtypes = [*[pointer] * 4, ctypes.c_int, ctypes.c_int, *[i64] * 4]
     one.sde_step.argtypes = [*[pointer] * 3, ctypes.c_int, pointer, *[i64] * 5]
     one.sigma_gate.argtypes = [*[pointer] * 9, ctypes.c_int, i64, i64]
+    one.norm_modulate.argtypes = [*[pointer] * 8, ctypes.c_int, i64, i64]
+    one.qk_norm_rope.argtypes = [*[pointer] * 6, ctypes.c_int, i64, i64, i64, ctypes.c_int]
     one.cfg_euler.argtypes = [*[pointer] * 4, ctypes.c_int, i64, f32, f32]
     for dtype, code in DTYPES.items():
         for order, last in ((torch.contiguous_format, 0), (torch.channels_last, 1)):
@@ -331,6 +351,24 @@ def test_every_simd_level_gives_the_same_bits(level, tmp_path):
         out = [torch.empty_like(e) for e in expected]
         one.sigma_gate(*(a.data_ptr() for a in (*out, *args)), code, 5, 70)
         assert all(torch.equal(bits(o), bits(e)) for o, e in zip(out, expected, strict=True))
+        for width, rms in product((1, 16, 70, 256), (False, True)):
+            x, y, gate, shift, scale, weight = args = strange_rows(dtype, width)
+            expected = native.gate_residual_norm_modulate(
+                x, y, gate[None], shift[None], scale[None], len(x), 1e-6, weight if rms else None
+            )
+            out = [torch.empty_like(e) for e in expected]
+            given = [*(t.data_ptr() for t in (*out, *args[:5])), weight.data_ptr() if rms else None]
+            one.norm_modulate(*given, code, *x.shape)
+            assert all(torch.equal(bits(o), bits(e)) for o, e in zip(out, expected, strict=True)), (width, rms)
+        for size, rms, turned in product((4, 16, 20, 64, 72, 128), (False, True), (True, False)):
+            qkv = strange_rows(dtype, 3 * 2 * size)[0].view(2, 4, 3, 2, size)
+            weight, bias, angles = randn(1, 2, size), randn(1, 2, size, seed=1), randn(4, size // 2, seed=2)
+            tables = weight, None if rms else bias, angles.cos(), angles.sin() if turned else None
+            expected = native.qk_norm_rope(qkv, *tables, 4, 1e-6)
+            out = torch.empty_like(expected)
+            given = [None if t is None else t.data_ptr() for t in (out, qkv, *tables)]
+            one.qk_norm_rope(*given, code, 2, 4, 2, size)
+            assert torch.equal(bits(out), bits(expected)), (size, rms, turned)
         args = [randn(12_345, dtype=dtype, seed=i) for i in range(3)]
         args[0][:3] = torch.tensor([math.nan, math.inf, -math.inf])
         out = torch.empty_like(args[0])

@@ -3,9 +3,10 @@
 #include "job.h"
 
 #ifdef MSDD_X86_LEVELS
-#define MSDD_SIMD __attribute__((target("avx512f,avx512bf16,avx2,fma")))
+#define MSDD_SIMD __attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,avx512bf16,avx2,fma")))
 #define MSDD_PAIRS
 
+#include "../linear/narrow_avx512bf16.h"
 #include "avx512.h"
 
 namespace msdd_fast {

@@ -4,6 +4,7 @@
 //   Vec, LANES, ROWS     vector of floats; ROWS x 2 of them are the sums that the registers hold
 //   load store set fma add sub mul max scale_by_power reduce_max reduce_add transpose_8x8
 //   MSDD_PAIRS           if it multiplies pairs of bfloat16, and then also dot and to_pairs
+//   MSDD_NARROW          as in linear/write.h
 //
 // Everything has internal linkage, so levels do not clash. For one task (up to 1152 queries of a head), block by
 // block of keys: K^T and V are converted to float32 and packed in panels two vectors wide, then for each tile of 24
@@ -20,6 +21,7 @@
 #include <cstring>
 #include <type_traits>
 
+#include "../linear/write.h"
 #include "job.h"
 
 namespace msdd_fast {
@@ -132,6 +134,15 @@ MSDD_SIMD inline void widen_row(const T* from, std::int64_t width, float* to) {
     if (whole < width) widen<T>(from + whole, width - whole, to + whole);
 }
 
+// A row as it is. In pieces of a size that the compiler knows, which it copies by a vector, not by a call.
+template <class T>
+MSDD_SIMD inline void copy_row(const T* from, std::int64_t width, T* to) {
+    constexpr std::int64_t PIECE = 64 / sizeof(T);
+    const std::int64_t whole = width / PIECE * PIECE;
+    for (std::int64_t i = 0; i < whole; i += PIECE) std::memcpy(to + i, from + i, 64);
+    if (whole < width) std::memcpy(to + whole, from + whole, static_cast<std::size_t>(width - whole) * sizeof(T));
+}
+
 // Rows [0, count) of `from`, `width` wide, and zeros up to `padded`, as [padded][size] numbers or [padded][size / 2]
 // pairs, size = padded_size(width).
 template <class T>
@@ -141,7 +152,7 @@ MSDD_SIMD inline void pack_rows(const T* from, std::int64_t stride, std::int64_t
     for (std::int64_t i = 0; i < count; ++i) {
         if (width < size) std::fill(to + i * depth, to + (i + 1) * depth, 0.0f);
         if constexpr (PAIRS<T>)
-            std::memcpy(to + i * depth, from + i * stride, static_cast<std::size_t>(width) * sizeof(T));
+            copy_row(from + i * stride, width, reinterpret_cast<T*>(to + i * depth));
         else
             widen_row(from + i * stride, width, to + i * depth);
     }
@@ -161,6 +172,15 @@ MSDD_SIMD void pack_keys(const T* from, std::int64_t stride, std::int64_t count,
     }
 }
 
+// The first `count` pairs (even, odd), zeros up to SIZE.
+template <int SIZE>
+MSDD_SIMD inline void interleave(const BFloat16* even, const BFloat16* odd, std::int64_t count, float* to) {
+    std::uint32_t pairs[SIZE];
+    for (std::int64_t i = 0; i < count; ++i) pairs[i] = even[i].bits | static_cast<std::uint32_t>(odd[i].bits) << 16;
+    for (std::int64_t i = count; i < SIZE; ++i) pairs[i] = 0;
+    std::memcpy(to, pairs, sizeof pairs);
+}
+
 // Rows 2j and 2j + 1 as pairs: panels [ceil(count / 2)][PANEL] of the width, zeros beside and below.
 MSDD_SIMD inline void pack_value_pairs(const BFloat16* from, std::int64_t stride, std::int64_t count,
                                        std::int64_t width, float* to) {
@@ -169,14 +189,10 @@ MSDD_SIMD inline void pack_value_pairs(const BFloat16* from, std::int64_t stride
         const std::int64_t there = std::min(PANEL, width - i);
         for (std::int64_t key = 0; key < count; key += 2, to += PANEL) {
             const BFloat16 *even = from + key * stride + i, *odd = key + 1 < count ? even + stride : zeros;
-            std::uint32_t pairs[PANEL] = {};
-            const std::int64_t whole = there / 16 * 16;
-            for (std::int64_t j = 0; j < whole; j += 16)
-                for (std::int64_t l = j; l < j + 16; ++l)
-                    pairs[l] = even[l].bits | static_cast<std::uint32_t>(odd[l].bits) << 16;
-            for (std::int64_t l = whole; l < there; ++l)
-                pairs[l] = even[l].bits | static_cast<std::uint32_t>(odd[l].bits) << 16;
-            std::memcpy(to, pairs, sizeof pairs);
+            if (there == PANEL)
+                interleave<PANEL>(even, odd, PANEL, to);  // a count that the compiler knows
+            else
+                interleave<PANEL>(even, odd, there, to);
         }
     }
 }
@@ -193,22 +209,18 @@ MSDD_SIMD void pack_values(const T* from, std::int64_t stride, std::int64_t coun
     }
 }
 
+// A row of the result from its sums, which it overwrites: whole panels of them.
 template <class T>
-MSDD_SIMD void write_row(const float* sums, float total, const T* accumulate, std::int64_t width, T* out) {
-    const float inverse = 1.0f / total;
-    for (std::int64_t i = 0; i < width; i += 16) {
-        alignas(64) float part[16], base[16] = {};
-        const std::int64_t there = std::min<std::int64_t>(16, width - i);
-        if (there == 16) {
-            if (accumulate != nullptr) widen<T>(accumulate + i, 16, base);
-            for (int j = 0; j < 16; ++j) part[j] = sums[i + j] * inverse + base[j];
-            narrow<T>(part, 16, out + i);
-            continue;
-        }
-        if (accumulate != nullptr) widen<T>(accumulate + i, there, base);
-        for (std::int64_t j = 0; j < there; ++j) part[j] = sums[i + j] * inverse + base[j];
-        narrow<T>(part, there, out + i);
+MSDD_SIMD inline void write_row(float* sums, float total, const T* accumulate, std::int64_t width, T* out) {
+    const Vec inverse = set(1.0f / total);
+    for (std::int64_t i = 0; i < width; i += LANES) store(sums + i, mul(load(sums + i), inverse));
+    if (accumulate != nullptr) {
+        alignas(64) float base[(MAX_HEAD_SIZE + PANEL - 1) / PANEL * PANEL];
+        widen_row(accumulate, width, base);
+        std::fill(base + width, base + (width + LANES - 1) / LANES * LANES, 0.0f);
+        for (std::int64_t i = 0; i < width; i += LANES) store(sums + i, add(load(sums + i), load(base + i)));
     }
+    write(sums, width, out);
 }
 
 template <class T>

@@ -1,0 +1,74 @@
+// Heads of bfloat16 by AVX-512: normalised, rotated and rounded in one pass through the registers.
+#include "msdd_fast/detail/lanes_avx512bf16.h"
+
+#ifdef MSDD_X86_LEVELS
+#define MSDD_SIMD MSDD_AVX512BF16 inline
+
+#include "job.h"
+
+namespace msdd_fast {
+namespace {
+
+using avx512bf16::LANES;
+
+// One for each element: a pair (even, odd) becomes (even, odd) * cos + (odd, even) * (-sin, sin).
+struct Angles {
+    alignas(64) float cos[MAX_ROPE_HEAD_DIM], sin[MAX_ROPE_HEAD_DIM];
+    bool rotate;
+
+    MSDD_SIMD Angles(const float* cosines, const float* sines, std::int64_t d) : rotate(sines != nullptr) {
+        for (std::int64_t i = 0; i < d / 2; ++i) cos[2 * i] = cos[2 * i + 1] = cosines[i];
+        if (!rotate) return;
+        for (std::int64_t i = 0; i < d / 2; ++i) {
+            sin[2 * i] = -sines[i];
+            sin[2 * i + 1] = sines[i];
+        }
+    }
+};
+
+MSDD_SIMD __m512 normal(const Head& head, __m512 x, __m512 weight, __m512 bias) {
+    if (head.bias != nullptr) x = _mm512_sub_ps(x, _mm512_set1_ps(head.mean));
+    const __m512 scaled = _mm512_mul_ps(_mm512_mul_ps(x, _mm512_set1_ps(head.factor)), weight);
+    return head.bias == nullptr ? scaled : _mm512_add_ps(scaled, bias);
+}
+
+MSDD_SIMD __m512 rotated(const Angles& angles, __m512 y, __m512 cos, __m512 sin) {
+    const __m512 swapped = _mm512_permute_ps(y, 0xB1);
+    const __m512 kept = _mm512_mul_ps(y, cos);
+    return angles.rotate ? _mm512_add_ps(kept, _mm512_mul_ps(swapped, sin)) : kept;
+}
+
+template <int D>
+MSDD_SIMD void write_head(const QkNormRope& job, std::int64_t at, const Head& head, const Angles& angles) {
+    const std::int64_t d = D == 0 ? job.shape.head_dim : D, whole = d / LANES * LANES;
+    BFloat16* const out = static_cast<BFloat16*>(job.out) + at;
+#pragma GCC unroll 8
+    for (std::int64_t i = 0; i < whole; i += LANES) {
+        const __m512 bias = head.bias == nullptr ? _mm512_setzero_ps() : _mm512_loadu_ps(head.bias + i);
+        const __m512 y = normal(head, _mm512_loadu_ps(head.x + i), _mm512_loadu_ps(head.weight + i), bias);
+        avx512bf16::store(out + i, avx512bf16::narrow(rotated(angles, y, _mm512_load_ps(angles.cos + i),
+                                                              _mm512_load_ps(angles.sin + i))));
+    }
+    if (whole == d) return;
+    const auto rest = static_cast<__mmask16>((1 << (d - whole)) - 1);
+    const __m512 bias = head.bias == nullptr ? _mm512_setzero_ps() : _mm512_maskz_loadu_ps(rest, head.bias + whole);
+    const __m512 y = normal(head, _mm512_maskz_loadu_ps(rest, head.x + whole),
+                            _mm512_maskz_loadu_ps(rest, head.weight + whole), bias);
+    const __m512 turned = rotated(angles, y, _mm512_maskz_load_ps(rest, angles.cos + whole),
+                                  _mm512_maskz_load_ps(rest, angles.sin + whole));
+    _mm256_mask_storeu_epi16(out + whole, rest, avx512bf16::narrow(turned));
+}
+
+}  // namespace
+}  // namespace msdd_fast
+
+#include "tokens.h"
+
+namespace msdd_fast {
+
+MSDD_AVX512BF16 void qk_norm_rope_tokens_avx512bf16(const QkNormRope& job, std::int64_t begin, std::int64_t end) {
+    tokens_of_level(job, begin, end);
+}
+
+}  // namespace msdd_fast
+#endif
