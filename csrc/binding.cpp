@@ -13,6 +13,7 @@
 #include <tuple>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 #include "binding/prepared.h"
 #include "binding/tensor.h"
@@ -772,6 +773,25 @@ void end(const py::object& program) {
     program.dec_ref();
 }
 
+// As msdd_fast::ImageBuffer: address of the program's, address of the batch's, bytes of an image.
+using Buffer = std::tuple<Address, Address, std::size_t>;
+
+// As msdd_fast::ImageProgram.
+using ImageProgram = std::tuple<const msdd_fast::Program*, std::vector<Buffer>, std::vector<Buffer>>;
+
+std::vector<msdd_fast::ImageBuffer> buffers_of(const std::vector<Buffer>& given) {
+    std::vector<msdd_fast::ImageBuffer> result;
+    for (const auto& [own, batch, bytes] : given) result.push_back({pointer<void>(own), pointer<void>(batch), bytes});
+    return result;
+}
+
+void replay_images(const std::vector<ImageProgram>& given, std::int64_t images, int threads) {
+    std::vector<msdd_fast::ImageProgram> programs;
+    for (const auto& [program, inputs, results] : given)
+        programs.push_back({program, buffers_of(inputs), buffers_of(results)});
+    msdd_fast::replay_images(programs, images, threads);
+}
+
 #ifdef MSDD_FAST_CUDA
 
 void context_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& accumulate, const Tensor& out,
@@ -806,9 +826,10 @@ PYBIND11_MODULE(_C, m) {
         .def(py::init<>())
         .def("begin", &begin, "Calls of this thread are added to the program from now on.")
         .def("end", &end, "The end of that.")
+        .def("replay", &msdd_fast::Program::replay, no_gil, py::arg("threads"), "Makes all calls, in order.")
         .def("__len__", &msdd_fast::Program::size);
-    m.def("replay", &msdd_fast::replay, no_gil, py::arg("programs"), py::arg("threads"),
-          "Replays programs at the same time; see program.h.");
+    m.def("replay_images", &replay_images, no_gil, py::arg("programs"), py::arg("images"), py::arg("threads"),
+          "Decodes the images of a batch by programs of one image each; see program.h.");
 
     m.def("copy", &copy, no_gil, py::arg("out"), py::arg("x"), py::arg("threads") = 1,
           "out[...] = x, broadcast and rounded to out's dtype; None for x is zero; see copy.h.");

@@ -175,39 +175,64 @@ void shared_tasks_run_once() {
     }
 }
 
-// Programs at the same time, as many as threads, fewer, more and none; the last takes longest, and those that are done
-// help.
-void together() {
-    for (std::size_t count : {0, 1, 2, 5}) {
-        std::vector<std::vector<int>> values(count, std::vector<int>(33, 0));
+// Images by one program, by as many as threads, by more, and none at all; the last image takes longest, and those that
+// are done help.
+void images() {
+    constexpr int IMAGES = 7, ROW = 33;
+    struct Worker {
+        int seed = 0;
+        std::vector<int> row = std::vector<int>(ROW, 0);
+        msdd_fast::Program program;
+    };
+    for (std::size_t count : {1, 2, 5}) {
+        std::vector<Worker> workers(count);
+        std::vector<int> seeds(IMAGES), rows(IMAGES * ROW, -1);
         std::atomic<bool> ordered{true};
-        std::vector<msdd_fast::Program> programs;
-        std::vector<const msdd_fast::Program*> all;
-        programs.reserve(count);
-        for (auto& v : values) {
-            const int calls = &v == &values.back() ? 300 : 30;
-            all.push_back(&programs.emplace_back(counting(v, calls, ordered)));
+        std::vector<msdd_fast::ImageProgram> all;
+        for (int i = 0; i < IMAGES; ++i) seeds[static_cast<std::size_t>(i)] = 100 * i + 5;
+        for (Worker& worker : workers) {
+            worker.program.add([&worker] { std::fill(worker.row.begin(), worker.row.end(), 0); });
+            for (int i = 0; i < 300; ++i) {
+                worker.program.add([&worker, &ordered, i] {
+                    if (i >= 30 && worker.seed < 100 * (IMAGES - 1)) return;
+                    msdd_fast::parallel_for(ROW, 1, 1 + i % 7, [&](std::int64_t begin, std::int64_t end) {
+                        for (std::int64_t k = begin; k < end; ++k)
+                            if (worker.row[static_cast<std::size_t>(k)]++ != i) ordered = false;
+                    });
+                });
+            }
+            worker.program.add([&worker] {
+                for (int& x : worker.row) x += worker.seed;
+            });
+            all.push_back({&worker.program,
+                           {{&worker.seed, seeds.data(), sizeof(int)}},
+                           {{worker.row.data(), rows.data(), ROW * sizeof(int)}}});
         }
         for (int replay = 0; replay < 20; ++replay) {
-            for (auto& v : values) std::fill(v.begin(), v.end(), 0);
-            msdd_fast::replay(all, 1 + replay % 4);
-            for (const auto& v : values)
-                for (int x : v)
-                    check(x == (&v == &values.back() ? 300 : 30) && ordered,
-                          "programs that run together disturb each other");
+            std::fill(rows.begin(), rows.end(), -1);
+            const int images = replay % (IMAGES + 1);
+            msdd_fast::replay_images(all, images, 1 + replay % 4);
+            for (int i = 0; i < IMAGES * ROW; ++i) {
+                const int image = i / ROW, calls = image == IMAGES - 1 ? 300 : 30;
+                const int expected = image < images ? calls + 100 * image + 5 : -1;
+                check(rows[static_cast<std::size_t>(i)] == expected && ordered, "an image is not its program's result");
+            }
         }
     }
     msdd_fast::Program fails, counts;
-    int runs = 0;
+    std::atomic<int> runs{0};
     fails.add([] { throw std::runtime_error("call"); });
     counts.add([&runs] { ++runs; });
-    bool caught = false;
-    try {
-        msdd_fast::replay({&fails, &counts}, 2);
-    } catch (const std::runtime_error&) {
-        caught = true;
+    for (int threads : {1, 2}) {
+        bool caught = false;
+        runs = 0;
+        try {
+            msdd_fast::replay_images({{&fails, {}, {}}, {&counts, {}, {}}}, 9, threads);
+        } catch (const std::runtime_error&) {
+            caught = true;
+        }
+        check(runs <= 9 && (caught ? runs == 8 : runs == 9), "an exception must reach the caller, after all images");
     }
-    check(caught && runs == 1, "an exception must reach the caller once all programs have ended");
 }
 
 double microseconds_per_call(int threads) {
@@ -237,7 +262,7 @@ int main(int count, char** words) {
     an_exception_ends_it();
     exceptions_in_tasks();
     shared_tasks_run_once();
-    together();
+    images();
     std::printf("a call of two tasks: %.2f us on one thread, %.2f us on two\n", microseconds_per_call(1),
                 microseconds_per_call(2));
     return 0;

@@ -240,7 +240,7 @@ class FastDecoder:
         most, stages = max(self.batch_sizes), self.config.schedule.num_stages
         self._cache = GraphCache(self.program, self.device, options.graphs, self.batch_sizes, self._example, stages)
         self._planned.clear()
-        self._budget.granule = self._cache.granule
+        self._budget.granule, self._budget.graphed_at_once = self._cache.granule, self._cache.images_at_once
         example = self._example_request(most)
         example = example._replace(way=self.plan(example).way)
         self.memory[f"activations of batch {most} (bound)"] = self._budget.held(self.program.activations(example))

@@ -1,8 +1,9 @@
 """The graphs of one engine: captured when first asked for, and what each batch size costs.
 
 On a GPU these are CUDA graphs, on a CPU recorded programs (engine/programs.py). A program takes about one decode to
-record, so it is made for every batch size that occurs, and keeps the number of threads that it was recorded for. The
-least recently used of both are dropped.
+record, so it is made for every batch size that occurs. From ``IMAGES_PER_THREAD`` on each thread decodes images of its
+own, and one program for each thread serves all batch sizes. Programs keep the number of threads that they were recorded
+for. The least recently used of both kinds are dropped.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from msdd_fast.layers.request import DecodeProgram, Inputs, NotRecordable, Reque
 from msdd_fast.native.program import CHUNK
 
 IMAGES_PER_THREAD = 2
-"""From which each thread decodes images of its own. A single one has too few rows at small scales: two threads with an
-image of msdd-nano each took 1.1 times as long as both together for both images."""
+"""From which each thread decodes images of its own, one at a time. With one image each, two threads took 1.1 times as
+long for two images of msdd-nano as both together."""
+ANY_BATCH = -1
 MAX_GRAPHS = 32  # of each kind: a few batch sizes of some dtypes, and the sizes of images where there are several
 Decode = graphs.Graph | ParallelDecode
 G = TypeVar("G", Decode, graphs.StageGraphs)
@@ -71,8 +73,8 @@ class GraphCache:
         self._capturing, self._replaying = threading.Lock(), threading.Lock()
         self._exact = records_programs(device)  # one graph for each batch size that occurs, without padding
         self._recorder: graphs.Recorder | ProgramRecorder | None = None
-        self._part_recorders: list[ProgramRecorder] = []
-        self._graphs: dict[Request, Decode] = {}
+        self._thread_recorders: list[ProgramRecorder] = []
+        self._graphs: dict[Request, Decode] = {}  # a ParallelDecode by the request for ANY_BATCH
         self._stage_graphs: dict[Request, graphs.StageGraphs] = {}
 
     @property
@@ -92,7 +94,7 @@ class GraphCache:
 
     def get(self, request: Request) -> Decode | None:
         """The graph of a whole decode, captured if there is none yet; None without graphs."""
-        return self._get(request, self._graphs, self._capture)
+        return self._get(self._key(request), self._graphs, self._capture)
 
     def get_stages(self, request: Request) -> graphs.StageGraphs | None:
         """The same for a streaming request, one graph per stage."""
@@ -110,7 +112,7 @@ class GraphCache:
 
     def memory(self) -> dict[str, int]:
         """Bytes that the graphs of whole decodes hold; empty before the first capture."""
-        recorders = [r for r in (self._recorder, *self._part_recorders) if r is not None]
+        recorders = [r for r in (self._recorder, *self._thread_recorders) if r is not None]
         return {"graphs": sum(r.memory() for r in recorders)} if recorders else {}
 
     def _get(self, request: Request, known: dict[Request, G], capture: Callable[[Request], G]) -> G | None:
@@ -127,7 +129,8 @@ class GraphCache:
             except (MemoryError, RuntimeError) as error:
                 if is_out_of_memory(error):
                     raise
-                reason = f"the capture of batch {request.shape[0]} failed: {error}"
+                what = "an image for each thread" if request.shape[0] == ANY_BATCH else f"batch {request.shape[0]}"
+                reason = f"the capture of {what} failed: {error}"
                 if self._required:
                     raise BackendUnavailableError(f"graphs=True, but {reason}") from error
                 self.enabled, self.reason = False, reason
@@ -162,7 +165,7 @@ class GraphCache:
         self._graphs.clear()
         self._stage_graphs.clear()
         self._recorder = None
-        self._part_recorders.clear()
+        self._thread_recorders.clear()
 
     def _drop_all(self) -> None:
         self._wait()
@@ -175,10 +178,18 @@ class GraphCache:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
 
+    def images_at_once(self, batch: int) -> int:
+        """How many images of a batch its graph works on at the same time: fewer than all are each in their own."""
+        threads = torch.get_num_threads()
+        return threads if self._exact and batch >= IMAGES_PER_THREAD * threads else batch
+
+    def _key(self, request: Request) -> Request:
+        batch = request.shape[0]
+        return request if self.images_at_once(batch) == batch else request.with_batch(ANY_BATCH)
+
     def _capture(self, request: Request) -> Decode:
-        batch, threads = request.shape[0], torch.get_num_threads()
-        if self._exact and threads > 1 and batch >= IMAGES_PER_THREAD * threads:
-            return self._capture_parallel(request, threads)
+        if request.shape[0] == ANY_BATCH:
+            return self._capture_parallel(request.with_batch(1), torch.get_num_threads())
         self._recorder = self._recorder or self._new_recorder()
         if isinstance(self._recorder, ProgramRecorder):
             self._recorder.reserve(self._program.activations(request))
@@ -190,19 +201,17 @@ class GraphCache:
                 lambda inputs: self._program.decode(inputs, request),
             )
 
-    def _capture_parallel(self, request: Request, parts: int) -> ParallelDecode:
-        while len(self._part_recorders) < parts:
-            self._part_recorders.append(ProgramRecorder(CHUNK // parts))  # together they waste no more than one arena
-        batch = request.shape[0]
-        for i, recorder in enumerate(self._part_recorders[:parts]):
-            images = batch * (i + 1) // parts - batch * i // parts
-            recorder.reserve(self._program.activations(request.with_batch(images)))
+    def _capture_parallel(self, request: Request, threads: int) -> ParallelDecode:
+        """For a request of one image."""
+        chunk = CHUNK // threads  # together they waste no more than one arena
+        while len(self._thread_recorders) < threads:
+            self._thread_recorders.append(ProgramRecorder(chunk))
+        recorders = self._thread_recorders[:threads]
+        for recorder in recorders:
+            recorder.reserve(self._program.activations(request))
         with self._replaying:
             return ParallelDecode(
-                self._part_recorders[:parts],
-                self._replaying,
-                self._example(request),
-                lambda inputs: self._program.decode(inputs, request.with_batch(len(inputs.z))),
+                recorders, self._replaying, self._example(request), lambda inputs: self._program.decode(inputs, request)
             )
 
     def _new_recorder(self) -> graphs.Recorder | ProgramRecorder:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -49,7 +49,8 @@ class Budget:
         slack: bytes of the device's memory for each byte of activations.
 
     Attributes:
-        granule: of the memory that a graph keeps, bytes; 0 without graphs.
+        granule: of the memory that graphs keep, bytes; 0 without graphs.
+        graphed_at_once: how many images a graph of a batch works on at the same time.
     """
 
     def __init__(
@@ -58,16 +59,26 @@ class Budget:
         self.program, self.config, self.fixed, self.limit, self.most = program, config, fixed, limit, most
         self.slack = slack
         self.granule = 0
+        self.graphed_at_once: Callable[[int], int] = lambda batch: batch
 
     def predict(self, request: Request, at_once: int, recorded: bool = True) -> int:
         """Peak bytes of a decode in the request's way, ``at_once`` images at a time; ``recorded`` if it can be."""
         batch, size = request.shape[0], request.out_dtype.itemsize * math.prod(request.image_shape(self.config))
-        activations = self.program.activations(request.with_batch(at_once))
         is_graph = recorded and self.granule and request.way == WHOLE
-        if is_graph:
-            activations = room_for(activations, self.granule) if self.granule > 1 else activations
+        activations = self._of_graph(request, at_once) if is_graph else self._activations(request, at_once)
         # What a graph, or a part of the batch, leaves is copied.
         return self.fixed + activations + (size * batch if is_graph or at_once < batch else 0)
+
+    def _activations(self, request: Request, images: int) -> int:
+        return self.program.activations(request.with_batch(images))
+
+    def _of_graph(self, request: Request, batch: int) -> int:
+        """Bytes that the graph of a batch keeps for activations."""
+        apart = self.graphed_at_once(batch)
+        if apart != batch:  # each of these images has memory of its own
+            return apart * room_for(self._activations(request, 1), self.granule // apart)
+        activations = self._activations(request, batch)
+        return room_for(activations, self.granule) if self.granule > 1 else activations
 
     def needed(self, request: Request, at_once: int) -> int:
         """What a decode takes of the limit."""

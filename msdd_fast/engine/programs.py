@@ -8,14 +8,13 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
-import torch
 from torch import Tensor
 
 from msdd_fast.backends import extension_status, use_backend
 from msdd_fast.backends.choice import is_automatic
-from msdd_fast.engine.graphs import buffers, fill
+from msdd_fast.engine.graphs import buffers
 from msdd_fast.layers.request import Inputs
-from msdd_fast.native.program import CHUNK, Arena, Recorded, record, replay_together, trim_heap
+from msdd_fast.native.program import CHUNK, Arena, ImageProgram, Recorded, record, replay_images, trim_heap
 
 T = TypeVar("T")
 
@@ -62,18 +61,17 @@ class ProgramRecorder:
         return self._arena.memory()
 
 
-class _Part(NamedTuple):
-    images: slice
+class _Worker(NamedTuple):
     inputs: Inputs
     program: Recorded
     result: Tensor
 
 
 class ParallelDecode:
-    """A decode of one batch size in parts, which have a program and an arena each and are replayed at the same time.
+    """Decodes of any number of images, one by one, by a program for each thread; they share nothing.
 
-    With a part for each thread, none waits for another or reads what another has written, which costs most where cores
-    share no cache. The same interface as ``graphs.Graph``.
+    No thread waits for another or reads what another has written, and a program's memory is that of one image, which
+    stays in its core's cache.
     """
 
     def __init__(
@@ -83,23 +81,37 @@ class ParallelDecode:
         example: Inputs,
         decode: Callable[[Inputs], Tensor],
     ) -> None:
-        """As of ``Graph``, but with a recorder for each part; ``decode`` takes inputs of any number of images."""
+        """As of ``graphs.Graph``, but with a recorder for each thread; ``example`` and ``decode`` are of one image."""
         self._lock = lock
-        self._parts: list[_Part] = []
-        bounds = [len(example.z) * i // len(recorders) for i in range(len(recorders) + 1)]
-        for recorder, begin, end in zip(recorders, bounds, bounds[1:], strict=False):
-            images = slice(begin, end)
-            inputs = buffers(example.part(images))
-            recorder.warm_up(partial(decode, inputs))
-            self._parts.append(_Part(images, inputs, *recorder.program(partial(decode, inputs))))
+        self._workers: list[_Worker] = []
+        for recorder in recorders:
+            inputs = buffers(example)
+            run = partial(_decode_densely, decode, inputs)
+            recorder.warm_up(run)
+            self._workers.append(_Worker(inputs, *recorder.program(run)))
 
     def replay(self, inputs: Inputs, out: Tensor | None = None) -> Tensor:
-        """Images of ``inputs``, of the batch size of the example, in ``out`` or new memory."""
+        """Images of ``inputs`` in ``out``, which is contiguous, or in new memory."""
+        shape = self._workers[0].result.shape[1:]
+        if out is None:
+            out = inputs.z.new_empty(len(inputs.z), *shape, dtype=self._workers[0].result.dtype)
+        of_batch = [t.resolve_neg().contiguous() for t in (inputs.z, inputs.seeds, *inputs.conditions)]
         with self._lock:
-            for part in self._parts:
-                fill(part.inputs, inputs.part(part.images))
-            replay_together([part.program for part in self._parts])
-            return torch.cat([part.result for part in self._parts], out=out)
+            for worker in self._workers:
+                worker.inputs.scale.copy_(inputs.scale)
+            replay_images(
+                [
+                    ImageProgram(w.program, (w.inputs.z, w.inputs.seeds, *w.inputs.conditions), (w.result,))
+                    for w in self._workers
+                ],
+                of_batch,
+                [out],
+            )
+        return out
+
+
+def _decode_densely(decode: Callable[[Inputs], Tensor], inputs: Inputs) -> Tensor:
+    return decode(inputs).contiguous()
 
 
 def _native_attention() -> AbstractContextManager[None]:
@@ -113,4 +125,6 @@ def _native_attention() -> AbstractContextManager[None]:
 def can_record() -> tuple[bool, str]:
     """Whether programs can be recorded, and why not."""
     loaded, reason = extension_status()
-    return loaded, "one program per batch size and thread" if loaded else f"programs need msdd_fast._C, which {reason}"
+    if not loaded:
+        return False, f"programs need msdd_fast._C, which {reason}"
+    return True, "a program for each thread; below two images a thread one per batch size"

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial, reduce
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -143,15 +143,31 @@ class Recorded:
 
     def replay(self) -> None:
         """Run all calls; releases the GIL."""
-        replay_together([self])
+        self._program.replay(torch.get_num_threads())
 
     def __len__(self) -> int:
         return len(self._program)
 
 
-def replay_together(programs: Sequence[Recorded]) -> None:
-    """Replay programs at the same time, none of which writes what another reads or writes; releases the GIL."""
-    load_extension().replay([p._program for p in programs], torch.get_num_threads())
+class ImageProgram(NamedTuple):
+    """A program of one image: the contiguous tensors (1, ...) that it reads and writes."""
+
+    program: Recorded
+    inputs: tuple[Tensor, ...]
+    results: tuple[Tensor, ...]
+
+
+def replay_images(programs: Sequence[ImageProgram], inputs: Sequence[Tensor], results: Sequence[Tensor]) -> None:
+    """Fill ``results`` from ``inputs``, contiguous tensors (B, ...): each image by one of the programs.
+
+    A program takes the next image when it is done with one. Releases the GIL.
+    """
+
+    def pairs(own: Sequence[Tensor], batch: Sequence[Tensor]) -> list[tuple[int, int, int]]:
+        return [(o.data_ptr(), b.data_ptr(), o.nbytes) for o, b in zip(own, batch, strict=True)]
+
+    workers = [(p.program._program, pairs(p.inputs, inputs), pairs(p.results, results)) for p in programs]
+    load_extension().replay_images(workers, len(results[0]), torch.get_num_threads())
 
 
 def record(run: Callable[[], T], arena: Arena, keep: Any = None) -> tuple[Recorded, T]:

@@ -433,12 +433,15 @@ def test_what_says_that_memory_ran_out():
 
 
 @fused
-def test_release_frees_programs_and_their_arena(cross, recorded):
+@pytest.mark.parametrize("batch", [1, 2])
+def test_release_frees_programs_and_their_arena(cross, recorded, batch):
     engine = accelerate(cross, dtype=torch.float32)
-    z = torch.randn(2, *engine.family.example, generator=torch.Generator().manual_seed(0))
+    z = torch.randn(batch, *engine.family.example, generator=torch.Generator().manual_seed(0))
     expected = engine.decode(z, 1)
     list(engine.stream(z, 1))
-    arena = weakref.ref(engine._cache._recorder._arena)
+    recorder = engine._cache._recorder if batch == 1 else engine._cache._thread_recorders[0]
+    arena = weakref.ref(recorder._arena)
+    del recorder
     assert engine.graph_memory()["graphs"] > 0
     engine.release()
     gc.collect()
@@ -449,6 +452,7 @@ def test_release_frees_programs_and_their_arena(cross, recorded):
 @fused
 def test_sizes_that_were_not_used_for_long_are_dropped(cross, monkeypatch, recorded):
     monkeypatch.setattr(graph_cache, "MAX_GRAPHS", 2)
+    monkeypatch.setattr(graph_cache, "IMAGES_PER_THREAD", 4)  # a program for every batch size
     engine = accelerate(cross, dtype=torch.float32)
     for batch in (1, 2, 1, 3):
         engine.decode(torch.zeros(batch, *engine.family.example))

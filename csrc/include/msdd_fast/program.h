@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <functional>
 #include <utility>
 #include <vector>
@@ -11,9 +12,22 @@ namespace msdd_fast {
 
 class Program;
 
-// Replays programs at the same time, on up to `threads` threads: each has one to begin with, and those that are done
-// help the others. An exception of a call ends its program, and is thrown on once all have ended.
-void replay(const std::vector<const Program*>& programs, int threads);
+// Where a program keeps a tensor of its one image, and where those of a batch lie, one after the other.
+struct ImageBuffer {
+    void *own, *batch;
+    std::size_t bytes;  // of an image
+};
+
+// A program that works on one image at a time.
+struct ImageProgram {
+    const Program* program;
+    std::vector<ImageBuffer> inputs, results;
+};
+
+// Works on images 0 .. images - 1 of a batch, each by one of the programs: one that is done takes the next image. Uses
+// up to `threads` threads, each with a program to begin with; when no image is left, a thread helps the others. An
+// exception of a call ends its program, and is thrown on once all have ended.
+void replay_images(const std::vector<ImageProgram>& programs, std::int64_t images, int threads);
 
 class Program {
   public:
@@ -24,7 +38,7 @@ class Program {
 
     // Runs all calls in order, each on up to `threads` threads, the caller's included. An exception of a call ends the
     // replay and is thrown on.
-    void replay(int threads) const { msdd_fast::replay({this}, threads); }
+    void replay(int threads) const;
 
     // Runs all calls in order, on the team that the caller leads, if any.
     void run() const;
