@@ -38,26 +38,38 @@ MSDD_SIMD __m512 rotated(const Angles& angles, __m512 y, __m512 cos, __m512 sin)
     return angles.rotate ? _mm512_add_ps(kept, _mm512_mul_ps(swapped, sin)) : kept;
 }
 
-template <int D>
-MSDD_SIMD void write_head(const QkNormRope& job, std::int64_t at, const Head& head, const Angles& angles) {
-    const std::int64_t d = D == 0 ? job.shape.head_dim : D, whole = d / LANES * LANES;
-    BFloat16* const out = static_cast<BFloat16*>(job.out) + at;
+class Chunk {
+  public:
+    MSDD_SIMD Chunk(const QkNormRope& job, std::int64_t at)
+        : out_(static_cast<BFloat16*>(job.out) + at), size_(job.shape.head_dim) {}
+
+    template <int D>
+    MSDD_SIMD void write(std::int64_t at, const Head& head, const Angles& angles) {
+        const std::int64_t d = D == 0 ? size_ : D, whole = d / LANES * LANES;
+        BFloat16* const out = out_ + at;
 #pragma GCC unroll 8
-    for (std::int64_t i = 0; i < whole; i += LANES) {
-        const __m512 bias = head.bias == nullptr ? _mm512_setzero_ps() : _mm512_loadu_ps(head.bias + i);
-        const __m512 y = normal(head, _mm512_loadu_ps(head.x + i), _mm512_loadu_ps(head.weight + i), bias);
-        avx512bf16::store(out + i, avx512bf16::narrow(rotated(angles, y, _mm512_load_ps(angles.cos + i),
-                                                              _mm512_load_ps(angles.sin + i))));
+        for (std::int64_t i = 0; i < whole; i += LANES) {
+            const __m512 bias = head.bias == nullptr ? _mm512_setzero_ps() : _mm512_loadu_ps(head.bias + i);
+            const __m512 y = normal(head, _mm512_loadu_ps(head.x + i), _mm512_loadu_ps(head.weight + i), bias);
+            const __m512 turned = rotated(angles, y, _mm512_load_ps(angles.cos + i), _mm512_load_ps(angles.sin + i));
+            avx512bf16::store(out + i, avx512bf16::narrow(turned));
+        }
+        if (whole == d) return;
+        const auto rest = static_cast<__mmask16>((1 << (d - whole)) - 1);
+        const __m512 bias = head.bias == nullptr ? _mm512_setzero_ps() : _mm512_maskz_loadu_ps(rest, head.bias + whole);
+        const __m512 y = normal(head, _mm512_maskz_loadu_ps(rest, head.x + whole),
+                                _mm512_maskz_loadu_ps(rest, head.weight + whole), bias);
+        const __m512 turned = rotated(angles, y, _mm512_maskz_load_ps(rest, angles.cos + whole),
+                                      _mm512_maskz_load_ps(rest, angles.sin + whole));
+        _mm256_mask_storeu_epi16(out + whole, rest, avx512bf16::narrow(turned));
     }
-    if (whole == d) return;
-    const auto rest = static_cast<__mmask16>((1 << (d - whole)) - 1);
-    const __m512 bias = head.bias == nullptr ? _mm512_setzero_ps() : _mm512_maskz_loadu_ps(rest, head.bias + whole);
-    const __m512 y = normal(head, _mm512_maskz_loadu_ps(rest, head.x + whole),
-                            _mm512_maskz_loadu_ps(rest, head.weight + whole), bias);
-    const __m512 turned = rotated(angles, y, _mm512_maskz_load_ps(rest, angles.cos + whole),
-                                  _mm512_maskz_load_ps(rest, angles.sin + whole));
-    _mm256_mask_storeu_epi16(out + whole, rest, avx512bf16::narrow(turned));
-}
+
+    MSDD_SIMD void finish(std::int64_t) {}
+
+  private:
+    BFloat16* out_;
+    std::int64_t size_;
+};
 
 }  // namespace
 }  // namespace msdd_fast

@@ -13,6 +13,8 @@ struct QkNormRope {
     HeadsShape shape;
 };
 
+constexpr int HEADS_CHUNK = 2048;  // elements of whole heads at a time: as float32 they fit in L1
+
 // A head before its rotation: (x - mean) * factor * weight + bias, or x * factor * weight where bias is null.
 struct Head {
     const float* x;

@@ -22,23 +22,38 @@ struct Angles {
     MSDD_INLINE Angles(const float* cosines, const float* sines, std::int64_t) : cos(cosines), sin(sines) {}
 };
 
-template <int D>
-MSDD_SIMD void write_head(const QkNormRope& job, std::int64_t at, const Head& head, const Angles& angles) {
-    const int d = D == 0 ? job.shape.head_dim : D;
-    alignas(64) float y[D == 0 ? MAX_ROPE_HEAD_DIM : D], result[D == 0 ? MAX_ROPE_HEAD_DIM : D];
-    if (head.bias == nullptr) {
-        for (int i = 0; i < d; ++i) y[i] = head.x[i] * head.factor * head.weight[i];
-    } else {
-        for (int i = 0; i < d; ++i) y[i] = (head.x[i] - head.mean) * head.factor * head.weight[i] + head.bias[i];
+class Chunk {
+  public:
+    MSDD_INLINE Chunk(const QkNormRope& job, std::int64_t at)
+        : job_(job), at_(at), out_(place(job.out, job.x.dtype, at, buffer_)) {}
+
+    template <int D>
+    MSDD_INLINE void write(std::int64_t at, const Head& head, const Angles& angles) {
+        const int d = D == 0 ? job_.shape.head_dim : D;
+        alignas(64) float y[D == 0 ? MAX_ROPE_HEAD_DIM : D];
+        const auto& [x, mean, factor, weight, bias] = head;
+        const auto& [cos, sin] = angles;
+        if (bias == nullptr) {
+            for (int i = 0; i < d; ++i) y[i] = x[i] * factor * weight[i];
+        } else {
+            for (int i = 0; i < d; ++i) y[i] = (x[i] - mean) * factor * weight[i] + bias[i];
+        }
+        float* __restrict out = out_ + at;
+        for (int i = 0; i < d / 2; ++i) {
+            const float even = y[2 * i], odd = y[2 * i + 1];
+            out[2 * i] = sin == nullptr ? even * cos[i] : even * cos[i] - odd * sin[i];
+            out[2 * i + 1] = sin == nullptr ? odd * cos[i] : even * sin[i] + odd * cos[i];
+        }
     }
-    float* __restrict out = place(job.out, job.x.dtype, at, result);
-    for (int i = 0; i < d / 2; ++i) {
-        const float even = y[2 * i], odd = y[2 * i + 1], cos = angles.cos[i];
-        out[2 * i] = angles.sin == nullptr ? even * cos : even * cos - odd * angles.sin[i];
-        out[2 * i + 1] = angles.sin == nullptr ? odd * cos : even * angles.sin[i] + odd * cos;
-    }
-    store(out, d, job.out, job.x.dtype, at);
-}
+
+    MSDD_INLINE void finish(std::int64_t count) { store(out_, count, job_.out, job_.x.dtype, at_); }
+
+  private:
+    alignas(64) float buffer_[HEADS_CHUNK];
+    const QkNormRope& job_;
+    std::int64_t at_;
+    float* out_;
+};
 
 }  // namespace
 }  // namespace msdd_fast

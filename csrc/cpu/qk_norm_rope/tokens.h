@@ -2,8 +2,8 @@
 //
 //   MSDD_SIMD    of functions that use the level's instructions: attribute and `inline`
 //   Angles       a token's cosines and sines as the level reads them, made of (cos, sin, head size); sin may be null
-//   write_head   <D>(job, at, head, angles): a Head (job.h), rotated, from element `at` of the output on; D is its
-//                size, or 0 for that of the job
+//   Chunk        of the output from element `at` on, made of (job, at). write<D>(i, head, angles) puts a Head (job.h),
+//                rotated, at its element i; D is the head's size, or 0 for that of the job. finish(count) comes last
 //
 // No include guard: each level includes this exactly once.
 
@@ -16,8 +16,6 @@
 
 namespace msdd_fast {
 namespace {
-
-constexpr int HEADS_CHUNK = 2048;  // elements widened at a time: they fit in L1
 
 // How a head is normalised: (x - mean) * factor.
 struct Statistics {
@@ -56,13 +54,15 @@ MSDD_SIMD void tokens_of(const QkNormRope& job, std::int64_t begin, std::int64_t
             const std::int64_t count = std::min(chunk, per_token - at);
             const float* x = floats(job.x, from + at, count, in);
             statistics_of(x, count / d, static_cast<int>(d), rms, s.eps, statistics);
+            Chunk out(job, to + at);
             for (std::int64_t i = 0; i < count / d; ++i) {
                 const std::int64_t part = entry + (at / d + i) / s.heads * d;
                 const float* bias = rms ? nullptr : job.tables.bias + part;
-                write_head<D>(job, to + at + i * d,
-                              {x + i * d, statistics.mean[i], statistics.factor[i], job.tables.weight + part, bias},
-                              angles);
+                out.template write<D>(
+                    i * d, {x + i * d, statistics.mean[i], statistics.factor[i], job.tables.weight + part, bias},
+                    angles);
             }
+            out.finish(count);
         }
     }
 }
