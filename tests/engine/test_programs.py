@@ -189,11 +189,12 @@ def test_explicit_noise_runs_without_a_program(cross):
     assert fast.graph_memory() == {}
 
 
-def test_warmup_records(cross):
+def test_warmup_records(cross, threads):
     """Every size of batch_sizes, and asks no GPU for the time."""
-    fast = accelerate(cross, graphs=True, batch_sizes=(1, 3))
+    threads(2)
+    fast = accelerate(cross, graphs=True, batch_sizes=(1, 3, 4, 8))
     fast.warmup()
-    assert sorted(request.shape[0] for request in fast._cache._graphs) == [1, 3]
+    assert sorted(request.shape[0] for request in fast._cache._graphs) == [ANY_BATCH, 1, 3]
 
 
 def test_few_programs_are_kept(cross, monkeypatch):
@@ -208,15 +209,17 @@ def test_few_programs_are_kept(cross, monkeypatch):
     assert {p.shape[0] for p in programs} == {1, *range(7, MAX_GRAPHS + 6)}
 
 
-def test_what_cannot_be_recorded_runs_without_and_says_why(cross, monkeypatch):
+@pytest.mark.parametrize(("batch", "what"), [(2, "batch 2"), (4, "an image for each thread")])
+def test_what_cannot_be_recorded_runs_without_and_says_why(cross, monkeypatch, threads, batch, what):
+    threads(2)
     monkeypatch.setenv("MSDD_FAST_NATIVE_LINEAR", "0")
     fast = accelerate(cross, dtype=torch.float32)
-    z = latents(cross, 2)
+    z = latents(cross, batch)
     assert (fast.decode(z) - cross.decode(z)).abs().max() < FLOAT32
-    assert "graphs  no: the capture of batch 2 failed: addmm computes in PyTorch, not in a native op" in str(
+    assert f"graphs  no: the capture of {what} failed: addmm computes in PyTorch, not in a native op" in str(
         fast.report()
     )
-    with pytest.raises(BackendUnavailableError, match="graphs=True, but the capture of batch 2 failed: addmm"):
+    with pytest.raises(BackendUnavailableError, match=f"graphs=True, but the capture of {what} failed: addmm"):
         accelerate(cross, dtype=torch.float32, graphs=True).decode(z)
 
 
