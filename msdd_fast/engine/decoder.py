@@ -100,7 +100,7 @@ def accelerate(
         steps, cfg_scale: default to ``config.sampling``.
         batch_sizes: on a GPU, recorded as CUDA graphs, from which any other size is put together; on a CPU, and
             without graphs, the largest is the most that runs at once. One number or several. Default (1, 8, 64) on a
-            GPU, (8,) on a CPU: give more where there are more than four threads, which then decode two images each.
+            GPU, (8,) on a CPU: give more where there are more than four threads, so that each has two images to decode.
         graphs: "auto" (CUDA graphs on a GPU, recorded programs on a CPU where every op of the decode is native; if
             recording fails, without, and ``report`` says why), True (a failure is an error) or False.
         max_memory: bytes for the weights, tables, activations and images of a decode, as ``memory_for`` predicts them,

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -61,12 +61,6 @@ class ProgramRecorder:
         return self._arena.memory()
 
 
-class _Worker(NamedTuple):
-    inputs: Inputs
-    program: Recorded
-    result: Tensor
-
-
 class ParallelDecode:
     """Decodes of any number of images, one by one, by a program for each thread; they share nothing.
 
@@ -83,31 +77,32 @@ class ParallelDecode:
     ) -> None:
         """As of ``graphs.Graph``, but with a recorder for each thread; ``example`` and ``decode`` are of one image."""
         self._lock = lock
-        self._workers: list[_Worker] = []
+        self._programs: list[ImageProgram] = []
+        self._scales: list[Tensor] = []
         for recorder in recorders:
             inputs = buffers(example)
             run = partial(_decode_densely, decode, inputs)
             recorder.warm_up(run)
-            self._workers.append(_Worker(inputs, *recorder.program(run)))
+            program, image = recorder.program(run)
+            self._programs.append(ImageProgram(program, _by_image(inputs), (image,)))
+            self._scales.append(inputs.scale)
 
     def replay(self, inputs: Inputs, out: Tensor | None = None) -> Tensor:
         """Images of ``inputs`` in ``out``, which is contiguous, or in new memory."""
-        shape = self._workers[0].result.shape[1:]
         if out is None:
-            out = inputs.z.new_empty(len(inputs.z), *shape, dtype=self._workers[0].result.dtype)
-        of_batch = [t.resolve_neg().contiguous() for t in (inputs.z, inputs.seeds, *inputs.conditions)]
+            (image,) = self._programs[0].results
+            out = image.new_empty(len(inputs.z), *image.shape[1:])
+        given = [t.resolve_neg().contiguous() for t in _by_image(inputs)]
         with self._lock:
-            for worker in self._workers:
-                worker.inputs.scale.copy_(inputs.scale)
-            replay_images(
-                [
-                    ImageProgram(w.program, (w.inputs.z, w.inputs.seeds, *w.inputs.conditions), (w.result,))
-                    for w in self._workers
-                ],
-                of_batch,
-                [out],
-            )
+            for scale in self._scales:
+                scale.copy_(inputs.scale)
+            replay_images(self._programs, given, [out])
         return out
+
+
+def _by_image(inputs: Inputs) -> tuple[Tensor, ...]:
+    """Those inputs that every image has its own of."""
+    return inputs.z, inputs.seeds, *inputs.conditions
 
 
 def _decode_densely(decode: Callable[[Inputs], Tensor], inputs: Inputs) -> Tensor:
