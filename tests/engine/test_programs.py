@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +26,7 @@ if not extension_status()[0]:
     pytest.skip(f"msdd_fast._C {extension_status()[1]}", allow_module_level=True)
 
 
+ROOT = Path(__file__).resolve().parents[2]
 CPP_ATTENTION = "auto,attention=cpu"  # as a program has it at every size
 
 
@@ -131,6 +136,27 @@ def test_latents_of_any_layout(cross, threads):
     assert torch.equal(fast.decode(z.double()), expected)
     assert torch.equal(fast.decode(torch._neg_view(-z)), expected)
     assert torch.equal(fast.decode(z[:1].expand(8, -1, -1), [0] * 8), expected[:1].expand(8, -1, -1, -1))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork() on this platform")
+def test_a_forked_child_decodes_batches():
+    """Its OpenMP does not survive the fork: an operator of PyTorch on several threads, such as a large copy, hangs."""
+    code = """
+import os, signal, torch
+from msdd_fast import accelerate
+from tests.perturbed import perturbed
+torch.set_num_threads(2)
+engine = accelerate(perturbed(), graphs=True)
+z = torch.randn(8, *engine.family.example)
+expected, out = engine.decode(z), torch.empty(8, 3, 64, 64)
+child = os.fork()
+if child == 0:
+    signal.alarm(60)
+    engine.decode(z, out=out)
+    os._exit(bytes(out.numpy()) != bytes(expected.numpy()))
+os._exit(os.waitpid(child, 0)[1] != 0)
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
 
 
 def test_fewer_threads_than_a_program_was_recorded_for(cross, threads):
