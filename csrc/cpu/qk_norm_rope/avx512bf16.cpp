@@ -26,16 +26,16 @@ struct Angles {
     }
 };
 
-MSDD_SIMD __m512 normal(const Head& head, __m512 x, __m512 weight, __m512 bias) {
-    if (head.bias != nullptr) x = _mm512_sub_ps(x, _mm512_set1_ps(head.mean));
-    const __m512 scaled = _mm512_mul_ps(_mm512_mul_ps(x, _mm512_set1_ps(head.factor)), weight);
-    return head.bias == nullptr ? scaled : _mm512_add_ps(scaled, bias);
-}
-
-MSDD_SIMD __m512 rotated(const Angles& angles, __m512 y, __m512 cos, __m512 sin) {
-    const __m512 swapped = _mm512_permute_ps(y, 0xB1);
-    const __m512 kept = _mm512_mul_ps(y, cos);
-    return angles.rotate ? _mm512_add_ps(kept, _mm512_mul_ps(swapped, sin)) : kept;
+// Elements i to i + 15 of a head, or the first of them: those that `keep` has.
+MSDD_SIMD __m512 turned(const Head& head, const Angles& angles, std::int64_t i, __mmask16 keep) {
+    __m512 y = _mm512_maskz_loadu_ps(keep, head.x + i);
+    if (head.bias != nullptr) y = _mm512_sub_ps(y, _mm512_set1_ps(head.mean));
+    y = _mm512_mul_ps(_mm512_mul_ps(y, _mm512_set1_ps(head.factor)), _mm512_maskz_loadu_ps(keep, head.weight + i));
+    if (head.bias != nullptr) y = _mm512_add_ps(y, _mm512_maskz_loadu_ps(keep, head.bias + i));
+    const __m512 kept = _mm512_mul_ps(y, _mm512_maskz_load_ps(keep, angles.cos + i));
+    if (!angles.rotate) return kept;
+    constexpr int SWAP = 0xB1;  // of neighbours
+    return _mm512_add_ps(kept, _mm512_mul_ps(_mm512_permute_ps(y, SWAP), _mm512_maskz_load_ps(keep, angles.sin + i)));
 }
 
 class Chunk {
@@ -48,20 +48,11 @@ class Chunk {
         const std::int64_t d = D == 0 ? size_ : D, whole = d / LANES * LANES;
         BFloat16* const out = out_ + at;
 #pragma GCC unroll 8
-        for (std::int64_t i = 0; i < whole; i += LANES) {
-            const __m512 bias = head.bias == nullptr ? _mm512_setzero_ps() : _mm512_loadu_ps(head.bias + i);
-            const __m512 y = normal(head, _mm512_loadu_ps(head.x + i), _mm512_loadu_ps(head.weight + i), bias);
-            const __m512 turned = rotated(angles, y, _mm512_load_ps(angles.cos + i), _mm512_load_ps(angles.sin + i));
-            avx512bf16::store(out + i, avx512bf16::narrow(turned));
-        }
+        for (std::int64_t i = 0; i < whole; i += LANES)
+            avx512bf16::store(out + i, avx512bf16::narrow(turned(head, angles, i, 0xFFFF)));
         if (whole == d) return;
         const auto rest = static_cast<__mmask16>((1 << (d - whole)) - 1);
-        const __m512 bias = head.bias == nullptr ? _mm512_setzero_ps() : _mm512_maskz_loadu_ps(rest, head.bias + whole);
-        const __m512 y = normal(head, _mm512_maskz_loadu_ps(rest, head.x + whole),
-                                _mm512_maskz_loadu_ps(rest, head.weight + whole), bias);
-        const __m512 turned = rotated(angles, y, _mm512_maskz_load_ps(rest, angles.cos + whole),
-                                      _mm512_maskz_load_ps(rest, angles.sin + whole));
-        _mm256_mask_storeu_epi16(out + whole, rest, avx512bf16::narrow(turned));
+        _mm256_mask_storeu_epi16(out + whole, rest, avx512bf16::narrow(turned(head, angles, whole, rest)));
     }
 
     MSDD_SIMD void finish(std::int64_t) {}

@@ -32,10 +32,10 @@ MSDD_AVX512BF16 inline __m256i narrow(__m512 values) {
         return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(values));
     // The instruction would make zeros of them.
     alignas(64) float wide[LANES];
-    alignas(32) BFloat16 narrow[LANES];
+    alignas(32) BFloat16 rounded[LANES];
     _mm512_store_ps(wide, values);
-    msdd_fast::narrow<BFloat16>(wide, LANES, narrow);
-    return _mm256_load_si256(reinterpret_cast<const __m256i*>(narrow));
+    msdd_fast::narrow<BFloat16>(wide, LANES, rounded);
+    return _mm256_load_si256(reinterpret_cast<const __m256i*>(rounded));
 }
 
 }  // namespace avx512bf16
